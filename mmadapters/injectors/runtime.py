@@ -1,0 +1,313 @@
+"""What runs while an encoder with adapters runs: at each site, look up what is active and apply it.
+
+A `Plan` says which adapter modules act at which site. The runtime holds the model's plan and, for
+each thread, one that may stand above it (`using`). Hooks are installed once per module; where no
+adapter acts they hand back exactly what they were given.
+
+Three mechanisms: hooks on sublayers (`BranchHook`) and blocks (`PromptHook`), hooks on leaves that
+are really called (`LeafHook`), and, where a library reads a weight itself or computes attention
+inside, a subclass put in place of the module's class (`raw.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..sites import Leaf, SiteMap, Tower
+from . import raw
+
+Kind = Literal["branch", "delta", "prefix", "prompt"]
+
+
+@dataclass(eq=False)
+class Plan:
+    """The active modules by canonical site name, in the order in which they act."""
+
+    branch: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    delta: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    prefix: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    prompt: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+
+    def add(self, kind: Kind, site: str, module: nn.Module) -> None:
+        table = getattr(self, kind)
+        table[site] = (*table.get(site, ()), module)
+
+    def entries(self) -> Iterable[tuple[Kind, str, nn.Module]]:
+        for kind in ("branch", "delta", "prefix", "prompt"):
+            for site, modules in getattr(self, kind).items():
+                for module in modules:
+                    yield kind, site, module
+
+    def mapped(self, change: Callable[[Kind, str, nn.Module], Any]) -> Plan:
+        """A plan in which `change` stands for every module."""
+        plan = Plan()
+        for kind, site, module in self.entries():
+            plan.add(kind, site, change(kind, site, module))
+        return plan
+
+
+NOTHING = Plan()
+
+
+class _ThreadState(threading.local):
+    """`plan` stands above the model's own in this thread; `stash` holds tensors on their way from
+    one hook to a later one of the same block; `memo` computed weights during one forward."""
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.stash: dict[tuple[str, str], Tensor] = {}
+        self.memo: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
+
+    def __reduce__(self) -> tuple:
+        return _ThreadState, ()
+
+
+class Runtime:
+    """Installs hooks on the modules of a `SiteMap` and answers them with the active plan."""
+
+    def __init__(self, sites: SiteMap) -> None:
+        self.sites = sites
+        self.active: Plan = NOTHING
+        self.local = _ThreadState()
+        # A string: torch.compile guards it by value, so that installing hooks recompiles.
+        self.generation = "0"
+        self._handles: dict[tuple[str, ...], list[RemovableHandle]] = {}
+        self._raw: dict[tuple[str, ...], list[nn.Module]] = {}
+        self._sublayers = {sublayer.name: sublayer for sublayer in sites.sublayers()}
+        self._leaves = {leaf.name: leaf for leaf in sites.leaves()}
+        self._blocks = {block.name: block for block in sites.blocks()}
+
+    def plan(self) -> Plan:
+        """What is active in this thread."""
+        above = self.local.plan
+        return self.active if above is None else above
+
+    def sync(self, plans: Iterable[Plan]) -> None:
+        """Installs the hooks that `plans` need and removes all others."""
+        wanted: dict[tuple[str, ...], None] = {}
+        for plan in plans:
+            for kind, site, module in plan.entries():
+                wanted.update(dict.fromkeys(self._keys(kind, site, module)))
+        for key in [key for key in (*self._handles, *self._raw) if key not in wanted]:
+            self._remove(key)
+        for key in wanted:
+            if key not in self._handles and key not in self._raw:
+                self._install(key)
+        self.generation = str(int(self.generation) + 1)
+
+    def clear(self) -> None:
+        """Removes every hook and gives every module its own class back."""
+        self.sync(())
+        self.active = NOTHING
+        self.local = _ThreadState()
+
+    def _keys(self, kind: Kind, site: str, module: nn.Module) -> Iterable[tuple[str, ...]]:
+        if kind == "branch":
+            for read in sorted(getattr(module, "reads", ())):
+                yield "capture", site, read
+            yield "branch", site
+        elif kind == "delta":
+            leaf = self._leaves[site]
+            yield ("raw", site) if leaf.raw else ("leaf", self._together(leaf)[0].name)
+        elif kind == "prefix":
+            yield "attention", site
+        else:
+            yield "prompt", site
+            if not module.replaces:
+                tower = self._tower(site)
+                yield "unprompt", tower.blocks[-1].name, site
+
+    def _tower(self, block: str) -> Tower:
+        return next(
+            tower
+            for tower in self.sites.towers.values()
+            if any(member.name == block for member in tower.blocks)
+        )
+
+    def _together(self, leaf: Leaf) -> list[Leaf]:
+        """The leaves that are parts of one fused module, in the order of its output."""
+        found = [other for other in self._leaves.values() if other.module is leaf.module]
+        return sorted(found, key=lambda other: other.index)
+
+    def _install(self, key: tuple[str, ...]) -> None:
+        what, site = key[:2]
+        if what == "raw":
+            self._raw[key] = raw.adapt_leaf(self, self._leaves[site])
+        elif what == "attention":
+            self._raw[key] = raw.adapt_attention(self, self._sublayers[site])
+        else:
+            self._handles[key] = list(self._hooks(what, site, key[2:]))
+
+    def _hooks(self, what: str, site: str, rest: tuple[str, ...]) -> Iterable[RemovableHandle]:
+        if what == "capture":
+            sublayer = self._sublayers[site]
+            module = sublayer.residual if rest[0] == "residual" else sublayer.input
+            hook = CaptureHook(self, (site, rest[0]))
+            yield module.register_forward_pre_hook(hook, with_kwargs=True)
+        elif what == "branch":
+            sublayer = self._sublayers[site]
+            yield sublayer.output.register_forward_hook(BranchHook(self, site))
+        elif what == "leaf":
+            leaves = self._together(self._leaves[site])
+            yield leaves[0].module.register_forward_pre_hook(EnterHook(self, leaves[0].name))
+            yield leaves[0].module.register_forward_hook(LeafHook(self, leaves))
+        elif what == "prompt":
+            block = self._blocks[site]
+            yield block.module.register_forward_pre_hook(
+                PromptHook(self, site), with_kwargs=True
+            )
+            yield block.module.register_forward_hook(UnpromptHook(self, site, True))
+        else:
+            block = self._blocks[site]
+            yield block.module.register_forward_hook(UnpromptHook(self, rest[0], False))
+
+    def _remove(self, key: tuple[str, ...]) -> None:
+        for handle in self._handles.pop(key, ()):
+            handle.remove()
+        modules = self._raw.pop(key, ())
+        if modules:
+            raw.restore(modules, key[1])
+
+
+def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor that a module reads first, given by position or by keyword."""
+    if args:
+        return args[0]
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    return next(value for value in kwargs.values() if isinstance(value, Tensor))
+
+
+def first_output(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_first(output: Any, value: Tensor) -> Any:
+    """`output` with its first tensor replaced, in the same type."""
+    if isinstance(output, Tensor):
+        return value
+    rest = tuple(output[1:])
+    if hasattr(output, "_fields"):
+        return type(output)(value, *rest)
+    return [value, *rest] if isinstance(output, list) else (value, *rest)
+
+
+@dataclass(eq=False)
+class CaptureHook:
+    """Keeps a sublayer's residual stream or input until its branch is there."""
+
+    runtime: Runtime
+    key: tuple[str, str]
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.runtime.plan().branch.get(self.key[0]):
+            self.runtime.local.stash[self.key] = first_input(args, kwargs)
+
+
+@dataclass(eq=False)
+class BranchHook:
+    """Lets the active `Branch` modules act on a sublayer's output."""
+
+    runtime: Runtime
+    site: str
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        active = self.runtime.plan().branch.get(self.site)
+        if not active:
+            return None
+        stash = self.runtime.local.stash
+        residual = stash.pop((self.site, "residual"), None)
+        read = stash.pop((self.site, "input"), None)
+        branch = first_output(output)
+        for adapter in active:
+            branch = adapter(branch, residual=residual, input=read)
+        return with_first(output, branch)
+
+
+@dataclass(eq=False)
+class EnterHook:
+    """Lets active deltas that scale a linear map's input do so."""
+
+    runtime: Runtime
+    site: str
+
+    def __call__(self, module: nn.Module, args: tuple) -> Any:
+        active = self.runtime.plan().delta.get(self.site)
+        if not active:
+            return None
+        x = args[0]
+        for adapter in active:
+            if adapter.scales_input:
+                x = adapter.enter(x)
+        return (x, *args[1:])
+
+
+@dataclass(eq=False)
+class LeafHook:
+    """Lets the active `Delta` modules act on a called linear map or norm, fused or not."""
+
+    runtime: Runtime
+    leaves: list[Leaf]
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        delta = self.runtime.plan().delta
+        if not any(leaf.name in delta for leaf in self.leaves):
+            return None
+        x = args[0]
+        parts = self.leaves[0].parts
+        if parts == 1:
+            return _changed(delta, self.leaves[0], output, x)
+        pieces = list(output.chunk(parts, dim=-1))
+        for leaf in self.leaves:
+            pieces[leaf.index] = _changed(delta, leaf, pieces[leaf.index], x)
+        return torch.cat(pieces, dim=-1)
+
+
+def _changed(delta: Mapping[str, tuple[nn.Module, ...]], leaf: Leaf, y: Tensor, x: Tensor) -> Tensor:
+    for adapter in delta.get(leaf.name, ()):
+        y = adapter(y, x, leaf)
+    return y
+
+
+@dataclass(eq=False)
+class PromptHook:
+    """Appends the active prompts to the tokens that enter a block."""
+
+    runtime: Runtime
+    site: str
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        active = self.runtime.plan().prompt.get(self.site)
+        if not active:
+            return None
+        x = first_input(args, kwargs)
+        for adapter in active:
+            x = torch.cat([x, adapter(x)], dim=1)
+        if args:
+            return (x, *args[1:]), kwargs
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        return args, {**kwargs, name: x}
+
+
+@dataclass(eq=False)
+class UnpromptHook:
+    """Removes from a block's output the prompts that the site's adapters appended."""
+
+    runtime: Runtime
+    site: str
+    replaces: bool
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        active = self.runtime.plan().prompt.get(self.site, ())
+        count = sum(adapter.count for adapter in active if adapter.replaces is self.replaces)
+        if not count:
+            return None
+        tokens = first_output(output)
+        return with_first(output, tokens[:, : tokens.shape[1] - count])

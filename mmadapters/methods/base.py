@@ -1,0 +1,148 @@
+"""What a method is: a frozen config that builds small modules for the sites it wants.
+
+There are four kinds of module, one for each way of acting on an encoder. An injector knows how to
+run each kind at a site; a method only picks sites and computes.
+
+    Branch   on the output of a sublayer, before the residual is added
+    Delta    on a linear map or a LayerNorm, as activations or as a changed weight
+    Prefix   on the keys and values of an attention
+    Prompt   on the tokens that enter a block
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..sites import Leaf, SiteMap
+
+Read = Literal["residual", "input"]
+
+
+class Branch(nn.Module):
+    """Acts on the branch u of `x + u`. `reads` says which other tensors it wants, if any."""
+
+    reads: frozenset[Read] = frozenset()
+
+    def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        """All of shape (B, N, D): the branch, the residual stream x, the sublayer's own input."""
+        raise TypeError(f"{type(self).__name__} does not say what it computes")
+
+
+class Delta(nn.Module):
+    """Changes a leaf: `forward` on activations, `effective` on the weight; both mean the same.
+
+    `scales_input`: the change applies to what enters the linear map, through `enter`.
+    """
+
+    scales_input: bool = False
+
+    @property
+    def as_weight(self) -> bool:
+        """Whether `effective` says all that `forward` does now (no active dropout, no gate)."""
+        return True
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        """y: (..., out_features) of the frozen leaf, x: (..., in_features) that entered it."""
+        return y
+
+    def effective(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that compute the same without this module; new tensors."""
+        raise TypeError(f"{type(self).__name__} does not say what weight it amounts to")
+
+
+class Prefix(nn.Module):
+    """Gives keys and values to be put before those of an attention."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, N, D), the attention's input -> keys and values, (P, D) or (B, P, D) each."""
+        raise TypeError(f"{type(self).__name__} does not say what it prepends")
+
+
+class Prompt(nn.Module):
+    """Gives tokens to be appended to a block's input.
+
+    `count`: how many; `replaces`: they are removed after this block (deep prompts), else only
+    after the tower's last one.
+    """
+
+    count: int
+    replaces: bool = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, D), the block's input -> (B, P, D)."""
+        raise TypeError(f"{type(self).__name__} does not say what it appends")
+
+
+AdapterModule = Branch | Delta | Prefix | Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(ABC):
+    """Base of all configs. `sites`: glob patterns over canonical names that bound where it acts.
+
+    Class attributes:
+        method: the name that files and run configs use.
+        identity: a fresh adapter leaves every output bit for bit as it was.
+        mergeable: the adapter can be folded into the frozen weights; else the reason why not.
+    """
+
+    sites: tuple[str, ...] = ("*",)
+
+    method: ClassVar[str]
+    identity: ClassVar[bool] = True
+    mergeable: ClassVar[bool | str] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sites, str):
+            raise ValueError(f"sites must be a tuple of patterns, e.g. sites=({self.sites!r},)")
+        object.__setattr__(self, "sites", tuple(self.sites))
+        if not self.sites:
+            raise ValueError("sites is empty: give at least one pattern, e.g. ('*',)")
+
+    @abstractmethod
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        """New modules by canonical site name.
+
+        Raises:
+            ValueError: this backbone has no site for the method, or a size does not fit.
+        """
+
+    def parts(self) -> Iterable[tuple[str, MethodConfig]]:
+        """The single methods under this config, each with a key that is unique among them."""
+        return ((self.method, self),)
+
+
+def check_choice(what: str, value: object, choices: Iterable[object]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def check_rate(what: str, value: float) -> None:
+    """Raises ValueError unless `value` is a probability below 1."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{what} must be at least 0 and below 1, not {value!r}")
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (Huang et al. 2016): drops x (B, ...) whole per sample, rescales the rest."""
+    if not training or rate == 0.0:
+        return x
+    keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1.0 - rate)
+    return x * keep / (1.0 - rate)
+
+
+@torch.no_grad()
+def kaiming(weight: Tensor) -> Tensor:
+    """The initialisation of nn.Linear and of LoRA's A: uniform within sqrt(1 / fan_in)."""
+    return nn.init.kaiming_uniform_(weight, a=5**0.5)

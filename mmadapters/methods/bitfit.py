@@ -1,0 +1,52 @@
+"""BitFit: training only the biases, here as differences d to the frozen ones.
+
+    y' = y + d,  d = 0 at the start
+
+for every linear map and LayerNorm of the blocks (and the final norm) that has a bias. Ben Zaken et
+al. 2022. A difference, not the bias itself, so that the frozen encoder is never touched and several
+such adapters can be held at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..sites import Leaf, SiteMap
+from .base import AdapterModule, Delta, MethodConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFitConfig(MethodConfig):
+    """All biases under `sites`; leaves without a bias are passed over."""
+
+    method: ClassVar[str] = "bitfit"
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        selection = sites.select(self.sites)
+        built: dict[str, AdapterModule] = {
+            leaf.name: BiasDelta(leaf)
+            for leaf in sites.leaves()
+            if leaf.name in selection and leaf.bias is not None
+        }
+        if not built:
+            raise ValueError(f"{sites.architecture} has no bias under sites={self.sites!r}")
+        return built
+
+
+class BiasDelta(Delta):
+    """Parameter `bias` (out,)."""
+
+    def __init__(self, leaf: Leaf) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(leaf.out_features, **leaf.like()))
+
+    def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        return y + self.bias.to(y.dtype)
+
+    def effective(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        delta = self.bias.to(weight.dtype)
+        return weight, delta if bias is None else bias + delta

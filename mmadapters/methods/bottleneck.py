@@ -1,0 +1,282 @@
+"""Bottleneck adapters: down-projection, activation, up-projection, beside a frozen sublayer.
+
+For a sublayer with residual stream x and branch u, whose sum is the stream's next state,
+
+    u' = u + s * DropPath(Norm(U Dropout(act(D Norm(h) + b_D)) + b_U))
+
+where h is, by the placement,
+
+    Sequential(residual="before")   u              Houlsby et al. 2019
+    Sequential(residual="after")    x + u          Pfeiffer et al. 2021
+    Parallel(input="residual")      x              He et al. 2022; AdaptFormer, Chen et al. 2022
+    Parallel(input="normed")        what the sublayer itself reads
+
+D (r, D) starts as nn.Linear does and U (D, r) at zero, so that a fresh adapter is the identity;
+never both at zero, or neither would ever learn. Houlsby's near-zero start of both differs by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sites import SiteMap, Sublayer
+from .base import AdapterModule, Branch, MethodConfig, check_choice, check_rate, drop_path, kaiming
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leaky_relu": F.leaky_relu,
+    "identity": lambda x: x,
+}
+SUBLAYERS = ("attn", "cross", "ffn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequential:
+    """After the named sublayers, on the branch (`before` the residual add) or on the sum."""
+
+    at: tuple[str, ...] = SUBLAYERS
+    residual: Literal["before", "after"] = "before"
+
+    def __post_init__(self) -> None:
+        _check_at(self)
+        check_choice("residual", self.residual, ("before", "after"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Beside the named sublayers, reading the un-normed residual stream or the sublayer's input."""
+
+    at: tuple[str, ...] = ("ffn",)
+    input: Literal["residual", "normed"] = "residual"
+
+    def __post_init__(self) -> None:
+        _check_at(self)
+        check_choice("input", self.input, ("residual", "normed"))
+
+
+Placement = Sequential | Parallel
+
+
+def _check_at(placement: Placement) -> None:
+    if isinstance(placement.at, str):
+        raise ValueError(f"at must be a tuple of sublayers, e.g. at=({placement.at!r},)")
+    object.__setattr__(placement, "at", tuple(placement.at))
+    if not placement.at:
+        raise ValueError(f"at is empty: name at least one of {', '.join(SUBLAYERS)}")
+    for sublayer in placement.at:
+        check_choice("at", sublayer, SUBLAYERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckConfig(MethodConfig):
+    """Any bottleneck adapter. Give `size` or `reduction_factor`, not both (default: factor 16).
+
+    norm: LayerNorm before the down-projection, or after the up-projection, or none.
+    scale: factor on the result; `learn_scale` makes it a parameter, one or one per channel.
+    """
+
+    placement: Placement = field(default_factory=Sequential)
+    size: int | None = None
+    reduction_factor: float | None = None
+    activation: str = "relu"
+    norm: Literal["before", "after"] | None = None
+    scale: float = 1.0
+    learn_scale: Literal["scalar", "channel"] | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+    method: ClassVar[str] = "bottleneck"
+    mergeable: ClassVar[bool | str] = (
+        "a bottleneck has a non-linearity between its two projections, so no weight equals it"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.placement, (Sequential, Parallel)):
+            raise ValueError(f"placement must be Sequential or Parallel, not {self.placement!r}")
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("norm", self.norm, ("before", "after", None))
+        check_choice("learn_scale", self.learn_scale, ("scalar", "channel", None))
+        check_rate("dropout", self.dropout)
+        check_rate("drop_path", self.drop_path)
+        check_size(self.size, self.reduction_factor)
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        return {
+            sublayer.name: Bottleneck(self, sublayer)
+            for sublayer in chosen_sublayers(self, sites, self.placement.at)
+        }
+
+
+class Bottleneck(Branch):
+    """One bottleneck at one sublayer; parameters `down`, `up`, and `norm`, `scale` if asked for."""
+
+    def __init__(
+        self,
+        config: BottleneckConfig,
+        sublayer: Sublayer,
+        *,
+        project: Callable[[int, int, dict], nn.Module] | None = None,
+    ) -> None:
+        """`project(in, out, like)` makes the projections; by default linear maps."""
+        super().__init__()
+        width, like = sublayer.width, sublayer.like()
+        size = bottleneck_size(sublayer, config.size, config.reduction_factor)
+        placement = config.placement
+        self.parallel = isinstance(placement, Parallel)
+        if isinstance(placement, Parallel):
+            self.reads = frozenset({"residual" if placement.input == "residual" else "input"})
+        elif placement.residual == "after":
+            self.reads = frozenset({"residual"})
+        self.activation = config.activation
+        self.dropout, self.drop_path = config.dropout, config.drop_path
+        self.norm_before = nn.LayerNorm(width, **like) if config.norm == "before" else None
+        self.norm_after = nn.LayerNorm(width, **like) if config.norm == "after" else None
+        self.down = (project or linear)(width, size, like)
+        self.up = (project or zero_linear)(size, width, like)
+        self.scale: float | nn.Parameter = config.scale
+        if config.learn_scale is not None:
+            shape = (width,) if config.learn_scale == "channel" else ()
+            self.scale = nn.Parameter(torch.full(shape, config.scale, **like))
+
+    def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        h = residual if residual is not None else input
+        if h is None:
+            h = branch
+        elif not self.parallel:
+            h = h + branch
+        if self.norm_before is not None:
+            h = self.norm_before(h)
+        h = ACTIVATIONS[self.activation](self.down(h))
+        h = self.up(F.dropout(h, self.dropout, self.training))
+        if self.norm_after is not None:
+            h = self.norm_after(h)
+        if isinstance(self.scale, Tensor) or self.scale != 1.0:
+            h = h * self.scale
+        return branch + drop_path(h, self.drop_path, self.training).to(branch.dtype)
+
+
+def linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
+    """A linear map with nn.Linear's weight and zero bias."""
+    module = nn.Linear(in_features, out_features, **like)
+    kaiming(module.weight)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+def zero_linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
+    """A linear map that gives zero until it is trained."""
+    module = nn.Linear(in_features, out_features, **like)
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    return module
+
+
+def check_size(size: int | None, reduction_factor: float | None) -> None:
+    """Raises ValueError for a bottleneck that is given twice or is not a positive number."""
+    if size is not None and reduction_factor is not None:
+        raise ValueError(
+            f"give the bottleneck as size={size} or as reduction_factor={reduction_factor}, "
+            "not as both"
+        )
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1, not {size}")
+    if reduction_factor is not None and reduction_factor <= 0:
+        raise ValueError(f"reduction_factor must be above 0, not {reduction_factor}")
+
+
+def bottleneck_size(sublayer: Sublayer, size: int | None, reduction_factor: float | None) -> int:
+    """The bottleneck of one sublayer: as given, or its width over the factor, rounded down."""
+    if size is not None:
+        return size
+    factor = 16 if reduction_factor is None else reduction_factor
+    if factor > sublayer.width:
+        raise ValueError(
+            f"reduction_factor {factor:g} is larger than the width {sublayer.width} of "
+            f"{sublayer.name}: nothing would be left; use at most {sublayer.width} or give size"
+        )
+    return int(sublayer.width / factor)
+
+
+def chosen_sublayers(
+    config: MethodConfig, sites: SiteMap, kinds: tuple[str, ...]
+) -> list[Sublayer]:
+    """The sublayers of the given kinds under the config's `sites`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    selection = sites.select(config.sites)
+    found = [s for s in sites.sublayers() if s.name in selection and s.kind in kinds]
+    if not found:
+        there = sorted({sublayer.kind for sublayer in sites.sublayers()})
+        raise ValueError(
+            f"{sites.architecture} has no {' or '.join(kinds)} under sites={config.sites!r}; "
+            f"it has {', '.join(there)}"
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleSeqBnConfig(BottleneckConfig):
+    """Houlsby et al. 2019: after every sublayer, before its residual is added."""
+
+    activation: str = "gelu"
+    method: ClassVar[str] = "double_seq_bn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeqBnConfig(BottleneckConfig):
+    """Pfeiffer et al. 2021: once per block, after the feed-forward part and its residual."""
+
+    placement: Placement = field(
+        default_factory=lambda: Sequential(at=("ffn",), residual="after")
+    )
+    method: ClassVar[str] = "seq_bn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParBnConfig(BottleneckConfig):
+    """He et al. 2022: parallel to the feed-forward part, reading the residual stream, scaled."""
+
+    placement: Placement = field(default_factory=Parallel)
+    reduction_factor: float | None = 2
+    scale: float = 4.0
+    method: ClassVar[str] = "par_bn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptFormerConfig(BottleneckConfig):
+    """AdaptFormer, Chen et al. 2022: parallel to the MLP on the un-normed stream, 64 wide, x0.1."""
+
+    placement: Placement = field(default_factory=Parallel)
+    size: int | None = 64
+    scale: float = 0.1
+    dropout: float = 0.1
+    method: ClassVar[str] = "adaptformer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlusConfig(BottleneckConfig):
+    """Adapter+, Steitz and Roth 2024: after the MLP's residual, GELU, channel-wise learned scale."""
+
+    placement: Placement = field(
+        default_factory=lambda: Sequential(at=("ffn",), residual="after")
+    )
+    size: int | None = 8
+    activation: str = "gelu"
+    learn_scale: Literal["scalar", "channel"] | None = "channel"
+    drop_path: float = 0.1
+    method: ClassVar[str] = "adapter_plus"

@@ -1,0 +1,77 @@
+"""Prefix tuning: learned keys and values before those of every attention.
+
+    softmax(q [P_k; k]^T / sqrt(d)) [P_v; v],   P_k, P_v (P, D) per layer
+
+Li and Liang 2021. With `reparametrise=m`, [P_k, P_v] = W_2 tanh(W_1 E + b_1) + b_2 from E (P, D),
+W_1 (m, D), W_2 (2D, m): the paper's, but one such network for each layer instead of one for all.
+Not the identity at the start: a prefix always takes some attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..sites import SiteMap, Sublayer
+from .base import AdapterModule, MethodConfig, Prefix
+from .bottleneck import chosen_sublayers
+
+CAN = "timm ViT and EVA, transformers ViT, DINOv2, CLIP, SigLIP, wav2vec2, HuBERT, BERT, open_clip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig(MethodConfig):
+    """`length`: P, keys and values per layer; `reparametrise`: hidden width m of the MLP, or None."""
+
+    length: int = 10
+    reparametrise: int | None = None
+
+    method: ClassVar[str] = "prefix"
+    identity: ClassVar[bool] = False
+    mergeable: ClassVar[bool | str] = "a prefix adds keys and values, which no weight can hold"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, not {self.length}")
+        if self.reparametrise is not None and self.reparametrise < 1:
+            raise ValueError(f"reparametrise must be at least 1, not {self.reparametrise}")
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        chosen = chosen_sublayers(self, sites, ("attn",))
+        for sublayer in chosen:
+            if sublayer.attention is None:
+                raise ValueError(
+                    f"prefix tuning cannot enter {sublayer.name} of {sites.architecture}, whose "
+                    "attention does not go through scaled_dot_product_attention; these can take "
+                    f"it: {CAN}; or name other sites"
+                )
+        return {sublayer.name: KeyValuePrefix(self, sublayer) for sublayer in chosen}
+
+
+class KeyValuePrefix(Prefix):
+    """Parameters `keys`, `values` (P, D), or `embedding` (P, D), `inner` and `outer`."""
+
+    def __init__(self, config: PrefixConfig, sublayer: Sublayer) -> None:
+        super().__init__()
+        like = sublayer.like()
+        key = sublayer.leaves.get("k")
+        width = sublayer.width if key is None else key.out_features
+        self.reparametrised = config.reparametrise is not None
+        if config.reparametrise is None:
+            self.keys = nn.Parameter(torch.empty(config.length, width, **like).normal_(std=0.02))
+            self.values = nn.Parameter(torch.empty(config.length, width, **like).normal_(std=0.02))
+        else:
+            embedding = torch.empty(config.length, width, **like).normal_()
+            self.embedding = nn.Parameter(embedding)
+            self.inner = nn.Linear(width, config.reparametrise, **like)
+            self.outer = nn.Linear(config.reparametrise, 2 * width, **like)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.reparametrised:
+            return self.keys, self.values
+        keys, values = self.outer(torch.tanh(self.inner(self.embedding))).chunk(2, dim=-1)
+        return keys, values

@@ -1,0 +1,165 @@
+"""Several methods under one adapter name, plainly or with learned gates.
+
+    ConfigUnion   every method acts as it does alone, in the order given
+    MAM           prefix tuning and a parallel bottleneck, He et al. 2022
+    UniPELT       each method's change is weighted by a gate G = sigmoid(w h + b) of what its
+                  site reads: per layer and token for bottlenecks and LoRA; for a prefix, whose keys
+                  and values all tokens share, the mean over tokens. Mao et al. 2022
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..sites import Leaf, SiteMap
+from .base import AdapterModule, Branch, Delta, MethodConfig, Prefix
+from .bottleneck import BottleneckConfig, ParBnConfig, SeqBnConfig
+from .lora import LoRAConfig
+from .prefix import PrefixConfig
+
+
+@dataclass(frozen=True)
+class ConfigUnion(MethodConfig):
+    """`ConfigUnion(PrefixConfig(), ParBnConfig())`: each config keeps its own `sites`."""
+
+    configs: tuple[MethodConfig, ...] = ()
+
+    method: ClassVar[str] = "union"
+
+    def __init__(self, *configs: MethodConfig) -> None:
+        object.__setattr__(self, "configs", configs)
+        object.__setattr__(self, "sites", ("*",))
+        for config in configs:
+            if not isinstance(config, MethodConfig) or isinstance(config, ConfigUnion):
+                raise ValueError(f"a ConfigUnion holds single methods, not {config!r}")
+        if len(configs) < 2:
+            raise ValueError("a ConfigUnion needs at least two methods")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return all(config.identity for config in self.configs)
+
+    @property
+    def mergeable(self) -> bool | str:  # type: ignore[override]
+        reasons = [config.mergeable for config in self.configs if config.mergeable is not True]
+        return reasons[0] if reasons else True
+
+    def parts(self) -> Iterable[tuple[str, MethodConfig]]:
+        names = [config.method for config in self.configs]
+        for index, config in enumerate(self.configs):
+            before = names[:index].count(config.method)
+            yield (f"{config.method}.{before}" if before else config.method), config
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        raise TypeError("a ConfigUnion is built part by part")
+
+
+class MAMConfig(ConfigUnion):
+    """Mix-and-match: a reparametrised prefix and a parallel bottleneck."""
+
+    method: ClassVar[str] = "mam"
+
+    def __init__(
+        self, prefix: PrefixConfig | None = None, bottleneck: BottleneckConfig | None = None
+    ) -> None:
+        super().__init__(
+            prefix or PrefixConfig(length=30, reparametrise=512), bottleneck or ParBnConfig()
+        )
+
+
+class UniPELTConfig(ConfigUnion):
+    """Gated prefix, LoRA and bottleneck; pass any configs of these kinds to change the three."""
+
+    method: ClassVar[str] = "unipelt"
+
+    def __init__(self, *configs: MethodConfig) -> None:
+        chosen = configs or (PrefixConfig(), LoRAConfig(), SeqBnConfig(reduction_factor=16))
+        for config in chosen:
+            if not isinstance(config, (PrefixConfig, LoRAConfig, BottleneckConfig)):
+                raise ValueError(f"UniPELT gates prefix, LoRA and bottleneck, not {config!r}")
+        super().__init__(*chosen)
+
+    @property
+    def mergeable(self) -> bool | str:  # type: ignore[override]
+        return "its gates depend on the input, so no weight equals it"
+
+    def parts(self) -> Iterable[tuple[str, MethodConfig]]:
+        for key, config in super().parts():
+            yield key, Gated(config=config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(MethodConfig):
+    """One method whose modules each stand behind a gate; made by UniPELT, not by hand."""
+
+    config: MethodConfig
+
+    method: ClassVar[str] = "gated"
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        leaves = {leaf.name: leaf for leaf in sites.leaves()}
+        widths = {sublayer.name: sublayer.width for sublayer in sites.sublayers()}
+        built: dict[str, AdapterModule] = {}
+        for name, module in self.config.build(sites).items():
+            like = {key: getattr(next(module.parameters()), key) for key in ("dtype", "device")}
+            if isinstance(module, Delta):
+                leaf = leaves[name]
+                if leaf.raw and not isinstance(leaf.owner, nn.MultiheadAttention):
+                    raise ValueError(
+                        f"{name}: {sites.architecture} reads this weight itself, so a gate on its "
+                        "input cannot act; leave it out with sites=..."
+                    )
+                built[name] = GatedDelta(module, nn.Linear(leaf.in_features, 1, **like))
+            elif isinstance(module, Branch):
+                built[name] = GatedBranch(module, nn.Linear(widths[name], 1, **like))
+            else:
+                assert isinstance(module, Prefix)
+                built[name] = GatedPrefix(module, nn.Linear(widths[name], 1, **like))
+        return built
+
+
+class GatedBranch(Branch):
+    """branch + G(h) * (inner(branch) - branch), h what the sublayer itself reads."""
+
+    def __init__(self, inner: Branch, gate: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.gate = inner, gate
+        self.reads = inner.reads | {"input"}
+
+    def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        own = input if "input" in self.inner.reads else None
+        change = self.inner(branch, residual=residual, input=own) - branch
+        assert input is not None
+        return branch + (torch.sigmoid(self.gate(input)) * change).to(branch.dtype)
+
+
+class GatedDelta(Delta):
+    """y + G(x) * (inner(y, x) - y)."""
+
+    as_weight = False  # type: ignore[assignment]
+
+    def __init__(self, inner: Delta, gate: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.gate = inner, gate
+
+    def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        change = self.inner(y, x, leaf) - y
+        return y + (torch.sigmoid(self.gate(x.to(self.gate.weight.dtype))) * change).to(y.dtype)
+
+
+class GatedPrefix(Prefix):
+    """Keys and values times the mean of G(x) over the tokens of each sample."""
+
+    def __init__(self, inner: Prefix, gate: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.gate = inner, gate
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.inner(x)
+        gate = torch.sigmoid(self.gate(x)).mean(dim=1, keepdim=True)
+        return gate * keys, gate * values

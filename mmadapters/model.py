@@ -1,0 +1,593 @@
+"""`AdapterModel`: a frozen encoder, its adapters, and which of them act."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import methods, storage
+from .composition import Composition, Setup, parse
+from .injectors import NOTHING, Architecture, Plan, Runtime, describe
+from .injectors.raw import changed_weight
+from .injectors.runtime import Kind
+from .methods import AdapterModule, Branch, Delta, MethodConfig, Prefix
+from .selfcheck import check
+from .sites import Parameter, nearest
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+@ -]*")
+_KINDS: tuple[tuple[type, Kind], ...] = (
+    (Branch, "branch"),
+    (Delta, "delta"),
+    (Prefix, "prefix"),
+)
+
+
+def init(
+    backbone: nn.Module,
+    *,
+    sites: Architecture | None = None,
+    example_inputs: tuple | Mapping[str, Any] | None = None,
+    train_trunk: bool = False,
+) -> AdapterModel:
+    """Freezes `backbone`, puts it in eval mode and wraps it; its outputs are what they were.
+
+    Args:
+        sites: where the blocks are, for an encoder that mmadapters does not know.
+        example_inputs: a small input (args as a tuple, or keywords as a dict) for the self-check;
+            known encoders make their own.
+        train_trunk: let `model.train()` put the encoder in train mode too (its dropout, LayerDrop,
+            SpecAugment). By default the frozen trunk stays in eval mode.
+
+    Raises:
+        ValueError: the encoder is unknown and no `sites` are given, or they do not fit.
+    """
+    return AdapterModel(
+        backbone, sites=sites, example_inputs=example_inputs, train_trunk=train_trunk
+    )
+
+
+class Adapter(nn.Module):
+    """All modules inserted under one name. Keys are `<site>#<method>` with `/` for `.`."""
+
+    def __init__(self, config: MethodConfig, parts: dict[str, AdapterModule]) -> None:
+        super().__init__()
+        self.config = config
+        for key, module in parts.items():
+            self.add_module(key.replace(".", "/"), module)
+
+    def entries(self) -> Iterator[tuple[str, AdapterModule]]:
+        """(site, module) in the order in which they act."""
+        for key, module in self._modules.items():
+            assert module is not None
+            yield key.split("#")[0].replace("/", "."), module  # type: ignore[misc]
+
+    def plan(self) -> Plan:
+        plan = Plan()
+        for site, module in self.entries():
+            plan.add(_kind(module), site, module)
+        return plan
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers under the names that files use, shared ones under their first."""
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for key, module in self._modules.items():
+            assert module is not None
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{key.replace('/', '.')}/{name}"] = tensor
+        return found
+
+
+def _kind(module: nn.Module) -> Kind:
+    return next((kind for cls, kind in _KINDS if isinstance(module, cls)), "prompt")
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One line of `adapter_summary`. `share`: parameters over the encoder's own, in percent."""
+
+    name: str
+    method: str
+    sites: int
+    parameters: int
+    share: float
+    active: bool
+    trainable: bool
+    merged: bool
+
+
+@dataclass(eq=False)
+class _Merged:
+    """The tensors that a merge changed, as they were."""
+
+    name: str
+    originals: list[tuple[Parameter, Tensor]]
+
+
+class AdapterModel(nn.Module):
+    """A frozen encoder that adapters act on. Calls, attributes and methods go to the encoder.
+
+    Adapters live here, not inside the encoder: its `state_dict` keeps its keys and values. `model(x)`
+    has the encoder's own signature and return type; other methods (`model.generate`,
+    `model.encode_image`, `model.forward_features`) are the encoder's, with adapters acting.
+
+    A note on bits: with gradients enabled `nn.MultiheadAttention` takes another path for trainable
+    weights than for frozen ones, whose results differ in the last bits. A fresh adapter is
+    bit-equal to the encoder under `torch.no_grad()` and before `train_adapter` makes it trainable.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        sites: Architecture | None = None,
+        example_inputs: tuple | Mapping[str, Any] | None = None,
+        train_trunk: bool = False,
+    ) -> None:
+        site_map, example = describe(backbone, sites)
+        if isinstance(backbone, AdapterModel):
+            raise ValueError("the backbone is an AdapterModel already: add adapters to it")
+        super().__init__()
+        self.backbone = backbone
+        self.adapters = nn.Module()
+        self.train_trunk = train_trunk
+        self._runtime = Runtime(site_map)
+        self._example = example
+        self._example_inputs = example_inputs
+        self._composition: Composition | None = None
+        self._plans: dict[Composition, Plan] = {}
+        self._verified: set[tuple] = set()
+        self._merged: list[_Merged] = []
+        self._identity: dict[str, Any] | None = None
+        self._detached = False
+        self._required_grad = {n: p.requires_grad for n, p in backbone.named_parameters()}
+        backbone.requires_grad_(False)
+        self._set_front_end_gradients(False)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Read here so that a compiled model is compiled anew when hooks have changed.
+        _ = self._runtime.generation
+        return self.backbone(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "backbone" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("backbone"), name)
+
+    def train(self, mode: bool = True) -> AdapterModel:
+        """Adapters to train mode; the encoder only where `train_trunk` was asked for."""
+        super().train(mode)
+        if not self.train_trunk:
+            self.backbone.train(False)
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """As in transformers, never re-entrant: that gives frozen encoders no gradient at all.
+
+        Raises:
+            ValueError: `use_reentrant=True` is asked for.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError(
+                "re-entrant checkpointing gives adapters on a frozen encoder no gradient; leave "
+                "use_reentrant out or set it to False"
+            )
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+
+    @property
+    def sites(self) -> Any:
+        """The `SiteMap` of the encoder."""
+        return self._runtime.sites
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters held, in the order in which they were added."""
+        return tuple(self.adapters._modules)
+
+    @property
+    def active_adapters(self) -> Composition | None:
+        """What acts now, in this thread's `using` or by `set_active_adapters`; None for nothing."""
+        above = self._runtime.local.plan
+        if above is None:
+            return self._composition
+        return next((known for known, plan in self._plans.items() if plan is above), None)
+
+    def adapter(self, name: str) -> Adapter:
+        """The modules of one adapter.
+
+        Raises:
+            ValueError: there is none of that name; names the nearest.
+        """
+        found = self.adapters._modules.get(name)
+        if found is None:
+            there = ", ".join(map(repr, self.adapter_names)) or "none yet"
+            raise ValueError(
+                f"no adapter is called {name!r}{nearest(name, self.adapter_names)}; there are {there}"
+            )
+        assert isinstance(found, Adapter)
+        return found
+
+    def add_adapter(self, name: str, config: MethodConfig | str) -> None:
+        """Inserts a fresh adapter, neither active nor trainable, and checks that it can act.
+
+        Args:
+            name: letters, digits, `_`, `-`, `+`, `@` and spaces.
+            config: a config of `mmadapters.methods`, or a method's name for its defaults.
+
+        Raises:
+            ValueError: a bad name or config, or the encoder has no place for the method.
+            InertAdapterError: a site at which the adapter would change nothing.
+        """
+        if isinstance(config, str):
+            config = methods.method_named(config)()
+        self._insert(name, config, self._build(name, config))
+
+    def _build(self, name: str, config: MethodConfig) -> Adapter:
+        if self._detached:
+            raise ValueError("this model was detached from its encoder; call mmadapters.init anew")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} cannot name an adapter: use letters, digits, '_', '-', '+', '@' and "
+                "spaces, no path separators or dots"
+            )
+        if name in self.adapter_names:
+            raise ValueError(
+                f"an adapter called {name!r} is here already; delete it or choose another name"
+            )
+        if not isinstance(config, MethodConfig):
+            raise ValueError(f"config must be a method's config or name, not {config!r}")
+        parts: dict[str, AdapterModule] = {}
+        for key, part in config.parts():
+            for site, module in part.build(self.sites).items():
+                parts[f"{site}#{key}"] = module
+        adapter = Adapter(config, parts)
+        adapter.requires_grad_(False)
+        return adapter
+
+    def _insert(self, name: str, config: MethodConfig, adapter: Adapter) -> None:
+        adapter.train(self.training)
+        self.adapters.add_module(name, adapter)
+        try:
+            self._sync()
+            self._check(adapter)
+        except BaseException:
+            del self.adapters._modules[name]
+            self._sync()
+            raise
+
+    def _sync(self) -> None:
+        held = [self.adapter(name).plan() for name in self.adapter_names]
+        self._runtime.sync(held)
+        self._plans = {}
+        if self._composition is not None:
+            self._runtime.active = self._plan(self._composition)
+
+    def _check(self, adapter: Adapter) -> None:
+        """Checks the points that no earlier adapter of this model has been checked at."""
+        plan = Plan()
+        points = set()
+        for kind, site, module in adapter.plan().entries():
+            point = (kind, site, type(module), getattr(module, "reads", None))
+            if point not in self._verified:
+                points.add(point)
+                plan.add(kind, site, module)
+        if points:
+            check(self, self._runtime, plan, self._example_input())
+            self._verified |= points
+
+    def _example_input(self) -> tuple[tuple, dict]:
+        given = self._example_inputs
+        if isinstance(given, Mapping):
+            return (), dict(given)
+        if given is not None:
+            return tuple(given), {}
+        if self._example is None:
+            raise ValueError(
+                "the self-check needs an input: pass example_inputs=(tensor, ...) to init"
+            )
+        return self._example(self.backbone)
+
+    def _plan(self, composition: Composition | None) -> Plan:
+        if composition is None:
+            return NOTHING
+        if composition not in self._plans:
+            plan = Plan()
+            merged = [merge.name for merge in self._merged]
+            for name in composition.names():
+                adapter = self.adapter(name)
+                if name in merged:
+                    raise ValueError(
+                        f"adapter {name!r} is merged into the weights and would act twice; call "
+                        f"reset_adapter({name!r}) first"
+                    )
+                for site, module in adapter.entries():
+                    plan.add(_kind(module), site, module)
+            self._plans[composition] = plan
+        return self._plans[composition]
+
+    def set_active_adapters(self, setup: Setup) -> None:
+        """Lets adapters act: a name, several names (a `Stack`), a composition, or None for none.
+
+        Raises:
+            ValueError: a name that is not here, or that is merged.
+        """
+        composition = parse(setup)
+        self._runtime.active = self._plan(composition)
+        self._composition = composition
+
+    @contextlib.contextmanager
+    def using(self, setup: Setup) -> Iterator[AdapterModel]:
+        """Inside the block, in this thread alone, `setup` acts; then what acted before does again.
+
+        Other threads that run the same model are not affected.
+        """
+        plan = self._plan(parse(setup))
+        local = self._runtime.local
+        above = local.plan
+        local.plan = plan
+        try:
+            yield self
+        finally:
+            local.plan = above
+
+    def train_adapter(self, setup: Setup) -> None:
+        """Makes adapters active and trainable, all others frozen, and enters train mode."""
+        composition = parse(setup)
+        self.set_active_adapters(composition)
+        wanted = set(composition.names()) if composition is not None else set()
+        for name in self.adapter_names:
+            self.adapter(name).requires_grad_(name in wanted)
+        self.train()
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter and the hooks that only it needed; nothing acts if it was acting.
+
+        Raises:
+            ValueError: there is none of that name, or it is merged.
+        """
+        self.adapter(name)
+        self._refuse_merged(name, "deleted")
+        if self._composition is not None and name in self._composition.names():
+            self.set_active_adapters(None)
+        del self.adapters._modules[name]
+        self._sync()
+
+    def detach(self) -> nn.Module:
+        """The encoder without any trace of adapters; this model is no longer of use.
+
+        Merged adapters stay merged: reset them first for the encoder's own bits.
+        """
+        self._runtime.clear()
+        self._composition, self._plans = None, {}
+        self.adapters._modules.clear()
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(self._required_grad.get(name, True))
+        self._set_front_end_gradients(True)
+        self._detached = True
+        return self.backbone
+
+    def _set_front_end_gradients(self, value: bool) -> None:
+        """transformers' speech encoders ask for gradients of their own front end in train mode."""
+        for module in self.backbone.modules():
+            if "_requires_grad" in module.__dict__:
+                if not value:
+                    module.__dict__.setdefault("_mmadapters_required_grad", module._requires_grad)
+                    module._requires_grad = False
+                else:
+                    module._requires_grad = module.__dict__.pop("_mmadapters_required_grad", True)
+
+    def merge_adapter(self, name: str) -> None:
+        """Folds an adapter into the encoder's weights: the same outputs at no cost.
+
+        The adapter no longer acts by itself. `reset_adapter` undoes it to the bit.
+
+        Raises:
+            ValueError: the method cannot be merged, with the reason; or a bias has nowhere to go.
+        """
+        adapter = self.adapter(name)
+        self._refuse_merged(name, "merged again")
+        if adapter.config.mergeable is not True:
+            raise ValueError(f"adapter {name!r} cannot be merged: {adapter.config.mergeable}")
+        self._identify()
+        leaves = {leaf.name: leaf for leaf in self.sites.leaves()}
+        changes: list[tuple[Parameter, Tensor]] = []
+        for site, deltas in adapter.plan().delta.items():
+            leaf = leaves[site]
+            weight = leaf.weight
+            if weight is None:
+                weight = torch.ones(leaf.out_features, **leaf.like())
+            with torch.no_grad():
+                changed, bias = changed_weight(weight, leaf.bias, deltas)
+            for place, new, old in (
+                (leaf.weight_at, changed, weight),
+                (leaf.bias_at, bias, leaf.bias),
+            ):
+                if place is not None and new is not None:
+                    changes.append((place, new))
+                elif new is not None and (old is None or not torch.equal(new, old)):
+                    raise ValueError(
+                        f"adapter {name!r} cannot be merged: {site} has no parameter to hold its "
+                        "shift or scale"
+                    )
+        originals = [(place, place.tensor.detach().clone()) for place, _ in changes]
+        if self._composition is not None and name in self._composition.names():
+            rest = [other for other in self._composition.names() if other != name]
+            self.set_active_adapters(rest or None)
+        for place, new in changes:
+            place.tensor.data.copy_(new)
+        self._merged.append(_Merged(name, originals))
+        self._plans = {}
+
+    def reset_adapter(self, name: str) -> None:
+        """Undoes `merge_adapter`: the encoder has the very bits that it had.
+
+        Raises:
+            ValueError: it is not merged, or another was merged after it.
+        """
+        self.adapter(name)
+        merged = [merge.name for merge in self._merged]
+        if name not in merged:
+            raise ValueError(f"adapter {name!r} is not merged")
+        if merged[-1] != name:
+            raise ValueError(f"adapter {merged[-1]!r} was merged after {name!r}: reset it first")
+        for place, old in self._merged.pop().originals:
+            place.tensor.data.copy_(old)
+
+    def _refuse_merged(self, name: str, what: str) -> None:
+        if name in [merge.name for merge in self._merged]:
+            raise ValueError(
+                f"adapter {name!r} is merged into the weights and cannot be {what}; call "
+                f"reset_adapter({name!r}) first"
+            )
+
+    def adapter_summary(self) -> list[AdapterRow]:
+        """Prints a table of the adapters held, and returns its rows."""
+        base = sum(parameter.numel() for parameter in self.backbone.parameters())
+        composition = self.active_adapters
+        active = set(composition.names()) if composition is not None else set()
+        merged = {merge.name for merge in self._merged}
+        rows = []
+        for name in self.adapter_names:
+            adapter = self.adapter(name)
+            count = sum(parameter.numel() for parameter in adapter.parameters())
+            rows.append(
+                AdapterRow(
+                    name=name,
+                    method=adapter.config.method,
+                    sites=len({site for site, _ in adapter.entries()}),
+                    parameters=count,
+                    share=100 * count / base,
+                    active=name in active,
+                    trainable=any(p.requires_grad for p in adapter.parameters()),
+                    merged=name in merged,
+                )
+            )
+        print(summary_table(type(self.backbone).__name__, base, rows))
+        return rows
+
+    def _identify(self) -> dict[str, Any]:
+        """The encoder's identity, computed once, before anything is merged into it."""
+        if self._identity is None:
+            towers = {
+                name: storage.tower_identity(tower) for name, tower in self.sites.towers.items()
+            }
+            self._identity = {
+                "library": self.sites.library,
+                "architecture": self.sites.architecture,
+                "towers": towers,
+            }
+        return self._identity
+
+    def save_adapter(
+        self,
+        directory: str | os.PathLike,
+        name: str,
+        *,
+        head: nn.Module | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes one adapter, with a task's head and JSON-ready metadata, into a directory.
+
+        Raises:
+            ValueError: there is none of that name, or the directory holds something else.
+        """
+        adapter = self.adapter(name)
+        identity = self._identify()
+        used = {site for site, _ in adapter.entries()}
+        towers = {
+            tower.name: identity["towers"][tower.name]
+            for tower in self.sites.towers.values()
+            if not used.isdisjoint(tower.site_names())
+        }
+        stored = storage.Stored(
+            name=name,
+            config=methods.to_dict(adapter.config),
+            backbone={**identity, "towers": towers},
+            tensors=adapter.tensors(),
+            head={} if head is None else dict(head.state_dict()),
+            metadata=dict(metadata or {}),
+        )
+        storage.write(directory, stored)
+
+    def load_adapter(
+        self,
+        directory: str | os.PathLike,
+        name: str | None = None,
+        *,
+        allow_different_weights: bool = False,
+    ) -> storage.Stored:
+        """Adds the adapter of a directory, under its own or another name; not yet active.
+
+        Everything is checked before anything changes. Returns what the directory holds, for the
+        head and the metadata.
+
+        Raises:
+            FileNotFoundError, ValueError: see `storage.read`; or the adapter is for another
+                encoder, or its tensors do not fit.
+        """
+        stored = storage.read(directory)
+        storage.check_backbone(
+            stored.backbone, self._identify(), allow_different_weights=allow_different_weights
+        )
+        config = methods.from_dict(stored.config)
+        adapter = self._build(stored.name if name is None else name, config)
+        own = adapter.tensors()
+        absent, surplus = sorted(own.keys() - stored.tensors), sorted(stored.tensors.keys() - own)
+        if absent or surplus:
+            raise ValueError(
+                f"{directory} does not fit this encoder: {len(absent)} tensors are missing and "
+                f"{len(surplus)} have no place, first {(absent or surplus)[0]!r}"
+            )
+        for key, tensor in stored.tensors.items():
+            if tensor.shape != own[key].shape:
+                raise ValueError(
+                    f"{directory}: {key} has shape {tuple(tensor.shape)}, this encoder needs "
+                    f"{tuple(own[key].shape)}"
+                )
+        with torch.no_grad():
+            for key, tensor in stored.tensors.items():
+                own[key].copy_(tensor)
+        self._insert(stored.name if name is None else name, config, adapter)
+        return stored
+
+
+def summary_table(architecture: str, base: int, rows: list[AdapterRow]) -> str:
+    """The adapters as aligned text."""
+    head = ("adapter", "method", "sites", "parameters", "% of backbone", "state")
+    lines = [head]
+    for row in rows:
+        states = [what for what in ("active", "trainable", "merged") if getattr(row, what)]
+        lines.append(
+            (
+                row.name,
+                row.method,
+                str(row.sites),
+                f"{row.parameters:,}",
+                f"{row.share:.2f}",
+                ", ".join(states) or "idle",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    right = (False, False, True, True, True, False)
+    text = [f"{architecture}: {base:,} frozen parameters"]
+    for line in lines:
+        cells = (
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(line, widths, right, strict=True)
+        )
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)

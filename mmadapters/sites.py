@@ -1,0 +1,227 @@
+"""The named points of a frozen encoder: what injectors find and what methods ask for.
+
+A `SiteMap` holds towers (`vision`, `audio`, `text`, `fusion`, `decoder`); a tower holds blocks in
+the order in which they run; a block holds sublayers (`attn`, `ffn`, `cross`); a sublayer holds its
+leaves: the linear maps `q k v o` (attention) or `up down` (feed-forward) and its `norm`.
+Canonical names join them by dots: `vision.blocks.3.attn.q`. Neither methods nor injectors import
+each other: this file is all that they share.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+SublayerKind = Literal["attn", "cross", "ffn"]
+LeafKind = Literal["linear", "norm"]
+ATTENTION_LEAVES = ("q", "k", "v", "o")
+FFN_LEAVES = ("up", "gate", "down")
+
+
+@dataclass(eq=False)
+class Parameter:
+    """Where a tensor lives: attribute `attribute` of `module`, rows `start` to `stop` of it."""
+
+    module: nn.Module
+    attribute: str
+    start: int | None = None
+    stop: int | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        tensor = self.module._parameters.get(self.attribute)
+        if tensor is None:
+            tensor = self.module._buffers[self.attribute]
+        assert tensor is not None
+        return tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        """The rows of the frozen tensor that belong to this site; a view, never a copy."""
+        return self.whole if self.start is None else self.whole[self.start : self.stop]
+
+
+@dataclass(eq=False)
+class Leaf:
+    """One linear map or LayerNorm of a sublayer: y = W x + b, or y = w * norm(x) + b.
+
+    `raw` says that the library reads the weight itself instead of calling the module
+    (`in_proj_weight`, `nn.MultiheadAttention.out_proj`): a hook would never fire there.
+    `index` and `parts` place the leaf in the output of a fused projection: part `index` of `parts`.
+    `owner` is the module whose forward reads a raw weight.
+    """
+
+    name: str
+    kind: LeafKind
+    module: nn.Module
+    weight_at: Parameter | None
+    bias_at: Parameter | None
+    in_features: int
+    out_features: int
+    raw: bool = False
+    index: int = 0
+    parts: int = 1
+    owner: nn.Module | None = None
+
+    @property
+    def role(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def weight(self) -> Tensor | None:
+        """(out_features, in_features) for a linear map, (features,) for a norm, None without one."""
+        return None if self.weight_at is None else self.weight_at.tensor
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out_features,), None without one."""
+        return None if self.bias_at is None else self.bias_at.tensor
+
+    def like(self) -> dict:
+        """dtype and device that an adapter of this leaf must have."""
+        reference = self.weight if self.weight is not None else self.bias
+        return like(reference if reference is not None else next(self.module.parameters(), None))
+
+
+@dataclass(eq=False)
+class Sublayer:
+    """Attention, cross-attention or feed-forward part of a block, as a branch beside the residual.
+
+    `output`: the module whose (first) output is the branch, before the residual is added.
+    `residual`: the module whose first input is the residual stream x of `x + branch`.
+    `input`: the module whose first input is what the sublayer itself reads (normed in pre-norm).
+    `attention`: the module that computes attention, for methods that add keys and values.
+    """
+
+    name: str
+    kind: SublayerKind
+    width: int
+    output: nn.Module
+    residual: nn.Module
+    input: nn.Module
+    attention: nn.Module | None
+    post_norm: bool
+    leaves: dict[str, Leaf] = field(default_factory=dict)
+
+    def like(self) -> dict:
+        for leaf in self.leaves.values():
+            if leaf.weight is not None:
+                return leaf.like()
+        return like(next(self.output.parameters(), None))
+
+
+@dataclass(eq=False)
+class Block:
+    """One transformer block. `index` counts from 0 in the order of running."""
+
+    name: str
+    index: int
+    module: nn.Module
+    sublayers: dict[str, Sublayer]
+
+
+@dataclass(eq=False)
+class Tower:
+    """A stack of blocks of one width that run one after another.
+
+    `prompts` says whether a token may be appended to the sequence inside the blocks: None if so,
+    else the reason why not.
+    """
+
+    name: str
+    width: int
+    path: str
+    blocks: list[Block]
+    norm: Leaf | None = None
+    prompts: str | None = None
+
+    def site_names(self) -> list[str]:
+        """Every canonical name of the tower, outermost first."""
+        found = [self.name]
+        for block in self.blocks:
+            found.append(block.name)
+            for sublayer in block.sublayers.values():
+                found.append(sublayer.name)
+                found.extend(leaf.name for leaf in sublayer.leaves.values())
+        if self.norm is not None:
+            found.append(self.norm.name)
+        return found
+
+
+@dataclass(eq=False)
+class SiteMap:
+    """All that is known about where an encoder can be adapted."""
+
+    library: str
+    architecture: str
+    towers: dict[str, Tower]
+
+    def blocks(self) -> Iterator[Block]:
+        for tower in self.towers.values():
+            yield from tower.blocks
+
+    def sublayers(self) -> Iterator[Sublayer]:
+        for block in self.blocks():
+            yield from block.sublayers.values()
+
+    def leaves(self) -> Iterator[Leaf]:
+        for tower in self.towers.values():
+            for block in tower.blocks:
+                for sublayer in block.sublayers.values():
+                    yield from sublayer.leaves.values()
+            if tower.norm is not None:
+                yield tower.norm
+
+    def names(self) -> list[str]:
+        """Every canonical name, outermost first."""
+        return [name for tower in self.towers.values() for name in tower.site_names()]
+
+    def select(self, patterns: Iterable[str]) -> Selection:
+        """The sites under the glob `patterns`; each must match something.
+
+        Raises:
+            ValueError: a pattern matches no site; names the nearest one.
+        """
+        patterns = tuple(patterns)
+        names = self.names()
+        for pattern in patterns:
+            if not any(_under(name, pattern) for name in names):
+                raise ValueError(
+                    f"no site of {self.architecture} matches {pattern!r}"
+                    f"{nearest(pattern, names)}; its towers are {', '.join(self.towers)}"
+                )
+        return Selection(patterns)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Glob patterns over canonical names; a pattern also takes all that lies below what it names."""
+
+    patterns: tuple[str, ...]
+
+    def __contains__(self, name: str) -> bool:
+        return any(_under(name, pattern) for pattern in self.patterns)
+
+
+def _under(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest choice, or an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def like(reference: Tensor | None) -> dict:
+    """Factory keywords that put a new tensor where `reference` is, in its floating dtype."""
+    if reference is None:
+        return {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
+    dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()
+    return {"dtype": dtype, "device": reference.device}
