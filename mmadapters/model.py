@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import methods, storage
 from .composition import Composition, Setup, parse
-from .injectors import NOTHING, Architecture, Plan, Runtime, describe
+from .injectors import NOTHING, Architecture, Plan, Runtime, describe, is_adapted
 from .injectors.raw import changed_weight
 from .injectors.runtime import Kind
 from .methods import AdapterModule, Branch, Delta, MethodConfig, Prefix
@@ -133,9 +133,11 @@ class AdapterModel(nn.Module):
         example_inputs: tuple | Mapping[str, Any] | None = None,
         train_trunk: bool = False,
     ) -> None:
-        site_map, example = describe(backbone, sites)
         if isinstance(backbone, AdapterModel):
             raise ValueError("the backbone is an AdapterModel already: add adapters to it")
+        if is_adapted(backbone):
+            raise ValueError("another AdapterModel acts on this backbone: detach it first")
+        site_map, example = describe(backbone, sites)
         super().__init__()
         self.backbone = backbone
         self.adapters = nn.Module()
@@ -260,7 +262,7 @@ class AdapterModel(nn.Module):
 
     def _insert(self, name: str, config: MethodConfig, adapter: Adapter) -> None:
         adapter.train(self.training)
-        self.adapters.add_module(name, adapter)
+        self.adapters._modules[name] = adapter
         try:
             self._sync()
             self._check(adapter)

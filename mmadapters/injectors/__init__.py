@@ -11,7 +11,7 @@ from torch import nn
 
 from ..sites import SiteMap
 from . import audio, blip, clip, text, vision
-from .runtime import NOTHING, Plan, Runtime
+from .runtime import NOTHING, Plan, Runtime, is_adapted
 from .spec import (
     Architecture,
     Example,
@@ -89,4 +89,5 @@ __all__ = [
     "TowerSpec",
     "describe",
     "find_row",
+    "is_adapted",
 ]

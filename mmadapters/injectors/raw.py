@@ -28,7 +28,7 @@ from ..sites import Leaf, Sublayer
 if TYPE_CHECKING:
     from .runtime import Runtime
 
-_KEY = "_mmadapters"
+KEY = "_mmadapters"
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ def adapt_attention(runtime: Runtime, sublayer: Sublayer) -> list[nn.Module]:
 def restore(modules: Iterable[nn.Module], site: str) -> None:
     """Takes one site's needs off the modules; one with none left gets its own class back."""
     for module in modules:
-        state: Adapted | None = module.__dict__.get(_KEY)
+        state: Adapted | None = module.__dict__.get(KEY)
         if state is None:
             continue
         state.users.pop(site, None)
@@ -89,15 +89,15 @@ def restore(modules: Iterable[nn.Module], site: str) -> None:
                 del state.reads[attribute]
         if not (state.users and (state.reads or state.owned or state.attention)):
             module.__class__ = state.base
-            del module.__dict__[_KEY]
+            del module.__dict__[KEY]
         else:
             module.__class__ = _subclass(state.base, *_needs(state))
 
 
 def _state(runtime: Runtime, module: nn.Module) -> Adapted:
-    if _KEY not in module.__dict__:
-        module.__dict__[_KEY] = Adapted(runtime, type(module))
-    return module.__dict__[_KEY]
+    if KEY not in module.__dict__:
+        module.__dict__[KEY] = Adapted(runtime, type(module))
+    return module.__dict__[KEY]
 
 
 def _needs(state: Adapted) -> tuple[tuple[str, ...], bool]:
@@ -107,7 +107,7 @@ def _needs(state: Adapted) -> tuple[tuple[str, ...], bool]:
 def _finish(modules: list[nn.Module], site: str) -> list[nn.Module]:
     unique = list({id(module): module for module in modules}.values())
     for module in unique:
-        state: Adapted = module.__dict__[_KEY]
+        state: Adapted = module.__dict__[KEY]
         state.users[site] = None
         module.__class__ = _subclass(state.base, *_needs(state))
     return unique
@@ -137,7 +137,7 @@ def _rebuild(base: type[nn.Module], reads: tuple[str, ...], forward: bool) -> nn
 def _property(attribute: str) -> property:
     def read(self: nn.Module) -> Tensor | None:
         frozen = self._parameters[attribute]
-        state: Adapted = self.__dict__[_KEY]
+        state: Adapted = self.__dict__[KEY]
         delta = state.runtime.plan().delta
         leaves = state.reads[attribute]
         if frozen is None or not any(leaf.name in delta for leaf in leaves):
@@ -195,7 +195,7 @@ def changed_weight(
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    state: Adapted = self.__dict__[_KEY]
+    state: Adapted = self.__dict__[KEY]
     runtime = state.runtime
     plan = runtime.plan()
     owned = [leaf for leaf in state.owned if leaf.name in plan.delta]

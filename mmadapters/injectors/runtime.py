@@ -115,7 +115,12 @@ class Runtime:
             yield "branch", site
         elif kind == "delta":
             leaf = self._leaves[site]
-            yield ("raw", site) if leaf.raw else ("leaf", self._together(leaf)[0].name)
+            if leaf.raw:
+                yield "raw", site
+            else:
+                if module.scales_input:
+                    yield "enter", site
+                yield "leaf", self._together(leaf)[0].name
         elif kind == "prefix":
             yield "attention", site
         else:
@@ -154,9 +159,10 @@ class Runtime:
         elif what == "branch":
             sublayer = self._sublayers[site]
             yield sublayer.output.register_forward_hook(BranchHook(self, site))
+        elif what == "enter":
+            yield self._leaves[site].module.register_forward_pre_hook(EnterHook(self, site))
         elif what == "leaf":
             leaves = self._together(self._leaves[site])
-            yield leaves[0].module.register_forward_pre_hook(EnterHook(self, leaves[0].name))
             yield leaves[0].module.register_forward_hook(LeafHook(self, leaves))
         elif what == "prompt":
             block = self._blocks[site]
@@ -174,6 +180,17 @@ class Runtime:
         modules = self._raw.pop(key, ())
         if modules:
             raw.restore(modules, key[1])
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether some runtime has hooks or subclasses on the module."""
+    hooks = (CaptureHook, BranchHook, EnterHook, LeafHook, PromptHook, UnpromptHook)
+    return any(
+        raw.KEY in part.__dict__
+        or any(isinstance(hook, hooks) for hook in part._forward_hooks.values())
+        or any(isinstance(hook, hooks) for hook in part._forward_pre_hooks.values())
+        for part in module.modules()
+    )
 
 
 def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
