@@ -1,64 +1,92 @@
 """Adapters for frozen vision, speech and vision-language encoders of any library."""
 
-from .backbones import load_backbone
-from .composition import Stack
-from .injectors import Architecture, LeafSpec, SublayerSpec, TowerSpec
-from .methods import (
-    AdaptFormerConfig,
-    AdapterPlusConfig,
-    BitFitConfig,
-    BottleneckConfig,
-    CompacterConfig,
-    ConfigUnion,
-    DoRAConfig,
-    DoubleSeqBnConfig,
-    IA3Config,
-    LoRAConfig,
-    MAMConfig,
-    MethodConfig,
-    Parallel,
-    ParBnConfig,
-    PrefixConfig,
-    PromptConfig,
-    SeqBnConfig,
-    Sequential,
-    SSFConfig,
-    UniPELTConfig,
-)
-from .model import AdapterModel, AdapterRow, init
-from .selfcheck import InertAdapterError
+# ruff: noqa: F401
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backbones import load_backbone
+    from .composition import Stack
+    from .injectors import Architecture, LeafSpec, SublayerSpec, TowerSpec
+    from .methods import (
+        AdapterPlusConfig,
+        AdaptFormerConfig,
+        BitFitConfig,
+        BottleneckConfig,
+        CompacterConfig,
+        ConfigUnion,
+        DoRAConfig,
+        DoubleSeqBnConfig,
+        IA3Config,
+        LoRAConfig,
+        MAMConfig,
+        MethodConfig,
+        Parallel,
+        ParBnConfig,
+        PrefixConfig,
+        PromptConfig,
+        SeqBnConfig,
+        Sequential,
+        SSFConfig,
+        UniPELTConfig,
+    )
+    from .model import AdapterModel, AdapterRow, init
+    from .selfcheck import InertAdapterError
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdaptFormerConfig",
-    "AdapterModel",
-    "AdapterPlusConfig",
-    "AdapterRow",
-    "Architecture",
-    "BitFitConfig",
-    "BottleneckConfig",
-    "CompacterConfig",
-    "ConfigUnion",
-    "DoRAConfig",
-    "DoubleSeqBnConfig",
-    "IA3Config",
-    "InertAdapterError",
-    "LeafSpec",
-    "LoRAConfig",
-    "MAMConfig",
-    "MethodConfig",
-    "ParBnConfig",
-    "Parallel",
-    "PrefixConfig",
-    "PromptConfig",
-    "SSFConfig",
-    "SeqBnConfig",
-    "Sequential",
-    "Stack",
-    "SublayerSpec",
-    "TowerSpec",
-    "UniPELTConfig",
-    "init",
-    "load_backbone",
-]
+# Where each name lives. Importing on first use keeps `mmadapters --help` from waiting for torch.
+_HOMES = {
+    "backbones": ("load_backbone",),
+    "composition": ("Stack",),
+    "injectors": (
+        "Architecture",
+        "LeafSpec",
+        "SublayerSpec",
+        "TowerSpec",
+    ),
+    "methods": (
+        "AdaptFormerConfig",
+        "AdapterPlusConfig",
+        "BitFitConfig",
+        "BottleneckConfig",
+        "CompacterConfig",
+        "ConfigUnion",
+        "DoRAConfig",
+        "DoubleSeqBnConfig",
+        "IA3Config",
+        "LoRAConfig",
+        "MAMConfig",
+        "MethodConfig",
+        "ParBnConfig",
+        "Parallel",
+        "PrefixConfig",
+        "PromptConfig",
+        "SSFConfig",
+        "SeqBnConfig",
+        "Sequential",
+        "UniPELTConfig",
+    ),
+    "model": (
+        "AdapterModel",
+        "AdapterRow",
+        "init",
+    ),
+    "selfcheck": ("InertAdapterError",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

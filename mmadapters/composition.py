@@ -1,7 +1,7 @@
 """Values that say which adapters act on the encoder, and how.
 
-    "a"              the adapter a
-    Stack("a", "b")  a, then b on what a left
+"a"              the adapter a
+Stack("a", "b")  a, then b on what a left
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ class _Merged:
 class AdapterModel(nn.Module):
     """A frozen encoder that adapters act on. Calls, attributes and methods go to the encoder.
 
-    Adapters live here, not inside the encoder: its `state_dict` keeps its keys and values. `model(x)`
-    has the encoder's own signature and return type; other methods (`model.generate`,
+    Adapters live here, not inside the encoder: its `state_dict` keeps its keys and values.
+    `model(x)` has the encoder's own signature and return type; other methods (`model.generate`,
     `model.encode_image`, `model.forward_features`) are the encoder's, with adapters acting.
 
     A note on bits: with gradients enabled `nn.MultiheadAttention` takes another path for trainable
@@ -137,13 +137,13 @@ class AdapterModel(nn.Module):
             raise ValueError("the backbone is an AdapterModel already: add adapters to it")
         if is_adapted(backbone):
             raise ValueError("another AdapterModel acts on this backbone: detach it first")
-        site_map, example = describe(backbone, sites)
+        site_map, _ = describe(backbone, sites)
         super().__init__()
         self.backbone = backbone
         self.adapters = nn.Module()
         self.train_trunk = train_trunk
         self._runtime = Runtime(site_map)
-        self._example = example
+        self._architecture = sites
         self._example_inputs = example_inputs
         self._composition: Composition | None = None
         self._plans: dict[Composition, Plan] = {}
@@ -153,7 +153,10 @@ class AdapterModel(nn.Module):
         self._detached = False
         self._required_grad = {n: p.requires_grad for n, p in backbone.named_parameters()}
         backbone.requires_grad_(False)
-        self._set_front_end_gradients(False)
+        # transformers' speech encoders ask for gradients of their front end in train mode.
+        self._front_ends = [m for m in backbone.modules() if m.__dict__.get("_requires_grad")]
+        for module in self._front_ends:
+            module.__dict__["_requires_grad"] = False
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,9 +220,8 @@ class AdapterModel(nn.Module):
         found = self.adapters._modules.get(name)
         if found is None:
             there = ", ".join(map(repr, self.adapter_names)) or "none yet"
-            raise ValueError(
-                f"no adapter is called {name!r}{nearest(name, self.adapter_names)}; there are {there}"
-            )
+            hint = nearest(name, self.adapter_names)
+            raise ValueError(f"no adapter is called {name!r}{hint}; there are {there}")
         assert isinstance(found, Adapter)
         return found
 
@@ -297,11 +299,13 @@ class AdapterModel(nn.Module):
             return (), dict(given)
         if given is not None:
             return tuple(given), {}
-        if self._example is None:
+        # Asked for anew, as a table's function need not be picklable, as this model is.
+        _, example = describe(self.backbone, self._architecture)
+        if example is None:
             raise ValueError(
                 "the self-check needs an input: pass example_inputs=(tensor, ...) to init"
             )
-        return self._example(self.backbone)
+        return example(self.backbone)
 
     def _plan(self, composition: Composition | None) -> Plan:
         if composition is None:
@@ -378,19 +382,10 @@ class AdapterModel(nn.Module):
         self.adapters._modules.clear()
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, True))
-        self._set_front_end_gradients(True)
+        for module in self._front_ends:
+            module.__dict__["_requires_grad"] = True
         self._detached = True
         return self.backbone
-
-    def _set_front_end_gradients(self, value: bool) -> None:
-        """transformers' speech encoders ask for gradients of their own front end in train mode."""
-        for module in self.backbone.modules():
-            if "_requires_grad" in module.__dict__:
-                if not value:
-                    module.__dict__.setdefault("_mmadapters_required_grad", module._requires_grad)
-                    module._requires_grad = False
-                else:
-                    module._requires_grad = module.__dict__.pop("_mmadapters_required_grad", True)
 
     def merge_adapter(self, name: str) -> None:
         """Folds an adapter into the encoder's weights: the same outputs at no cost.

@@ -72,7 +72,9 @@ def _check_gradients(entries: list, output: Callable[[], list[Tensor]], mode: st
                 parameter.grad = None
         tensors = [tensor for tensor in output() if tensor.requires_grad]
         if tensors:
-            loss = sum((t.float() * torch.randn_like(t, dtype=torch.float32)).sum() for t in tensors)
+            loss = sum(
+                (t.float() * torch.randn_like(t, dtype=torch.float32)).sum() for t in tensors
+            )
             assert isinstance(loss, Tensor)
             loss.backward()
         for _, _, module in entries:

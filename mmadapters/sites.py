@@ -26,7 +26,7 @@ FFN_LEAVES = ("up", "gate", "down")
 
 @dataclass(eq=False)
 class Parameter:
-    """Where a tensor lives: attribute `attribute` of `module`, rows `start` to `stop` of it."""
+    """Where a frozen tensor lives: rows `start` to `stop` of `module`'s parameter `attribute`."""
 
     module: nn.Module
     attribute: str
@@ -35,9 +35,7 @@ class Parameter:
 
     @property
     def whole(self) -> Tensor:
-        tensor = self.module._parameters.get(self.attribute)
-        if tensor is None:
-            tensor = self.module._buffers[self.attribute]
+        tensor = self.module._parameters[self.attribute]
         assert tensor is not None
         return tensor
 
@@ -75,7 +73,7 @@ class Leaf:
 
     @property
     def weight(self) -> Tensor | None:
-        """(out_features, in_features) for a linear map, (features,) for a norm, None without one."""
+        """(out_features, in_features) of a linear map, (features,) of a norm, None without one."""
         return None if self.weight_at is None else self.weight_at.tensor
 
     @property
@@ -201,7 +199,7 @@ class SiteMap:
 
 @dataclass(frozen=True)
 class Selection:
-    """Glob patterns over canonical names; a pattern also takes all that lies below what it names."""
+    """Glob patterns over canonical names; one also takes all that lies below what it names."""
 
     patterns: tuple[str, ...]
 

@@ -168,7 +168,7 @@ def _update(digest: Any, leaf: Leaf) -> None:
         return
     digest.update(leaf.name.encode())
     weight = leaf.weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    digest.update(memoryview(weight.numpy()).cast("B"))
+    digest.update(weight.numpy().data)
 
 
 def check_backbone(

@@ -40,7 +40,7 @@ class Adapted:
     """
 
     runtime: Runtime
-    base: type[nn.Module]
+    base: type[Any]
     reads: dict[str, list[Leaf]] = field(default_factory=dict)
     owned: list[Leaf] = field(default_factory=list)
     attention: str | None = None
@@ -49,7 +49,8 @@ class Adapted:
 
 def adapt_leaf(runtime: Runtime, leaf: Leaf) -> list[nn.Module]:
     """Makes a raw leaf's weight and bias properties; returns the modules it touched."""
-    assert leaf.weight_at is not None and leaf.owner is not None
+    assert leaf.weight_at is not None
+    assert leaf.owner is not None
     touched: list[nn.Module] = []
     for place in (leaf.weight_at, leaf.bias_at):
         if place is None:
@@ -73,7 +74,7 @@ def adapt_attention(runtime: Runtime, sublayer: Sublayer) -> list[nn.Module]:
     return _finish([sublayer.attention], sublayer.name)
 
 
-def restore(modules: Iterable[nn.Module], site: str) -> None:
+def restore(modules: Iterable[Any], site: str) -> None:
     """Takes one site's needs off the modules; one with none left gets its own class back."""
     for module in modules:
         state: Adapted | None = module.__dict__.get(KEY)
@@ -91,7 +92,7 @@ def restore(modules: Iterable[nn.Module], site: str) -> None:
             module.__class__ = state.base
             del module.__dict__[KEY]
         else:
-            module.__class__ = _subclass(state.base, *_needs(state))
+            module.__class__ = _subclass(state.base, *_needs(state))  # type: ignore[arg-type]
 
 
 def _state(runtime: Runtime, module: nn.Module) -> Adapted:
@@ -109,12 +110,12 @@ def _finish(modules: list[nn.Module], site: str) -> list[nn.Module]:
     for module in unique:
         state: Adapted = module.__dict__[KEY]
         state.users[site] = None
-        module.__class__ = _subclass(state.base, *_needs(state))
+        module.__class__ = _subclass(state.base, *_needs(state))  # type: ignore[arg-type]
     return unique
 
 
 @functools.cache
-def _subclass(base: type[nn.Module], reads: tuple[str, ...], forward: bool) -> type[nn.Module]:
+def _subclass(base: type, reads: tuple[str, ...], forward: bool) -> type:
     namespace: dict[str, Any] = {name: _property(name) for name in reads}
     if forward:
         namespace["forward"] = _forward
@@ -129,8 +130,8 @@ def _subclass(base: type[nn.Module], reads: tuple[str, ...], forward: bool) -> t
     return type(base)(base.__name__, (base,), namespace)
 
 
-def _rebuild(base: type[nn.Module], reads: tuple[str, ...], forward: bool) -> nn.Module:
-    cls = _subclass(base, reads, forward)
+def _rebuild(base: type, reads: tuple[str, ...], forward: bool) -> nn.Module:
+    cls: Any = _subclass(base, reads, forward)
     return cls.__new__(cls)
 
 
@@ -185,10 +186,9 @@ def effective(runtime: Runtime, leaf: Leaf) -> tuple[Tensor, Tensor | None]:
 
 
 def changed_weight(
-    weight: Tensor, bias: Tensor | None, active: Iterable[nn.Module]
+    weight: Tensor, bias: Tensor | None, active: Iterable[Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Applies deltas in order; those that scale the input last, as they act before all others."""
-    active = list(active)
     for adapter in sorted(active, key=lambda adapter: adapter.scales_input):
         weight, bias = adapter.effective(weight, bias)
     return weight, bias
@@ -220,16 +220,24 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _prefixed(
-    self: nn.Module, state: Adapted, prefixes: Iterable[nn.Module], args: tuple, kwargs: dict
+    self: nn.Module, state: Adapted, prefixes: Iterable[Any], args: tuple, kwargs: dict
 ) -> Any:
     if not prefixes:
         return state.base.forward(self, *args, **kwargs)
     keys, values = _prefix(prefixes, args[0] if args else kwargs["hidden_states"])
-    with _PrefixedAttention(keys, values):
-        return state.base.forward(self, *args, **kwargs)
+    attention = _PrefixedAttention(keys, values)
+    with attention:
+        output = state.base.forward(self, *args, **kwargs)
+    if not attention.used:
+        raise RuntimeError(
+            f"the prefix at {state.attention} did not act: {type(self).__name__} no longer calls "
+            "scaled_dot_product_attention; set attn_implementation='sdpa' and do not ask for "
+            "attention weights"
+        )
+    return output
 
 
-def _prefix(prefixes: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
+def _prefix(prefixes: Iterable[Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (B, P, D) of all active prefixes."""
     pairs = [adapter(x) for adapter in prefixes]
     keys, values = (
@@ -246,11 +254,13 @@ class _PrefixedAttention(TorchFunctionMode):
         super().__init__()
         self.keys = keys
         self.values = values
+        self.used = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
+        self.used = True
         return _attend(func, self.keys, self.values, *args, **kwargs)
 
 
@@ -288,7 +298,7 @@ def _heads(prefix: Tensor, like: Tensor) -> Tensor:
 def _explicit_attention(
     module: nn.MultiheadAttention,
     state: Adapted,
-    prefixes: Iterable[nn.Module],
+    prefixes: Iterable[Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -299,8 +309,8 @@ def _explicit_attention(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`nn.MultiheadAttention` with q, k, v and o as linear maps that deltas act on."""
-    if not module.batch_first or query.dim() != 3:
-        raise RuntimeError(f"{state.attention or state.owned[0].name}: needs batch_first=True")
+    if not module.batch_first:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     leaves = {leaf.role: leaf for leaf in state.owned}
     q, k, v = (
         _project(module, state, leaves.get(role), index, x)
@@ -310,24 +320,21 @@ def _explicit_attention(
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     mask = _merged_mask(query, key, attn_mask, key_padding_mask, is_causal)
     dropout = module.dropout if module.training else 0.0
-    attend = _softmax_attention if need_weights else F.scaled_dot_product_attention
+    attend: Any = _softmax_attention if need_weights else F.scaled_dot_product_attention
     if prefixes:
-        keys, values = _prefix(prefixes, query)
-        out = _attend(attend, keys, values, q, k, v, attn_mask=mask, dropout_p=dropout)
-    else:
-        out = attend(q, k, v, attn_mask=mask, dropout_p=dropout)
+        attend = functools.partial(_attend, attend, *_prefix(prefixes, query))
+    out = attend(q, k, v, attn_mask=mask, dropout_p=dropout)
     weights = None
     if need_weights:
         out, weights = out
         weights = weights.mean(dim=1) if average_attn_weights else weights
     joined = out.transpose(1, 2).flatten(2)
-    output = F.linear(
-        joined, module.out_proj._parameters["weight"], module.out_proj._parameters["bias"]
-    )
+    frozen: Any = module.out_proj._parameters
+    output = F.linear(joined, frozen["weight"], frozen["bias"])
     if "o" in leaves:
         for adapter in state.runtime.plan().delta.get(leaves["o"].name, ()):
             output = adapter(output, joined, leaves["o"])
-    return output, weights
+    return output if module.batch_first else output.transpose(0, 1), weights
 
 
 def _project(

@@ -28,12 +28,15 @@ Kind = Literal["branch", "delta", "prefix", "prompt"]
 
 @dataclass(eq=False)
 class Plan:
-    """The active modules by canonical site name, in the order in which they act."""
+    """The active modules by canonical site name, in the order in which they act.
 
-    branch: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
-    delta: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
-    prefix: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
-    prompt: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    Of the kinds in `mmadapters.methods.base`, which injectors do not import: `Any` here.
+    """
+
+    branch: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    delta: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    prefix: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    prompt: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def add(self, kind: Kind, site: str, module: nn.Module) -> None:
         table = getattr(self, kind)
@@ -166,9 +169,7 @@ class Runtime:
             yield leaves[0].module.register_forward_hook(LeafHook(self, leaves))
         elif what == "prompt":
             block = self._blocks[site]
-            yield block.module.register_forward_pre_hook(
-                PromptHook(self, site), with_kwargs=True
-            )
+            yield block.module.register_forward_pre_hook(PromptHook(self, site), with_kwargs=True)
             yield block.module.register_forward_hook(UnpromptHook(self, site, True))
         else:
             block = self._blocks[site]
@@ -287,7 +288,9 @@ class LeafHook:
         return torch.cat(pieces, dim=-1)
 
 
-def _changed(delta: Mapping[str, tuple[nn.Module, ...]], leaf: Leaf, y: Tensor, x: Tensor) -> Tensor:
+def _changed(
+    delta: Mapping[str, tuple[nn.Module, ...]], leaf: Leaf, y: Tensor, x: Tensor
+) -> Tensor:
     for adapter in delta.get(leaf.name, ()):
         y = adapter(y, x, leaf)
     return y

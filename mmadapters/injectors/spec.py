@@ -1,4 +1,4 @@
-"""How an architecture is written down: paths for blocks, sublayers and leaves, resolved on a module.
+"""How an architecture is written down: paths of blocks, sublayers and leaves, and their modules.
 
 Every supported library is a table of these specs, and a user describes an unknown architecture with
 the same dataclasses:
@@ -9,7 +9,7 @@ the same dataclasses:
                 name="vision",
                 blocks="encoder.stages.*",
                 sublayers={
-                    "attn": SublayerSpec(output="att", residual="ln_a", leaves={"q": "att.qkv[0/3]"}),
+                    "attn": SublayerSpec(output="att", residual="ln_a", leaves={"q": "qkv[0/3]"}),
                     "ffn": SublayerSpec(output="mlp", residual="ln_b", leaves={"up": "mlp.0"}),
                 },
             ),

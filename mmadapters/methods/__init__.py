@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..sites import nearest
@@ -80,31 +81,43 @@ def to_dict(config: MethodConfig) -> dict[str, Any]:
     return data
 
 
-def from_dict(data: dict[str, Any]) -> MethodConfig:
+def from_dict(data: Mapping[str, Any]) -> MethodConfig:
     """The config that `to_dict` wrote.
 
     Raises:
         ValueError: an unknown method or option; names the nearest.
     """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a config must be a mapping, not {data!r}")
     values = dict(data)
     cls = method_named(str(values.pop("method", "")))
     if issubclass(cls, ConfigUnion):
-        return cls(*[from_dict(part) for part in values.get("configs", ())])
-    options = [field.name for field in dataclasses.fields(cls)]
-    for key in values:
-        if key not in options:
-            raise ValueError(f"{cls.__name__} has no option {key!r}{nearest(key, options)}")
+        _check_options(cls, values, ["configs"])
+        parts = values.get("configs", ())
+        if not isinstance(parts, (list, tuple)):
+            raise ValueError(f"{cls.__name__}: configs must be a list of configs, not {parts!r}")
+        if issubclass(cls, MAMConfig) and len(parts) > 2:
+            raise ValueError(f"a MAMConfig takes two configs, not {len(parts)}")
+        return cls(*map(from_dict, parts))
+    _check_options(cls, values, [field.name for field in dataclasses.fields(cls)])
     placement = values.get("placement")
-    if isinstance(placement, dict):
+    if isinstance(placement, Mapping):
         placement = dict(placement)
         kind = _PLACEMENTS.get(placement.pop("kind", None))
         if kind is None:
             raise ValueError("placement.kind must be 'sequential' or 'parallel'")
+        _check_options(kind, placement, [field.name for field in dataclasses.fields(kind)])
         values["placement"] = kind(**placement)
     for key, value in values.items():
         if isinstance(value, list):
             values[key] = tuple(value)
     return cls(**values)
+
+
+def _check_options(cls: type, given: Iterable[str], options: list[str]) -> None:
+    for key in given:
+        if key not in options:
+            raise ValueError(f"{cls.__name__} has no option {key!r}{nearest(str(key), options)}")
 
 
 __all__ = [

@@ -11,6 +11,7 @@ run each kind at a site; a method only picks sites and computes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -105,6 +106,9 @@ class MethodConfig(ABC):
         if isinstance(self.sites, str):
             raise ValueError(f"sites must be a tuple of patterns, e.g. sites=({self.sites!r},)")
         object.__setattr__(self, "sites", tuple(self.sites))
+        for pattern in self.sites:
+            if not isinstance(pattern, str):
+                raise ValueError(f"sites must be patterns over names of sites, not {pattern!r}")
         if not self.sites:
             raise ValueError("sites is empty: give at least one pattern, e.g. ('*',)")
 
@@ -128,14 +132,26 @@ def check_choice(what: str, value: object, choices: Iterable[object]) -> None:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
+def check_count(what: str, value: int) -> None:
+    """Raises ValueError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
+
+
+def check_number(what: str, value: float) -> None:
+    """Raises ValueError unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, not {value!r}")
+
+
 def check_rate(what: str, value: float) -> None:
     """Raises ValueError unless `value` is a probability below 1."""
-    if not 0.0 <= value < 1.0:
+    if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ValueError(f"{what} must be at least 0 and below 1, not {value!r}")
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): drops x (B, ...) whole per sample, rescales the rest."""
+    """Stochastic depth (Huang et al. 2016): drops x (B, ...) per sample and rescales the rest."""
     if not training or rate == 0.0:
         return x
     keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1.0 - rate)

@@ -26,7 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import SiteMap, Sublayer
-from .base import AdapterModule, Branch, MethodConfig, check_choice, check_rate, drop_path, kaiming
+from .base import (
+    AdapterModule,
+    Branch,
+    MethodConfig,
+    check_choice,
+    check_count,
+    check_number,
+    check_rate,
+    drop_path,
+    kaiming,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -81,7 +91,7 @@ def _check_at(placement: Placement) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig(MethodConfig):
-    """Any bottleneck adapter. Give `size` or `reduction_factor`, not both (default: factor 16).
+    """Any bottleneck adapter. Give `size` or `reduction_factor`, or neither for `standard`.
 
     norm: LayerNorm before the down-projection, or after the up-projection, or none.
     scale: factor on the result; `learn_scale` makes it a parameter, one or one per channel.
@@ -98,6 +108,7 @@ class BottleneckConfig(MethodConfig):
     drop_path: float = 0.0
 
     method: ClassVar[str] = "bottleneck"
+    standard: ClassVar[tuple[Literal["size", "reduction_factor"], int]] = ("reduction_factor", 16)
     mergeable: ClassVar[bool | str] = (
         "a bottleneck has a non-linearity between its two projections, so no weight equals it"
     )
@@ -111,6 +122,13 @@ class BottleneckConfig(MethodConfig):
         check_choice("learn_scale", self.learn_scale, ("scalar", "channel", None))
         check_rate("dropout", self.dropout)
         check_rate("drop_path", self.drop_path)
+        check_number("scale", self.scale)
+        if self.scale == 0:
+            raise ValueError(
+                "scale must not be 0: with the up-projection at zero nothing would learn"
+            )
+        if self.size is None and self.reduction_factor is None:
+            object.__setattr__(self, *self.standard)
         check_size(self.size, self.reduction_factor)
 
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
@@ -152,11 +170,14 @@ class Bottleneck(Branch):
             self.scale = nn.Parameter(torch.full(shape, config.scale, **like))
 
     def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        h = residual if residual is not None else input
-        if h is None:
-            h = branch
-        elif not self.parallel:
-            h = h + branch
+        # What it does not read may be given all the same, for another adapter at this site.
+        h = branch
+        if "residual" in self.reads:
+            assert residual is not None
+            h = residual if self.parallel else residual + branch
+        elif "input" in self.reads:
+            assert input is not None
+            h = input
         if self.norm_before is not None:
             h = self.norm_before(h)
         h = ACTIVATIONS[self.activation](self.down(h))
@@ -191,23 +212,25 @@ def check_size(size: int | None, reduction_factor: float | None) -> None:
             f"give the bottleneck as size={size} or as reduction_factor={reduction_factor}, "
             "not as both"
         )
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1, not {size}")
-    if reduction_factor is not None and reduction_factor <= 0:
-        raise ValueError(f"reduction_factor must be above 0, not {reduction_factor}")
+    if size is not None:
+        check_count("size", size)
+    if reduction_factor is not None:
+        check_number("reduction_factor", reduction_factor)
+        if reduction_factor <= 0:
+            raise ValueError(f"reduction_factor must be above 0, not {reduction_factor}")
 
 
 def bottleneck_size(sublayer: Sublayer, size: int | None, reduction_factor: float | None) -> int:
     """The bottleneck of one sublayer: as given, or its width over the factor, rounded down."""
     if size is not None:
         return size
-    factor = 16 if reduction_factor is None else reduction_factor
-    if factor > sublayer.width:
+    assert reduction_factor is not None
+    if reduction_factor > sublayer.width:
         raise ValueError(
-            f"reduction_factor {factor:g} is larger than the width {sublayer.width} of "
+            f"reduction_factor {reduction_factor:g} is larger than the width {sublayer.width} of "
             f"{sublayer.name}: nothing would be left; use at most {sublayer.width} or give size"
         )
-    return int(sublayer.width / factor)
+    return int(sublayer.width / reduction_factor)
 
 
 def chosen_sublayers(
@@ -241,9 +264,7 @@ class DoubleSeqBnConfig(BottleneckConfig):
 class SeqBnConfig(BottleneckConfig):
     """Pfeiffer et al. 2021: once per block, after the feed-forward part and its residual."""
 
-    placement: Placement = field(
-        default_factory=lambda: Sequential(at=("ffn",), residual="after")
-    )
+    placement: Placement = field(default_factory=lambda: Sequential(at=("ffn",), residual="after"))
     method: ClassVar[str] = "seq_bn"
 
 
@@ -252,9 +273,9 @@ class ParBnConfig(BottleneckConfig):
     """He et al. 2022: parallel to the feed-forward part, reading the residual stream, scaled."""
 
     placement: Placement = field(default_factory=Parallel)
-    reduction_factor: float | None = 2
     scale: float = 4.0
     method: ClassVar[str] = "par_bn"
+    standard = ("reduction_factor", 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,21 +283,19 @@ class AdaptFormerConfig(BottleneckConfig):
     """AdaptFormer, Chen et al. 2022: parallel to the MLP on the un-normed stream, 64 wide, x0.1."""
 
     placement: Placement = field(default_factory=Parallel)
-    size: int | None = 64
     scale: float = 0.1
     dropout: float = 0.1
     method: ClassVar[str] = "adaptformer"
+    standard = ("size", 64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlusConfig(BottleneckConfig):
-    """Adapter+, Steitz and Roth 2024: after the MLP's residual, GELU, channel-wise learned scale."""
+    """Adapter+, Steitz and Roth 2024: after the MLP's residual, GELU, learned scale per channel."""
 
-    placement: Placement = field(
-        default_factory=lambda: Sequential(at=("ffn",), residual="after")
-    )
-    size: int | None = 8
+    placement: Placement = field(default_factory=lambda: Sequential(at=("ffn",), residual="after"))
     activation: str = "gelu"
     learn_scale: Literal["scalar", "channel"] | None = "channel"
     drop_path: float = 0.1
     method: ClassVar[str] = "adapter_plus"
+    standard = ("size", 8)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sites import SiteMap
-from .base import AdapterModule
+from .base import AdapterModule, check_count
 from .bottleneck import Bottleneck, BottleneckConfig, bottleneck_size, chosen_sublayers
 
 
@@ -24,17 +24,16 @@ from .bottleneck import Bottleneck, BottleneckConfig, bottleneck_size, chosen_su
 class CompacterConfig(BottleneckConfig):
     """`phm_dim`: n above; it must divide the width and the bottleneck. `phm_rank`: of s t^T."""
 
-    reduction_factor: float | None = 32
     activation: str = "gelu"
     phm_dim: int = 4
     phm_rank: int = 1
     method: ClassVar[str] = "compacter"
+    standard = ("reduction_factor", 32)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("phm_dim", "phm_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_count("phm_dim", self.phm_dim)
+        check_count("phm_rank", self.phm_rank)
 
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
         chosen = chosen_sublayers(self, sites, self.placement.at)
@@ -50,9 +49,7 @@ class CompacterConfig(BottleneckConfig):
         shared = nn.Parameter(torch.empty(n, n, n, **chosen[0].like()).normal_(std=0.01))
 
         def project(in_features: int, out_features: int, like: dict) -> nn.Module:
-            return KroneckerLinear(
-                in_features, out_features, shared, rank=self.phm_rank, like=like
-            )
+            return KroneckerLinear(in_features, out_features, shared, rank=self.phm_rank, like=like)
 
         built: dict[str, AdapterModule] = {}
         for sublayer in chosen:
@@ -81,5 +78,5 @@ class KroneckerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factors = self.left @ self.right
-        weight = torch.einsum("nij,nkl->ikjl", self.rule, factors)
+        weight = torch.einsum("nij,nkl->ikjl", self.rule.to(factors), factors)
         return x @ weight.flatten(2).flatten(0, 1) + self.bias

@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import ATTENTION_LEAVES, FFN_LEAVES, Leaf, SiteMap
-from .base import AdapterModule, Delta, MethodConfig, check_choice, check_rate, kaiming
+from .base import (
+    AdapterModule,
+    Delta,
+    MethodConfig,
+    check_choice,
+    check_count,
+    check_number,
+    check_rate,
+    kaiming,
+)
 
 TARGETS = (*ATTENTION_LEAVES, *FFN_LEAVES)
 
@@ -42,8 +51,11 @@ class LoRAConfig(MethodConfig):
         super().__post_init__()
         check_targets(self, TARGETS)
         check_rate("dropout", self.dropout)
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        check_count("rank", self.rank)
+        if self.alpha is not None:
+            check_number("alpha", self.alpha)
+            if self.alpha <= 0:
+                raise ValueError(f"alpha must be above 0, not {self.alpha}")
 
     @property
     def scaling(self) -> float:
@@ -131,8 +143,9 @@ class DoRA(LoRA):
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """(out, in) -> (out,) in float32, whatever the weight's dtype."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    """(out, in) -> (out,) in float32, or in float64 where the weight is."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
 
 
 def check_targets(config: MethodConfig, choices: tuple[str, ...]) -> None:

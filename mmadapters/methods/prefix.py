@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sites import SiteMap, Sublayer
-from .base import AdapterModule, MethodConfig, Prefix
+from .base import AdapterModule, MethodConfig, Prefix, check_count
 from .bottleneck import chosen_sublayers
 
 CAN = "timm ViT and EVA, transformers ViT, DINOv2, CLIP, SigLIP, wav2vec2, HuBERT, BERT, open_clip"
@@ -24,7 +24,7 @@ CAN = "timm ViT and EVA, transformers ViT, DINOv2, CLIP, SigLIP, wav2vec2, HuBER
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(MethodConfig):
-    """`length`: P, keys and values per layer; `reparametrise`: hidden width m of the MLP, or None."""
+    """`length`: P, keys and values per layer; `reparametrise`: width m of the network, or None."""
 
     length: int = 10
     reparametrise: int | None = None
@@ -35,10 +35,9 @@ class PrefixConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, not {self.length}")
-        if self.reparametrise is not None and self.reparametrise < 1:
-            raise ValueError(f"reparametrise must be at least 1, not {self.reparametrise}")
+        check_count("length", self.length)
+        if self.reparametrise is not None:
+            check_count("reparametrise", self.reparametrise)
 
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
         chosen = chosen_sublayers(self, sites, ("attn",))

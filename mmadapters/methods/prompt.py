@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sites import SiteMap, Tower
-from .base import AdapterModule, MethodConfig, Prompt
+from .base import AdapterModule, MethodConfig, Prompt, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,7 @@ class PromptConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, not {self.length}")
+        check_count("length", self.length)
 
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
         selection = sites.select(self.sites)

@@ -1,10 +1,10 @@
 """Several methods under one adapter name, plainly or with learned gates.
 
-    ConfigUnion   every method acts as it does alone, in the order given
-    MAM           prefix tuning and a parallel bottleneck, He et al. 2022
-    UniPELT       each method's change is weighted by a gate G = sigmoid(w h + b) of what its
-                  site reads: per layer and token for bottlenecks and LoRA; for a prefix, whose keys
-                  and values all tokens share, the mean over tokens. Mao et al. 2022
+ConfigUnion   every method acts as it does alone, in the order given
+MAM           prefix tuning and a parallel bottleneck, He et al. 2022
+UniPELT       each method's change is weighted by a gate G = sigmoid(w h + b) of what its
+              site reads: per layer and token for bottlenecks and LoRA; for a prefix, whose keys
+              and values all tokens share, the mean over tokens. Mao et al. 2022
 """
 
 from __future__ import annotations
@@ -67,9 +67,14 @@ class MAMConfig(ConfigUnion):
     def __init__(
         self, prefix: PrefixConfig | None = None, bottleneck: BottleneckConfig | None = None
     ) -> None:
-        super().__init__(
-            prefix or PrefixConfig(length=30, reparametrise=512), bottleneck or ParBnConfig()
-        )
+        prefix = prefix or PrefixConfig(length=30, reparametrise=512)
+        bottleneck = bottleneck or ParBnConfig()
+        if not isinstance(prefix, PrefixConfig) or not isinstance(bottleneck, BottleneckConfig):
+            raise ValueError(
+                "a MAMConfig takes a PrefixConfig and a BottleneckConfig, "
+                f"not {prefix!r} and {bottleneck!r}"
+            )
+        super().__init__(prefix, bottleneck)
 
 
 class UniPELTConfig(ConfigUnion):

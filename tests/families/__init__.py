@@ -51,7 +51,11 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def families() -> dict[str, Family]:
-    from . import language, speech, vision, vision_language
+    from . import blip, language, speech, vision, vision_language
 
-    every = [*vision.FAMILIES, *speech.FAMILIES, *vision_language.FAMILIES, *language.FAMILIES]
+    every = [
+        family
+        for module in (vision, speech, vision_language, blip, language)
+        for family in module.FAMILIES
+    ]
     return {family.name: family for family in every}

@@ -1,0 +1,51 @@
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+UV := $(VENV)/bin/uv
+READY := $(VENV)/.ready
+OLDEST_READY := $(OLDEST)/.ready
+INSTALLED_FROM := pyproject.toml setup.py
+
+.PHONY: setup lint test test-oldest demo peers constraints clean
+
+setup: $(READY)
+
+# -b pins what builds the package, -c what it is installed with.
+$(READY): $(INSTALLED_FROM) constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q "$$(grep '^uv==' constraints.txt)"
+	$(UV) pip install -q -p $(VENV)/bin/python -c constraints.txt -b constraints.txt -e ".[dev,demo]"
+	touch $@
+
+$(OLDEST_READY): $(INSTALLED_FROM) constraints-oldest.txt | $(READY)
+	$(UV) venv -q --allow-existing -p $(VENV)/bin/python $(OLDEST)
+	$(UV) pip install -q -p $(OLDEST)/bin/python -c constraints-oldest.txt -b constraints-oldest.txt -e ".[dev]"
+	touch $@
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: $(READY)
+	$(VENV)/bin/pytest -q -n 2 --durations=15
+
+test-oldest: $(OLDEST_READY)
+	$(OLDEST)/bin/pytest -q -n 2 --durations=5 tests/injection
+
+demo: $(READY)
+	$(VENV)/bin/mmadapters demo
+
+peers: $(READY)
+	$(VENV)/bin/python benchmarks/peers/run.py
+
+# The newest and the oldest versions that pyproject.toml allows, to be committed once the tests pass.
+constraints: $(READY)
+	$(UV) pip compile -q --upgrade --no-header --no-annotate -p $(VENV)/bin/python \
+		--extra dev --extra demo -o constraints.txt pyproject.toml
+	$(UV) pip compile -q --upgrade --no-header --no-annotate -p $(VENV)/bin/python \
+		--extra dev --resolution lowest-direct -o constraints-oldest.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
