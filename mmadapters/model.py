@@ -276,7 +276,6 @@ class AdapterModel(nn.Module):
     def _sync(self) -> None:
         held = [self.adapter(name).plan() for name in self.adapter_names]
         self._runtime.sync(held)
-        self._plans = {}
         if self._composition is not None:
             self._runtime.active = self._plan(self._composition)
 
@@ -290,7 +289,10 @@ class AdapterModel(nn.Module):
                 points.add(point)
                 plan.add(kind, site, module)
         if points:
-            check(self, self._runtime, plan, self._example_input())
+            # The check must not move the random state, or it would change what is drawn next.
+            with torch.random.fork_rng(devices=[]):
+                example = self._example_input()
+            check(self, self._runtime, plan, example)
             self._verified |= points
 
     def _example_input(self) -> tuple[tuple, dict]:
@@ -324,6 +326,11 @@ class AdapterModel(nn.Module):
                     plan.add(_kind(module), site, module)
             self._plans[composition] = plan
         return self._plans[composition]
+
+    def _forget(self, name: str) -> list[Plan]:
+        """Drops the plans in which an adapter acts, and returns them."""
+        gone = [known for known in self._plans if name in known.names()]
+        return [self._plans.pop(known) for known in gone]
 
     def set_active_adapters(self, setup: Setup) -> None:
         """Lets adapters act: a name, several names (a `Stack`), a composition, or None for none.
@@ -369,6 +376,9 @@ class AdapterModel(nn.Module):
         self._refuse_merged(name, "deleted")
         if self._composition is not None and name in self._composition.names():
             self.set_active_adapters(None)
+        for plan in self._forget(name):
+            # `using` blocks, of this thread or another, may hold it.
+            plan.clear()
         del self.adapters._modules[name]
         self._sync()
 
@@ -397,6 +407,11 @@ class AdapterModel(nn.Module):
         """
         adapter = self.adapter(name)
         self._refuse_merged(name, "merged again")
+        if self._runtime.local.plan is not None:
+            raise ValueError(
+                f"adapter {name!r} cannot be merged inside a using block, where it may act as well; "
+                "leave the block first"
+            )
         if adapter.config.mergeable is not True:
             raise ValueError(f"adapter {name!r} cannot be merged: {adapter.config.mergeable}")
         self._identify()
@@ -427,7 +442,7 @@ class AdapterModel(nn.Module):
         for place, new in changes:
             place.tensor.data.copy_(new)
         self._merged.append(_Merged(name, originals))
-        self._plans = {}
+        self._forget(name)
 
     def reset_adapter(self, name: str) -> None:
         """Undoes `merge_adapter`: the encoder has the very bits that it had.

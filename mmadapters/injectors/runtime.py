@@ -48,6 +48,11 @@ class Plan:
                 for module in modules:
                     yield kind, site, module
 
+    def clear(self) -> None:
+        """Lets nothing act any more, wherever this plan is in use."""
+        for table in (self.branch, self.delta, self.prefix, self.prompt):
+            table.clear()
+
     def mapped(self, change: Callable[[Kind, str, nn.Module], Any]) -> Plan:
         """A plan in which `change` stands for every module."""
         plan = Plan()
@@ -166,7 +171,8 @@ class Runtime:
             yield self._leaves[site].module.register_forward_pre_hook(EnterHook(self, site))
         elif what == "leaf":
             leaves = self._together(self._leaves[site])
-            yield leaves[0].module.register_forward_hook(LeafHook(self, leaves))
+            # First of all: the leaf may end a branch (Whisper's fc2), whose hook sees its output.
+            yield leaves[0].module.register_forward_hook(LeafHook(self, leaves), prepend=True)
         elif what == "prompt":
             block = self._blocks[site]
             yield block.module.register_forward_pre_hook(PromptHook(self, site), with_kwargs=True)
@@ -308,7 +314,8 @@ class PromptHook:
         if not active:
             return None
         x = first_input(args, kwargs)
-        for adapter in active:
+        # Those that leave first stand last, in whatever order they act.
+        for adapter in sorted(active, key=lambda adapter: adapter.replaces):
             x = torch.cat([x, adapter(x)], dim=1)
         if args:
             return (x, *args[1:]), kwargs
