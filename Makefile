@@ -47,5 +47,5 @@ constraints: $(READY)
 		--extra dev --resolution lowest-direct -o constraints-oldest.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) benchmarks/peers/.venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
