@@ -48,4 +48,8 @@ def parse(setup: Setup) -> Composition | None:
     """A composition from what a user may write: a name, several names, a composition or None."""
     if setup is None or isinstance(setup, Stack):
         return setup
-    return Stack(setup) if isinstance(setup, str) else Stack(*setup)
+    if isinstance(setup, str):
+        return Stack(setup)
+    if not isinstance(setup, Iterable):
+        raise ValueError(f"adapters are given by name, not as {setup!r}")
+    return Stack(*setup)

@@ -133,6 +133,10 @@ class AdapterModel(nn.Module):
         example_inputs: tuple | Mapping[str, Any] | None = None,
         train_trunk: bool = False,
     ) -> None:
+        if not isinstance(backbone, nn.Module):
+            raise ValueError(
+                f"init takes a torch.nn.Module, not {backbone!r}; load_backbone makes one by name"
+            )
         if isinstance(backbone, AdapterModel):
             raise ValueError("the backbone is an AdapterModel already: add adapters to it")
         if is_adapted(backbone):
@@ -160,8 +164,10 @@ class AdapterModel(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Read here so that a compiled model is compiled anew when hooks have changed.
-        _ = self._runtime.generation
+        # Compared, not just read: only then does torch.compile guard it, and compile anew when
+        # hooks have changed.
+        if self._runtime.generation == "":
+            raise RuntimeError("this model has lost its hooks")
         return self.backbone(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -192,6 +198,10 @@ class AdapterModel(nn.Module):
                 "use_reentrant out or set it to False"
             )
         self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        # Text models of transformers 5 then let embeddings require gradients, which only re-entrant
+        # checkpointing needs: all blocks below the first adapted one would build a graph.
+        if getattr(self.backbone, "_require_grads_hooks", None):
+            self.backbone.disable_input_require_grads()  # type: ignore[operator]
 
     @property
     def sites(self) -> Any:
@@ -409,7 +419,7 @@ class AdapterModel(nn.Module):
         self._refuse_merged(name, "merged again")
         if self._runtime.local.plan is not None:
             raise ValueError(
-                f"adapter {name!r} cannot be merged inside a using block, where it may act as well; "
+                f"adapter {name!r} cannot be merged inside a using block, where it may act too; "
                 "leave the block first"
             )
         if adapter.config.mergeable is not True:
@@ -423,7 +433,7 @@ class AdapterModel(nn.Module):
             if weight is None:
                 weight = torch.ones(leaf.out_features, **leaf.like())
             with torch.no_grad():
-                changed, bias = changed_weight(weight, leaf.bias, deltas)
+                changed, bias = changed_weight(leaf, weight, deltas)
             for place, new, old in (
                 (leaf.weight_at, changed, weight),
                 (leaf.bias_at, bias, leaf.bias),
@@ -564,12 +574,15 @@ class AdapterModel(nn.Module):
                 f"{directory} does not fit this encoder: {len(absent)} tensors are missing and "
                 f"{len(surplus)} have no place, first {(absent or surplus)[0]!r}"
             )
-        for key, tensor in stored.tensors.items():
+        for key, tensor in sorted(stored.tensors.items()):
             if tensor.shape != own[key].shape:
                 raise ValueError(
                     f"{directory}: {key} has shape {tuple(tensor.shape)}, this encoder needs "
                     f"{tuple(own[key].shape)}"
                 )
+            if not tensor.is_floating_point():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{directory}: {key} holds {dtype}, not floating-point numbers")
         with torch.no_grad():
             for key, tensor in stored.tensors.items():
                 own[key].copy_(tensor)

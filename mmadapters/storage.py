@@ -46,17 +46,26 @@ class Stored:
 def write(directory: str | os.PathLike, stored: Stored) -> None:
     """Writes the directory whole under a temporary name beside it, then renames it.
 
-    A directory of that name that holds an adapter is replaced; any other is refused.
+    A directory of that name that holds an adapter, and nothing else, is replaced; any other is
+    refused.
 
     Raises:
-        ValueError: the path exists and is not an adapter directory.
+        ValueError: the path exists and is not an adapter directory, or a value is not finite.
     """
     target = Path(directory)
-    if target.exists() and not (target / JSON_FILE).exists() and any_inside(target):
-        raise ValueError(f"{target} exists and is not an adapter directory; choose another path")
+    _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {**stored.tensors, **{_HEAD + key: value for key, value in stored.head.items()}}
-    data = save_tensors({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    for key, tensor in tensors.items():
+        if not _is_finite(tensor):
+            raise ValueError(f"{key} holds values that are not finite, so {target} was not written")
+    # Copies, as safetensors takes no two tensors that share memory (tied weights of a head).
+    data = save_tensors(
+        {
+            key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for key, value in tensors.items()
+        }
+    )
     description = {
         "format": FORMAT,
         "name": stored.name,
@@ -76,8 +85,22 @@ def write(directory: str | os.PathLike, stored: Stored) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def any_inside(path: Path) -> bool:
-    return not path.is_dir() or any(path.iterdir())
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; choose another path")
+    inside = sorted(path.name for path in target.iterdir())
+    foreign = [name for name in inside if name not in (JSON_FILE, WEIGHTS_FILE)]
+    if foreign:
+        raise ValueError(
+            f"{target} holds {foreign[0]}, which is no part of an adapter and would be lost; "
+            "choose another path"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -96,7 +119,7 @@ def _swap(fresh: Path, target: Path) -> None:
     target.rename(old)
     try:
         fresh.rename(target)
-    except OSError:
+    except BaseException:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -114,7 +137,7 @@ def read(directory: str | os.PathLike) -> Stored:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not an adapter directory: it has no {name}")
     try:
-        description = json.loads((path / JSON_FILE).read_text())
+        description = json.loads((path / JSON_FILE).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path / JSON_FILE} is not readable as JSON: {error}") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -126,6 +149,7 @@ def read(directory: str | os.PathLike) -> Stored:
     missing = [key for key in ("name", "config", "backbone", "sha256") if key not in description]
     if missing:
         raise ValueError(f"{path / JSON_FILE} lacks {', '.join(missing)}: it was changed by hand")
+    _check_description(path / JSON_FILE, description)
     data = (path / WEIGHTS_FILE).read_bytes()
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
         raise ValueError(
@@ -137,7 +161,7 @@ def read(directory: str | os.PathLike) -> Stored:
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS_FILE} is not a safetensors file: {error}") from None
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise ValueError(f"{path / WEIGHTS_FILE}: {key} holds values that are not finite")
     return Stored(
         name=description["name"],
@@ -151,6 +175,22 @@ def read(directory: str | os.PathLike) -> Stored:
         },
         metadata=description.get("metadata", {}),
     )
+
+
+def _check_description(path: Path, description: dict[str, Any]) -> None:
+    """Refuses a backbone or metadata that `write` would not have written."""
+    backbone = description["backbone"]
+    towers = backbone.get("towers") if isinstance(backbone, dict) else None
+    if not isinstance(towers, dict) or not towers:
+        raise ValueError(f"{path}: backbone names no towers: it was changed by hand")
+    for name, tower in towers.items():
+        if not isinstance(tower, dict) or not {"width", "depth", "weights"} <= tower.keys():
+            raise ValueError(
+                f"{path}: backbone lacks width, depth or weights of tower {name!r}: it was changed "
+                "by hand"
+            )
+    if not isinstance(description.get("metadata", {}), dict):
+        raise ValueError(f"{path}: metadata is not a mapping: it was changed by hand")
 
 
 def tower_identity(tower: Tower) -> dict[str, Any]:

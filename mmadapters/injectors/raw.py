@@ -179,18 +179,19 @@ def effective(runtime: Runtime, leaf: Leaf) -> tuple[Tensor, Tensor | None]:
             return memo[leaf.name]
     active = runtime.plan().delta.get(leaf.name, ())
     assert leaf.weight is not None
-    changed = changed_weight(leaf.weight, leaf.bias, active)
+    changed = changed_weight(leaf, leaf.weight, active)
     if memo is not None:
         memo[leaf.name] = changed
     return changed
 
 
 def changed_weight(
-    weight: Tensor, bias: Tensor | None, active: Iterable[Any]
+    leaf: Leaf, weight: Tensor, active: Iterable[Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Applies deltas in order; those that scale the input last, as they act before all others."""
+    bias = leaf.bias
     for adapter in sorted(active, key=lambda adapter: adapter.scales_input):
-        weight, bias = adapter.effective(weight, bias)
+        weight, bias = adapter.effective(weight, bias, leaf)
     return weight, bias
 
 

@@ -234,6 +234,8 @@ def _raw_leaf(
 ) -> Leaf:
     index, parts = part
     weight_at = Parameter(holder, attribute)
+    if weight_at.whole.dim() != 2:
+        raise Unresolved(f"{name}: {attribute!r} is not the weight of a linear map")
     out, into = weight_at.whole.shape
     bias_at = None
     if isinstance(spec, LeafSpec):

@@ -55,8 +55,13 @@ class Delta(nn.Module):
         """y: (..., out_features) of the frozen leaf, x: (..., in_features) that entered it."""
         return y
 
-    def effective(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias that compute the same without this module; new tensors."""
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that compute the same without this module; new tensors.
+
+        `weight` and `bias` are those of the frozen leaf as earlier modules have changed them.
+        """
         raise TypeError(f"{type(self).__name__} does not say what weight it amounts to")
 
 

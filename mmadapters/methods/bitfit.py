@@ -47,6 +47,8 @@ class BiasDelta(Delta):
     def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         return y + self.bias.to(y.dtype)
 
-    def effective(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
         delta = self.bias.to(weight.dtype)
         return weight, delta if bias is None else bias + delta

@@ -13,6 +13,7 @@ where h is, by the placement,
 
 D (r, D) starts as nn.Linear does and U (D, r) at zero, so that a fresh adapter is the identity;
 never both at zero, or neither would ever learn. Houlsby's near-zero start of both differs by that.
+With a LayerNorm after U it is the norm's gain that starts at zero instead.
 """
 
 from __future__ import annotations
@@ -163,7 +164,12 @@ class Bottleneck(Branch):
         self.norm_before = nn.LayerNorm(width, **like) if config.norm == "before" else None
         self.norm_after = nn.LayerNorm(width, **like) if config.norm == "after" else None
         self.down = (project or linear)(width, size, like)
-        self.up = (project or zero_linear)(size, width, like)
+        # A LayerNorm of zeros would multiply the first gradients by 1/sqrt(eps), some 300: with one
+        # behind the up-projection, it is its gain that starts at zero.
+        make_up = linear if self.norm_after is not None else zero_linear
+        self.up = (project or make_up)(size, width, like)
+        if self.norm_after is not None:
+            nn.init.zeros_(self.norm_after.weight)
         self.scale: float | nn.Parameter = config.scale
         if config.learn_scale is not None:
             shape = (width,) if config.learn_scale == "channel" else ()

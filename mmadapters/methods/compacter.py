@@ -54,7 +54,8 @@ class CompacterConfig(BottleneckConfig):
         built: dict[str, AdapterModule] = {}
         for sublayer in chosen:
             module = Bottleneck(self, sublayer, project=project)
-            nn.init.zeros_(module.up.left)  # type: ignore[arg-type]
+            if module.norm_after is None:
+                nn.init.zeros_(module.up.left)  # type: ignore[arg-type]
             built[sublayer.name] = module
         return built
 

@@ -104,7 +104,9 @@ class LoRA(Delta):
     def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         return y + self.low_rank(x).to(y.dtype)
 
-    def effective(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
         return weight + (self.b @ self.a).to(weight.dtype) * self.scaling, bias
 
 
@@ -137,9 +139,16 @@ class DoRA(LoRA):
         linear = y if leaf.bias is None else y - leaf.bias
         return y + ((ratio - 1) * linear + ratio * self.low_rank(x)).to(y.dtype)
 
-    def effective(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        changed, bias = super().effective(weight, bias)
-        return changed * self.direction(weight).to(weight.dtype)[:, None], bias
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
+        assert leaf.weight is not None
+        changed, _ = super().effective(weight, bias, leaf)
+        ratio = self.direction(leaf.weight).to(weight.dtype)
+        if bias is not None:
+            # As in forward, all but the frozen bias is turned: also what others have added to it.
+            bias = bias * ratio if leaf.bias is None else leaf.bias + ratio * (bias - leaf.bias)
+        return changed * ratio[:, None], bias
 
 
 def row_norms(weight: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ class OutputScale(Delta):
     def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         return y * self.scale.to(y.dtype)
 
-    def effective(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
         scale = self.scale.to(weight.dtype)
         rows = scale if weight.dim() == 1 else scale[:, None]
         return weight * rows, None if bias is None else bias * scale
@@ -71,7 +73,9 @@ class InputScale(Delta):
     def enter(self, x: Tensor) -> Tensor:
         return x * self.scale.to(x.dtype)
 
-    def effective(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
         return weight * self.scale.to(weight.dtype), bias
 
 
@@ -103,7 +107,9 @@ class ScaleShift(OutputScale):
     def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         return super().forward(y, x, leaf) + self.shift.to(y.dtype)
 
-    def effective(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        weight, bias = super().effective(weight, bias)
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().effective(weight, bias, leaf)
         shift = self.shift.to(weight.dtype)
         return weight, shift if bias is None else bias + shift

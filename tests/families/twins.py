@@ -36,9 +36,7 @@ class Twin:
     def pair(self) -> tuple[nn.Module, nn.Module]:
         """Fresh models of both families with the weights of the source."""
         source, target = _family(self.source).build(), _family(self.target).build()
-        with torch.no_grad():
-            _copy_leaves(source, target)
-            self.outside(source, target)
+        copy_weights(source, target, self.outside)
         return source, target
 
 
@@ -47,7 +45,11 @@ def _family(name: str) -> Family:
     return next(family for family in every if family.name == name)
 
 
-def _copy_leaves(source: nn.Module, target: nn.Module) -> None:
+@torch.no_grad()
+def copy_weights(
+    source: nn.Module, target: nn.Module, outside: Callable[[nn.Module, nn.Module], None]
+) -> None:
+    """Gives `target` the weights of `source`; `outside` copies those outside of the blocks."""
     known = {leaf.name: leaf for leaf in describe(source)[0].leaves()}
     for leaf in describe(target)[0].leaves():
         for mine, theirs in (
@@ -57,6 +59,7 @@ def _copy_leaves(source: nn.Module, target: nn.Module) -> None:
             if mine is not None:
                 assert theirs is not None
                 mine.copy_(theirs)
+    outside(source, target)
 
 
 def _vit_outside(source: nn.Module, target: nn.Module) -> None:

@@ -1,0 +1,160 @@
+"""What must hold on an accelerator too; the same facts as on the CPU, on one model of each kind."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from families import Family, families, tensors
+from torch import Tensor, nn
+
+import mmadapters
+from mmadapters import BottleneckConfig, DoRAConfig, LoRAConfig, MethodConfig, PrefixConfig
+
+pytestmark = pytest.mark.gpu
+
+NAMES = (
+    "timm-vit",
+    "hf-vit",
+    "open_clip-clip",
+    "hf-wav2vec2-stable",
+    "torchaudio-wavlm",
+    "hf-bert",
+)
+CONFIGS: dict[str, MethodConfig] = {
+    "bottleneck": BottleneckConfig(reduction_factor=4),
+    "lora": LoRAConfig(rank=4, targets=("q", "k", "v", "o", "up", "down")),
+    "dora": DoRAConfig(rank=4),
+    "prefix": PrefixConfig(length=4),
+}
+PAIRS = [(name, method) for name in NAMES for method in CONFIGS]
+
+
+def on_gpu(value, dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
+    if isinstance(value, Tensor):
+        return value.to("cuda", dtype) if value.is_floating_point() else value.to("cuda")
+    if isinstance(value, dict):
+        return {key: on_gpu(item, dtype) for key, item in value.items()}
+    return tuple(on_gpu(item, dtype) for item in value)
+
+
+def family(name: str) -> Family:
+    found = families()
+    if name not in found:
+        pytest.skip(f"{name} needs a library that is not installed here")
+    return found[name]
+
+
+def build(name: str, dtype: torch.dtype = torch.float32):  # type: ignore[no-untyped-def]
+    kind = family(name)
+    args, kwargs = kind.inputs()
+    return kind.build().to("cuda", dtype), on_gpu(args, dtype), on_gpu(kwargs, dtype)
+
+
+def outputs(model: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
+    return tensors(model(*args, **kwargs))
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS)
+def test_adapter_lives_on_the_backbones_device_and_starts_as_identity(
+    name: str, method: str
+) -> None:
+    backbone, args, kwargs = build(name)
+    backbone.requires_grad_(False)
+    with torch.no_grad():
+        bare = outputs(backbone, args, kwargs)
+        model = mmadapters.init(backbone)
+        model.add_adapter("a", CONFIGS[method])
+        assert {p.device.type for p in model.adapter("a").parameters()} == {"cuda"}
+        model.set_active_adapters("a")
+        fresh = outputs(model, args, kwargs)
+    assert all(map(torch.equal, bare, fresh)) is CONFIGS[method].identity
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS)
+def test_bf16_training_leaves_the_backbone_bit_for_bit(name: str, method: str) -> None:
+    backbone, args, kwargs = build(name, torch.bfloat16)
+    before = copy.deepcopy(backbone.state_dict())
+    model = mmadapters.init(backbone)
+    model.add_adapter("a", CONFIGS[method])
+    model.train_adapter("a")
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(20):
+        loss = sum(out.float().square().mean() for out in outputs(model, args, kwargs))
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        trained = outputs(model, args, kwargs)
+        with model.using(None):
+            bare = outputs(model, args, kwargs)
+    assert not all(map(torch.equal, trained, bare))
+    after = model.detach().state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "lora", "prefix"])
+def test_compiled_model_equals_eager(method: str) -> None:
+    torch._dynamo.reset()
+    backbone, args, kwargs = build("timm-vit")
+    model = mmadapters.init(backbone)
+    model.add_adapter("a", CONFIGS[method])
+    model.set_active_adapters("a")
+    for parameter in model.adapter("a").parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    with torch.no_grad():
+        eager = outputs(model, args, kwargs)
+        compiled = outputs(torch.compile(model, fullgraph=True), args, kwargs)
+    for one, other in zip(eager, compiled, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * one.abs().max()
+
+
+def test_gradients_with_checkpointing_equal_those_without() -> None:
+    backbone, args, kwargs = build("hf-vit")
+    model = mmadapters.init(backbone, train_trunk=True)
+    model.add_adapter("a", CONFIGS["bottleneck"])
+    model.train_adapter("a")
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        sum(out.square().mean() for out in outputs(model, args, kwargs)).backward()
+        return [p.grad.clone() for p in model.adapter("a").parameters() if p.grad is not None]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    again = gradients()
+    assert len(plain) == len(list(model.adapter("a").parameters()))
+    for one, other in zip(plain, again, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_threads_with_different_adapters_never_mix() -> None:
+    backbone, args, kwargs = build("timm-vit")
+    model = mmadapters.init(backbone)
+    expected = {}
+    for name in ("a", "b"):
+        model.add_adapter(name, CONFIGS["lora"])
+        for parameter in model.adapter(name).parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        with model.using(name), torch.no_grad():
+            expected[name] = outputs(model, args, kwargs)
+    wrong = []
+
+    def serve(name: str) -> None:
+        for _ in range(50):
+            with model.using(name), torch.no_grad():
+                got = outputs(model, args, kwargs)
+            if not all(map(torch.equal, got, expected[name])):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not torch.equal(expected["a"][0], expected["b"][0])
+    assert wrong == []
