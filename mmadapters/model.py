@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from . import methods, storage
 from .composition import Composition, Setup, parse
-from .injectors import NOTHING, Architecture, Plan, Runtime, describe, is_adapted
+from .injectors import (
+    NOTHING,
+    Architecture,
+    Plan,
+    Runtime,
+    checkpointing,
+    describe,
+    is_adapted,
+)
 from .injectors.raw import changed_weight
 from .injectors.runtime import Kind
 from .methods import AdapterModule, Branch, Delta, MethodConfig, Prefix
@@ -185,23 +193,27 @@ class AdapterModel(nn.Module):
             self.backbone.train(False)
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """As in transformers, never re-entrant: that gives frozen encoders no gradient at all.
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Backward computes each block anew instead of keeping its inner states: less memory.
+
+        For every library alike, in eval mode too, in which the frozen trunk is. The argument is for
+        transformers' Trainer.
 
         Raises:
             ValueError: `use_reentrant=True` is asked for.
         """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "re-entrant checkpointing gives adapters on a frozen encoder no gradient; leave "
                 "use_reentrant out or set it to False"
             )
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
-        # Text models of transformers 5 then let embeddings require gradients, which only re-entrant
-        # checkpointing needs: all blocks below the first adapted one would build a graph.
-        if getattr(self.backbone, "_require_grads_hooks", None):
-            self.backbone.disable_input_require_grads()  # type: ignore[operator]
+        checkpointing.enable(self._runtime)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Backward keeps the blocks' inner states again."""
+        checkpointing.disable(self._runtime)
 
     @property
     def sites(self) -> Any:
@@ -358,14 +370,8 @@ class AdapterModel(nn.Module):
 
         Other threads that run the same model are not affected.
         """
-        plan = self._plan(parse(setup))
-        local = self._runtime.local
-        above = local.plan
-        local.plan = plan
-        try:
+        with self._runtime.pinned(self._plan(parse(setup))):
             yield self
-        finally:
-            local.plan = above
 
     def train_adapter(self, setup: Setup) -> None:
         """Makes adapters active and trainable, all others frozen, and enters train mode."""
@@ -398,6 +404,7 @@ class AdapterModel(nn.Module):
         Merged adapters stay merged: reset them first for the encoder's own bits.
         """
         self._runtime.clear()
+        checkpointing.disable(self._runtime)
         self._composition, self._plans = None, {}
         self.adapters._modules.clear()
         for name, parameter in self.backbone.named_parameters():

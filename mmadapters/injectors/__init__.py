@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..sites import SiteMap
-from . import audio, blip, clip, text, vision
+from . import audio, blip, checkpointing, clip, text, vision
 from .runtime import NOTHING, Plan, Runtime, is_adapted
 from .spec import (
     Architecture,
@@ -87,6 +87,7 @@ __all__ = [
     "Runtime",
     "SublayerSpec",
     "TowerSpec",
+    "checkpointing",
     "describe",
     "find_row",
     "is_adapted",

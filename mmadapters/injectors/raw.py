@@ -225,8 +225,7 @@ def _prefixed(
 ) -> Any:
     if not prefixes:
         return state.base.forward(self, *args, **kwargs)
-    keys, values = _prefix(prefixes, args[0] if args else kwargs["hidden_states"])
-    attention = _PrefixedAttention(keys, values)
+    attention = _PrefixedAttention(_prefix(prefixes, args[0] if args else kwargs["hidden_states"]))
     with attention:
         output = state.base.forward(self, *args, **kwargs)
     if not attention.used:
@@ -238,23 +237,38 @@ def _prefixed(
     return output
 
 
-def _prefix(prefixes: Iterable[Any], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, P, D) of all active prefixes."""
-    pairs = [adapter(x) for adapter in prefixes]
-    keys, values = (
-        torch.cat([half.expand(x.shape[0], -1, -1) for half in halves], dim=1)
-        for halves in zip(*pairs, strict=True)
-    )
-    return keys, values
+@dataclass
+class _Prefix:
+    """Keys and values (B, P, D), and what is added to the scores (B, 1, N, P), None for nothing."""
+
+    keys: Tensor
+    values: Tensor
+    scores: Tensor | None
+
+
+def _prefix(prefixes: Iterable[Any], x: Tensor) -> _Prefix:
+    """All active prefixes as one; x: (B, N, D), what the attention reads."""
+    parts = [adapter(x) for adapter in prefixes]
+    keys = torch.cat([key.expand(x.shape[0], -1, -1) for key, _, _ in parts], dim=1)
+    values = torch.cat([value.expand(x.shape[0], -1, -1) for _, value, _ in parts], dim=1)
+    scores = None
+    if any(gate is not None for _, _, gate in parts):
+        columns = [
+            (x.new_zeros(x.shape[:2]) if gate is None else gate)[..., None].expand(
+                -1, -1, key.shape[-2]
+            )
+            for key, _, gate in parts
+        ]
+        scores = torch.cat(columns, dim=-1)[:, None]
+    return _Prefix(keys, values, scores)
 
 
 class _PrefixedAttention(TorchFunctionMode):
-    """Puts keys and values, (B, P, D) each, before those of `scaled_dot_product_attention`."""
+    """Puts a prefix before the keys and values of `scaled_dot_product_attention`."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, prefix: _Prefix) -> None:
         super().__init__()
-        self.keys = keys
-        self.values = values
+        self.prefix = prefix
         self.used = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -262,13 +276,12 @@ class _PrefixedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         self.used = True
-        return _attend(func, self.keys, self.values, *args, **kwargs)
+        return _attend(func, self.prefix, *args, **kwargs)
 
 
 def _attend(
     attend: Any,
-    keys: Tensor,
-    values: Tensor,
+    prefix: _Prefix,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -276,18 +289,29 @@ def _attend(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     **kwargs: Any,
-) -> Tensor:
+) -> Any:
     """query (B, H, N, d), key and value (B, H, M, d); every query sees the whole prefix."""
-    length = keys.shape[1]
+    length = prefix.keys.shape[1]
+    rows, columns = query.shape[-2], key.shape[-2]
     if is_causal:
-        rows, columns = query.shape[-2], key.shape[-2]
         attn_mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        seen = True if attn_mask.dtype == torch.bool else 0.0
-        attn_mask = F.pad(attn_mask, (length, 0), value=seen)
-    key = torch.cat([_heads(keys, key), key], dim=2)
-    value = torch.cat([_heads(values, value), value], dim=2)
+    if prefix.scores is not None:
+        shown = query.new_zeros(columns) if attn_mask is None else additive(attn_mask, query.dtype)
+        shown = shown.expand(query.shape[0], -1 if shown.dim() == 4 else 1, rows, columns)
+        scores = prefix.scores.to(query.dtype).expand(-1, shown.shape[1], -1, -1)
+        attn_mask = torch.cat([scores, shown], dim=-1)
+    elif attn_mask is not None:
+        attn_mask = F.pad(attn_mask, (length, 0), value=attn_mask.dtype == torch.bool)
+    key = torch.cat([_heads(prefix.keys, key), key], dim=2)
+    value = torch.cat([_heads(prefix.values, value), value], dim=2)
     return attend(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **kwargs)
+
+
+def additive(shown: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as scores to add: of a boolean one, where True is shown, 0 and -inf."""
+    if shown.dtype != torch.bool:
+        return shown.to(dtype)
+    return torch.zeros_like(shown, dtype=dtype).masked_fill_(~shown, -math.inf)
 
 
 def _heads(prefix: Tensor, like: Tensor) -> Tensor:
@@ -323,7 +347,7 @@ def _explicit_attention(
     dropout = module.dropout if module.training else 0.0
     attend: Any = _softmax_attention if need_weights else F.scaled_dot_product_attention
     if prefixes:
-        attend = functools.partial(_attend, attend, *_prefix(prefixes, query))
+        attend = functools.partial(_attend, attend, _prefix(prefixes, query))
     out = attend(q, k, v, attn_mask=mask, dropout_p=dropout)
     weights = None
     if need_weights:
@@ -361,21 +385,19 @@ def _merged_mask(
 ) -> Tensor | None:
     """One additive mask (N, M) or (B, H or 1, N, M); True in a boolean mask of MHA means hidden."""
 
-    def additive(mask: Tensor) -> Tensor:
-        if mask.dtype != torch.bool:
-            return mask.to(query.dtype)
-        return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, -math.inf)
+    def hidden(mask: Tensor) -> Tensor:
+        return additive(~mask if mask.dtype == torch.bool else mask, query.dtype)
 
     merged = None
     if attn_mask is not None:
-        merged = additive(attn_mask)
+        merged = hidden(attn_mask)
         if merged.dim() == 3:
             merged = merged.unflatten(0, (query.shape[0], -1))
     elif is_causal:
-        hidden = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
-        merged = additive(hidden.triu(1))
+        square = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
+        merged = hidden(square.triu(1))
     if padding is not None:
-        rows = additive(padding)[:, None, None, :]
+        rows = hidden(padding)[:, None, None, :]
         merged = rows if merged is None else merged + rows
     return merged
 

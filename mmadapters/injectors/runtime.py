@@ -11,12 +11,14 @@ inside, a subclass put in place of the module's class (`raw.py`).
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -97,13 +99,24 @@ class Runtime:
         above = self.local.plan
         return self.active if above is None else above
 
+    @contextlib.contextmanager
+    def pinned(self, plan: Plan) -> Iterator[None]:
+        """Inside the block, in this thread alone, `plan` is what is active."""
+        local = self.local
+        above = local.plan
+        local.plan = plan
+        try:
+            yield
+        finally:
+            local.plan = above
+
     def sync(self, plans: Iterable[Plan]) -> None:
         """Installs the hooks that `plans` need and removes all others."""
         wanted: dict[tuple[str, ...], None] = {}
         for plan in plans:
             for kind, site, module in plan.entries():
                 wanted.update(dict.fromkeys(self._keys(kind, site, module)))
-        for key in [key for key in (*self._handles, *self._raw) if key not in wanted]:
+        for key in [key for key in {**self._handles, **self._raw} if key not in wanted]:
             self._remove(key)
         for key in wanted:
             if key not in self._handles and key not in self._raw:
@@ -154,7 +167,12 @@ class Runtime:
         if what == "raw":
             self._raw[key] = raw.adapt_leaf(self, self._leaves[site])
         elif what == "attention":
-            self._raw[key] = raw.adapt_attention(self, self._sublayers[site])
+            sublayer = self._sublayers[site]
+            self._raw[key] = raw.adapt_attention(self, sublayer)
+            if sublayer.attention is not None:
+                # Any hook keeps nn.TransformerEncoderLayer from going past its attention.
+                handle = sublayer.attention.register_forward_pre_hook(ForwardHook())
+                self._handles[key] = [handle]
         else:
             self._handles[key] = list(self._hooks(what, site, key[2:]))
 
@@ -191,7 +209,10 @@ class Runtime:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether some runtime has hooks or subclasses on the module."""
-    hooks = (CaptureHook, BranchHook, EnterHook, LeafHook, PromptHook, UnpromptHook)
+    hooks = (
+        *(ForwardHook, CaptureHook, BranchHook, EnterHook, LeafHook),
+        *(PromptHook, UnpromptHook),
+    )
     return any(
         raw.KEY in part.__dict__
         or any(isinstance(hook, hooks) for hook in part._forward_hooks.values())
@@ -221,6 +242,13 @@ def with_first(output: Any, value: Tensor) -> Any:
     if hasattr(output, "_fields"):
         return type(output)(value, *rest)
     return [value, *rest] if isinstance(output, list) else (value, *rest)
+
+
+class ForwardHook:
+    """Changes nothing, but makes a parent that looks for hooks call the module."""
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        return None
 
 
 @dataclass(eq=False)
@@ -314,13 +342,24 @@ class PromptHook:
         if not active:
             return None
         x = first_input(args, kwargs)
+        length = x.shape[1]
         # Those that leave first stand last, in whatever order they act.
         for adapter in sorted(active, key=lambda adapter: adapter.replaces):
             x = torch.cat([x, adapter(x)], dim=1)
+        count = x.shape[1] - length
+        kwargs = {name: _seen(value, length, count) for name, value in kwargs.items()}
         if args:
-            return (x, *args[1:]), kwargs
+            return (x, *(_seen(value, length, count) for value in args[1:])), kwargs
         name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
         return args, {**kwargs, name: x}
+
+
+def _seen(value: Any, length: int, count: int) -> Any:
+    """An attention mask (B, H, N or 1, N) that also shows `count` more tokens; else `value`."""
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[-1] != length:
+        return value
+    rows = count if value.shape[-2] == length else 0
+    return F.pad(value, (0, count, 0, rows), value=value.dtype == torch.bool)
 
 
 @dataclass(eq=False)

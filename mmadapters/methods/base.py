@@ -68,8 +68,9 @@ class Delta(nn.Module):
 class Prefix(nn.Module):
     """Gives keys and values to be put before those of an attention."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, N, D), the attention's input -> keys and values, (P, D) or (B, P, D) each."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x: (B, N, D), the attention's input -> keys and values, (P, D) each, and what is added
+        to their scores, (B, N) by query or None."""
         raise TypeError(f"{type(self).__name__} does not say what it prepends")
 
 

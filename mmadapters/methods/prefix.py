@@ -69,8 +69,8 @@ class KeyValuePrefix(Prefix):
             self.inner = nn.Linear(width, config.reparametrise, **like)
             self.outer = nn.Linear(config.reparametrise, 2 * width, **like)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
         if not self.reparametrised:
-            return self.keys, self.values
+            return self.keys, self.values, None
         keys, values = self.outer(torch.tanh(self.inner(self.embedding))).chunk(2, dim=-1)
-        return keys, values
+        return keys, values, None

@@ -3,8 +3,9 @@
 ConfigUnion   every method acts as it does alone, in the order given
 MAM           prefix tuning and a parallel bottleneck, He et al. 2022
 UniPELT       each method's change is weighted by a gate G = sigmoid(w h + b) of what its
-              site reads: per layer and token for bottlenecks and LoRA; for a prefix, whose keys
-              and values all tokens share, the mean over tokens. Mao et al. 2022
+              site reads, per layer and token. Mao et al. 2022, who scale a prefix's keys and values
+              by the mean of G over the tokens, padding included; here log G is added to the scores
+              of the prefix, so that every query has its own gate and padding none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import Leaf, SiteMap
@@ -158,13 +160,13 @@ class GatedDelta(Delta):
 
 
 class GatedPrefix(Prefix):
-    """Keys and values times the mean of G(x) over the tokens of each sample."""
+    """log G(x) on the scores of the prefix: each query gives it G times the weight of a plain one,
+    before normalising."""
 
     def __init__(self, inner: Prefix, gate: nn.Linear) -> None:
         super().__init__()
         self.inner, self.gate = inner, gate
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.inner(x)
-        gate = torch.sigmoid(self.gate(x)).mean(dim=1, keepdim=True)
-        return gate * keys, gate * values
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values, _ = self.inner(x)
+        return keys, values, F.logsigmoid(self.gate(x)).squeeze(-1)

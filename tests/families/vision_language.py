@@ -119,7 +119,10 @@ def _open_clip(
                 "heads": 2,
                 "layers": 2,
             }
-            return CoCa(32, decoder, words, images)
+            coca = CoCa(32, decoder, words, images)
+            # open_clip leaves this one as the memory it lies in.
+            nn.init.normal_(coca.text_decoder.text_projection, std=32**-0.5)
+            return coca
         built = getattr(open_clip, kind)(
             32, open_clip.CLIPVisionCfg(**images), open_clip.CLIPTextCfg(**words)
         )

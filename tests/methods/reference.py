@@ -135,7 +135,10 @@ class ReferenceViT:
         k, v = self.keys_values(site, n, k, v)
         q, k, v = (heads(part) for part in (q, k, v))
         scores = q @ k.swapaxes(-1, -2) / math.sqrt(WIDTH // HEADS)
-        return self.linear(f"{site}.o", unheads(softmax(scores) @ v))
+        return self.linear(f"{site}.o", unheads(self.shares(site, n, scores) @ v))
+
+    def shares(self, site: str, n: Array, scores: Array) -> Array:
+        return softmax(scores)
 
     def keys_values(self, site: str, n: Array, k: Array, v: Array) -> tuple[Array, Array]:
         return k, v

@@ -52,8 +52,8 @@ def bottleneck(p: dict[str, Array], at: str, h: Array) -> Array:
 
 
 def prepended(prefix: Array, x: Array) -> Array:
-    """prefix (P, D) or (B, P, D), x (B, N, D)"""
-    return np.concatenate([np.broadcast_to(prefix, (len(x), *prefix.shape[-2:])), x], axis=1)
+    """prefix (P, D), x (B, N, D)"""
+    return np.concatenate([np.broadcast_to(prefix, (len(x), *prefix.shape)), x], axis=1)
 
 
 class WithUnion(ReferenceViT):
@@ -94,9 +94,13 @@ class WithUniPELT(ReferenceViT):
         return y
 
     def keys_values(self, site: str, n: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        mean = self.gate(site, n).mean(axis=1, keepdims=True)
-        keys, values = (mean * self.p[f"{site}/inner.{kind}"] for kind in ("keys", "values"))
+        keys, values = (self.p[f"{site}/inner.{kind}"] for kind in ("keys", "values"))
         return prepended(keys, k), prepended(values, v)
+
+    def shares(self, site: str, n: Array, scores: Array) -> Array:
+        powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        powers[..., : len(self.p[f"{site}/inner.keys"])] *= self.gate(site, n)[:, None]
+        return powers / powers.sum(axis=-1, keepdims=True)
 
     def branch(self, site: str, u: Array, x: Array, n: Array) -> Array:
         if not site.endswith("ffn"):
@@ -152,6 +156,9 @@ def test_gate_reads_the_input_of_the_sublayer_wherever_the_bottleneck_reads(
     class Written(WithUniPELT):
         def keys_values(self, site: str, n: Array, k: Array, v: Array) -> tuple[Array, Array]:
             return k, v
+
+        def shares(self, site: str, n: Array, scores: Array) -> Array:
+            return ReferenceViT.shares(self, site, n, scores)
 
         def branch(self, site: str, u: Array, x: Array, n: Array) -> Array:
             if not site.endswith("ffn"):

@@ -1,0 +1,340 @@
+"""Methods and families for the tests of injection: which go together, and one life of a pair."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from families import Family, families, tensors
+from torch import Tensor, nn
+
+import mmadapters
+from mmadapters import (
+    AdapterModel,
+    AdapterPlusConfig,
+    AdaptFormerConfig,
+    BitFitConfig,
+    BottleneckConfig,
+    CompacterConfig,
+    ConfigUnion,
+    DoRAConfig,
+    DoubleSeqBnConfig,
+    IA3Config,
+    LoRAConfig,
+    MAMConfig,
+    MethodConfig,
+    Parallel,
+    ParBnConfig,
+    PrefixConfig,
+    PromptConfig,
+    SeqBnConfig,
+    Sequential,
+    SSFConfig,
+    UniPELTConfig,
+)
+
+EVERYWHERE = ("q", "k", "v", "o", "up", "down")
+
+# Sized for blocks 32 to 64 wide.
+METHODS: dict[str, MethodConfig] = {
+    "bottleneck": BottleneckConfig(size=8, activation="gelu", norm="after", learn_scale="scalar"),
+    "bottleneck-normed": BottleneckConfig(
+        placement=Parallel(at=("attn", "cross", "ffn"), input="normed"), size=8, activation="silu"
+    ),
+    "bottleneck-after": BottleneckConfig(
+        placement=Sequential(residual="after"), size=8, norm="before", dropout=0.1
+    ),
+    "double_seq_bn": DoubleSeqBnConfig(reduction_factor=4),
+    "seq_bn": SeqBnConfig(reduction_factor=2),
+    "par_bn": ParBnConfig(),
+    "adaptformer": AdaptFormerConfig(size=16),
+    "adapter_plus": AdapterPlusConfig(),
+    "compacter": CompacterConfig(reduction_factor=4),
+    "lora": LoRAConfig(rank=4, alpha=8, targets=EVERYWHERE),
+    "lora-dropout": LoRAConfig(rank=4, targets=("q", "k", "v", "o"), dropout=0.1, rslora=True),
+    "dora": DoRAConfig(rank=4, targets=EVERYWHERE),
+    "ia3": IA3Config(targets=("q", "k", "v", "o", "down")),
+    "ssf": SSFConfig(),
+    "bitfit": BitFitConfig(),
+    "prefix": PrefixConfig(length=3),
+    "prefix-reparametrised": PrefixConfig(length=3, reparametrise=8),
+    "prompt": PromptConfig(length=3),
+    "prompt-shallow": PromptConfig(length=3, deep=False),
+    "union": ConfigUnion(
+        LoRAConfig(rank=4),
+        SeqBnConfig(reduction_factor=2, activation="gelu"),
+        LoRAConfig(rank=2, targets=("o", "up")),
+    ),
+    "union-of-weights": ConfigUnion(
+        IA3Config(), LoRAConfig(rank=4, targets=("k", "down")), BitFitConfig()
+    ),
+    "mam": MAMConfig(PrefixConfig(length=3, reparametrise=8), ParBnConfig()),
+    "unipelt": UniPELTConfig(
+        PrefixConfig(length=3), LoRAConfig(rank=4), SeqBnConfig(reduction_factor=2)
+    ),
+}
+HAS_PREFIX = {"prefix", "prefix-reparametrised", "mam", "unipelt"}
+HAS_PROMPT = {"prompt", "prompt-shallow"}
+# What needs the activations at a linear map, so not a map whose weight the library reads itself.
+NEEDS_CALLED_MAPS = {"lora-dropout", "unipelt"}
+# Read weights themselves, other than in `nn.MultiheadAttention`, which adapters compute anew.
+READS_WEIGHTS = {
+    "timm-eva",
+    "timm-eva02-packed",
+    "timm-beit",
+    "hf-wavlm",
+    "torchaudio-wavlm",
+    "open_clip-own_attention",
+}
+# Keys without a bias in a map whose weight the library reads: SSF has nothing to shift there.
+KEYS_WITHOUT_BIAS = {"timm-eva", "timm-eva02-packed", "timm-beit"}
+# Have no bias at all.
+NO_BIAS = {"hf-t5"}
+NEEDS_BIASES = {"bitfit", "union-of-weights"}
+
+FAMILIES: dict[str, Family] = families()
+
+
+def config_for(family: Family, method: str) -> MethodConfig:
+    """The method as this family's users would write it: prompts in the image tower only."""
+    if method in HAS_PROMPT and "prompt" in family.traits and len(towers(family)) > 1:
+        deep = method == "prompt"
+        return PromptConfig(length=3, deep=deep, sites=("vision",))
+    return METHODS[method]
+
+
+def refusal(family: Family, method: str) -> str | None:
+    """What the refusal of a method by a family must say, as a pattern; None if it is taken."""
+    if method in HAS_PREFIX and "prefix" not in family.traits:
+        return r"prefix tuning cannot enter .*; these can take it: "
+    if method in HAS_PROMPT and "prompt" not in family.traits:
+        return r"prompt tuning cannot enter .*(can take it|name sites=)"
+    if method in NEEDS_CALLED_MAPS and family.name in READS_WEIGHTS:
+        return r"reads this weight itself.*(use dropout=0|leave it out with sites=)"
+    if method in NEEDS_BIASES and family.name in NO_BIAS:
+        return r"has no bias under sites="
+    if method == "ssf" and family.name in KEYS_WITHOUT_BIAS:
+        return r"nothing to shift; leave it out with sites="
+    return None
+
+
+@functools.cache
+def _built(name: str) -> nn.Module:
+    return FAMILIES[name].build()
+
+
+def bare(family: Family) -> nn.Module:
+    """A fresh model of the family, with the same weights each time."""
+    return copy.deepcopy(_built(family.name))
+
+
+@functools.cache
+def _bare_outputs(name: str, frozen: bool) -> list[Tensor]:
+    return run(bare(FAMILIES[name]).requires_grad_(not frozen), FAMILIES[name])
+
+
+def bare_outputs(family: Family, *, frozen: bool = True) -> list[Tensor]:
+    """What the encoder gives with no library of adapters around it.
+
+    `frozen`: with `requires_grad_(False)`. torch picks other kernels for weights that require
+    gradients, under `no_grad`, too, so that the last bits may differ from those of a trainable one.
+    """
+    return _bare_outputs(family.name, frozen)
+
+
+@functools.cache
+def _towers(name: str) -> tuple[str, ...]:
+    return tuple(mmadapters.init(bare(FAMILIES[name])).sites.towers)
+
+
+def towers(family: Family) -> tuple[str, ...]:
+    return _towers(family.name)
+
+
+def adapted(family: Family, config: MethodConfig, **options: Any) -> AdapterModel:
+    """A fresh model with one adapter, `a`, active but not trainable."""
+    model = mmadapters.init(bare(family), **options)
+    model.add_adapter("a", config)
+    model.set_active_adapters("a")
+    return model
+
+
+def run(model: nn.Module, family: Family) -> list[Tensor]:
+    """The floating tensors that a model gives for the family's batch of two, without gradients."""
+    args, kwargs = family.inputs()
+    with torch.no_grad():
+        return tensors(model(*args, **kwargs))
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Bit for bit."""
+    return len(left) == len(right) > 0 and all(map(torch.equal, left, right))
+
+
+def distance(left: list[Tensor], right: list[Tensor]) -> float:
+    """The largest difference, over the scale of the tensor it is in."""
+    assert len(left) == len(right) > 0
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def loss_of(outputs: Iterable[Tensor], seed: int = 3) -> Tensor:
+    """A number that depends on every entry of every output, each in another way."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(())
+    for output in outputs:
+        weight = torch.randn(output.shape, generator=generator)
+        total = total + (output.float() * weight).mean()
+    return total
+
+
+def step(model: nn.Module, inputs: tuple[tuple, dict], optimizer: torch.optim.Optimizer) -> None:
+    """One training step; the gradients stay."""
+    optimizer.zero_grad()
+    args, kwargs = inputs
+    loss_of(t for t in tensors(model(*args, **kwargs)) if t.requires_grad).backward()
+    optimizer.step()
+
+
+def train(model: AdapterModel, inputs: tuple[tuple, dict], *, steps: int = 3) -> set[str]:
+    """Trains adapter `a` and leaves the model in eval mode.
+
+    Returns the parameters of the whole model that had a gradient other than zero in some step.
+    """
+    model.train_adapter("a")
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.Adam([p for p in parameters.values() if p.requires_grad], lr=1e-2)
+    reached: set[str] = set()
+    for _ in range(steps):
+        step(model, inputs, optimizer)
+        for name, parameter in parameters.items():
+            if parameter.grad is not None and parameter.grad.ne(0).any():
+                reached.add(name)
+    model.eval()
+    return reached
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything that `state_dict` names."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same_state(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    """The same names in the same order with the same bits."""
+    now = model.state_dict()
+    return list(now) == list(before) and all(
+        now[name].dtype == tensor.dtype and torch.equal(now[name], tensor)
+        for name, tensor in before.items()
+    )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What an adapter could leave behind on the modules of an encoder, by module."""
+
+    classes: dict[str, type]
+    hooks: dict[str, dict[str, int]]
+    attributes: dict[str, tuple[str, ...]]
+    requires_grad: dict[str, bool]
+    modes: dict[str, bool]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Trace:
+        modules = dict(model.named_modules())
+        return cls(
+            classes={name: type(module) for name, module in modules.items()},
+            hooks={name: _hooks(module) for name, module in modules.items()},
+            attributes={name: tuple(sorted(vars(module))) for name, module in modules.items()},
+            requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+            modes={name: module.training for name, module in modules.items()},
+        )
+
+
+def _hooks(module: nn.Module) -> dict[str, int]:
+    """How many there are of every kind of hook that torch has."""
+    return {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
+
+
+@dataclass(eq=False)
+class Life:
+    """A family's model with one adapter, and what it gave on the way: bare, wrapped, with an idle
+    adapter, with a fresh active one, after training.
+
+    `trainable`: the parameters that required gradients in training; `reached` as `train` gives it.
+    Afterwards none does, for the reason that `bare_outputs` gives.
+    """
+
+    family: Family
+    method: str
+    config: MethodConfig
+    backbone: nn.Module
+    before: Trace
+    weights: dict[str, Tensor]
+    model: AdapterModel
+    bare: list[Tensor]
+    wrapped: list[Tensor]
+    idle: list[Tensor]
+    fresh: list[Tensor]
+    trainable: set[str]
+    reached: set[str]
+    trained: list[Tensor]
+
+    @property
+    def inputs(self) -> tuple[tuple, dict[str, Any]]:
+        return self.family.inputs()
+
+    def outputs(self) -> list[Tensor]:
+        return run(self.model, self.family)
+
+
+def live(family: Family, method: str) -> Life:
+    """Wraps a fresh model, adds an adapter and trains it for three steps."""
+    torch.manual_seed(0)
+    config = config_for(family, method)
+    backbone = bare(family)
+    before, weights = Trace.of(backbone), state(backbone)
+    model = mmadapters.init(backbone)
+    wrapped = run(model, family)
+    model.add_adapter("a", config)
+    idle = run(model, family)
+    model.set_active_adapters("a")
+    fresh = run(model, family)
+    reached = train(model, family.inputs())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.adapter("a").requires_grad_(False)
+    return Life(
+        family=family,
+        method=method,
+        config=config,
+        backbone=backbone,
+        before=before,
+        weights=weights,
+        model=model,
+        bare=bare_outputs(family),
+        wrapped=wrapped,
+        idle=idle,
+        fresh=fresh,
+        trainable=trainable,
+        reached=reached,
+        trained=run(model, family),
+    )
+
+
+PAIRS = [(family, method) for family in FAMILIES.values() for method in METHODS]
+TAKEN = [pair for pair in PAIRS if refusal(*pair) is None]
+REFUSED = [pair for pair in PAIRS if refusal(*pair) is not None]
+# What costs a second model is tried on every method in one family of each kind of block, and on
+# one method of each mechanism in every family.
+MECHANISMS = ("bottleneck-after", "lora", "ia3", "prefix", "prompt")
+KINDS = {"timm-vit", "timm-eva", "hf-vit", "hf-wav2vec2", "hf-bert", "open_clip-clip"}
+COPIED = [pair for pair in TAKEN if pair[0].name in KINDS or pair[1] in MECHANISMS]
+
+
+def pair_id(pair: tuple[Family, str]) -> str:
+    return f"{pair[0].name}-{pair[1]}"
