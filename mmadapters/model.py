@@ -215,6 +215,13 @@ class AdapterModel(nn.Module):
         """Backward keeps the blocks' inner states again."""
         checkpointing.disable(self._runtime)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """The two above under the name that timm and open_clip have for them."""
+        if enable:
+            self.gradient_checkpointing_enable()
+        else:
+            self.gradient_checkpointing_disable()
+
     @property
     def sites(self) -> Any:
         """The `SiteMap` of the encoder."""

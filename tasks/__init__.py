@@ -1,0 +1,1 @@
+"""The application on top of the library: tasks, their data and the command line."""

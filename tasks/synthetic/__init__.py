@@ -1,0 +1,1 @@
+"""Synthetic data that tasks and pretraining draw from: scenes (`scenes`) and speech (`speech`)."""
