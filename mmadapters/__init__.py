@@ -31,8 +31,9 @@ if TYPE_CHECKING:
         SSFConfig,
         UniPELTConfig,
     )
-    from .model import AdapterModel, AdapterRow, init
+    from .model import AdapterModel, init
     from .selfcheck import InertAdapterError
+    from .summary import AdapterRow
 
 __version__ = "0.1.0"
 
@@ -70,10 +71,10 @@ _HOMES = {
     ),
     "model": (
         "AdapterModel",
-        "AdapterRow",
         "init",
     ),
     "selfcheck": ("InertAdapterError",),
+    "summary": ("AdapterRow",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -6,13 +6,13 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import methods, storage
+from .adapter import Adapter, kind_of
 from .composition import Composition, Setup, parse
 from .injectors import (
     NOTHING,
@@ -23,18 +23,13 @@ from .injectors import (
     describe,
     is_adapted,
 )
-from .injectors.raw import changed_weight
-from .injectors.runtime import Kind
-from .methods import AdapterModule, Branch, Delta, MethodConfig, Prefix
+from .merging import Merged, merged_tensors
+from .methods import AdapterModule, MethodConfig
 from .selfcheck import check
-from .sites import Parameter, nearest
+from .sites import SiteMap, nearest
+from .summary import AdapterRow, summary_table
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+@ -]*")
-_KINDS: tuple[tuple[type, Kind], ...] = (
-    (Branch, "branch"),
-    (Delta, "delta"),
-    (Prefix, "prefix"),
-)
 
 
 def init(
@@ -59,66 +54,6 @@ def init(
     return AdapterModel(
         backbone, sites=sites, example_inputs=example_inputs, train_trunk=train_trunk
     )
-
-
-class Adapter(nn.Module):
-    """All modules inserted under one name. Keys are `<site>#<method>` with `/` for `.`."""
-
-    def __init__(self, config: MethodConfig, parts: dict[str, AdapterModule]) -> None:
-        super().__init__()
-        self.config = config
-        for key, module in parts.items():
-            self.add_module(key.replace(".", "/"), module)
-
-    def entries(self) -> Iterator[tuple[str, AdapterModule]]:
-        """(site, module) in the order in which they act."""
-        for key, module in self._modules.items():
-            assert module is not None
-            yield key.split("#")[0].replace("/", "."), module  # type: ignore[misc]
-
-    def plan(self) -> Plan:
-        plan = Plan()
-        for site, module in self.entries():
-            plan.add(_kind(module), site, module)
-        return plan
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers under the names that files use, shared ones under their first."""
-        found: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for key, module in self._modules.items():
-            assert module is not None
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[f"{key.replace('/', '.')}/{name}"] = tensor
-        return found
-
-
-def _kind(module: nn.Module) -> Kind:
-    return next((kind for cls, kind in _KINDS if isinstance(module, cls)), "prompt")
-
-
-@dataclass(frozen=True)
-class AdapterRow:
-    """One line of `adapter_summary`. `share`: parameters over the encoder's own, in percent."""
-
-    name: str
-    method: str
-    sites: int
-    parameters: int
-    share: float
-    active: bool
-    trainable: bool
-    merged: bool
-
-
-@dataclass(eq=False)
-class _Merged:
-    """The tensors that a merge changed, as they were."""
-
-    name: str
-    originals: list[tuple[Parameter, Tensor]]
 
 
 class AdapterModel(nn.Module):
@@ -160,7 +95,7 @@ class AdapterModel(nn.Module):
         self._composition: Composition | None = None
         self._plans: dict[Composition, Plan] = {}
         self._verified: set[tuple] = set()
-        self._merged: list[_Merged] = []
+        self._merged: list[Merged] = []
         self._identity: dict[str, Any] | None = None
         self._detached = False
         self._required_grad = {n: p.requires_grad for n, p in backbone.named_parameters()}
@@ -223,7 +158,7 @@ class AdapterModel(nn.Module):
             self.gradient_checkpointing_disable()
 
     @property
-    def sites(self) -> Any:
+    def sites(self) -> SiteMap:
         """The `SiteMap` of the encoder."""
         return self._runtime.sites
 
@@ -352,7 +287,7 @@ class AdapterModel(nn.Module):
                         f"reset_adapter({name!r}) first"
                     )
                 for site, module in adapter.entries():
-                    plan.add(_kind(module), site, module)
+                    plan.add(kind_of(module), site, module)
             self._plans[composition] = plan
         return self._plans[composition]
 
@@ -439,33 +374,11 @@ class AdapterModel(nn.Module):
         if adapter.config.mergeable is not True:
             raise ValueError(f"adapter {name!r} cannot be merged: {adapter.config.mergeable}")
         self._identify()
-        leaves = {leaf.name: leaf for leaf in self.sites.leaves()}
-        changes: list[tuple[Parameter, Tensor]] = []
-        for site, deltas in adapter.plan().delta.items():
-            leaf = leaves[site]
-            weight = leaf.weight
-            if weight is None:
-                weight = torch.ones(leaf.out_features, **leaf.like())
-            with torch.no_grad():
-                changed, bias = changed_weight(leaf, weight, deltas)
-            for place, new, old in (
-                (leaf.weight_at, changed, weight),
-                (leaf.bias_at, bias, leaf.bias),
-            ):
-                if place is not None and new is not None:
-                    changes.append((place, new))
-                elif new is not None and (old is None or not torch.equal(new, old)):
-                    raise ValueError(
-                        f"adapter {name!r} cannot be merged: {site} has no parameter to hold its "
-                        "shift or scale"
-                    )
-        originals = [(place, place.tensor.detach().clone()) for place, _ in changes]
+        changes = merged_tensors(name, adapter, self.sites)
         if self._composition is not None and name in self._composition.names():
             rest = [other for other in self._composition.names() if other != name]
             self.set_active_adapters(rest or None)
-        for place, new in changes:
-            place.tensor.data.copy_(new)
-        self._merged.append(_Merged(name, originals))
+        self._merged.append(Merged.into_weights(name, changes))
         self._forget(name)
 
     def reset_adapter(self, name: str) -> None:
@@ -480,8 +393,7 @@ class AdapterModel(nn.Module):
             raise ValueError(f"adapter {name!r} is not merged")
         if merged[-1] != name:
             raise ValueError(f"adapter {merged[-1]!r} was merged after {name!r}: reset it first")
-        for place, old in self._merged.pop().originals:
-            place.tensor.data.copy_(old)
+        self._merged.pop().undo()
 
     def _refuse_merged(self, name: str, what: str) -> None:
         if name in [merge.name for merge in self._merged]:
@@ -581,52 +493,6 @@ class AdapterModel(nn.Module):
         )
         config = methods.from_dict(stored.config)
         adapter = self._build(stored.name if name is None else name, config)
-        own = adapter.tensors()
-        absent, surplus = sorted(own.keys() - stored.tensors), sorted(stored.tensors.keys() - own)
-        if absent or surplus:
-            raise ValueError(
-                f"{directory} does not fit this encoder: {len(absent)} tensors are missing and "
-                f"{len(surplus)} have no place, first {(absent or surplus)[0]!r}"
-            )
-        for key, tensor in sorted(stored.tensors.items()):
-            if tensor.shape != own[key].shape:
-                raise ValueError(
-                    f"{directory}: {key} has shape {tuple(tensor.shape)}, this encoder needs "
-                    f"{tuple(own[key].shape)}"
-                )
-            if not tensor.is_floating_point():
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                raise ValueError(f"{directory}: {key} holds {dtype}, not floating-point numbers")
-        with torch.no_grad():
-            for key, tensor in stored.tensors.items():
-                own[key].copy_(tensor)
+        adapter.load(stored.tensors, directory)
         self._insert(stored.name if name is None else name, config, adapter)
         return stored
-
-
-def summary_table(architecture: str, base: int, rows: list[AdapterRow]) -> str:
-    """The adapters as aligned text."""
-    head = ("adapter", "method", "sites", "parameters", "% of backbone", "state")
-    lines = [head]
-    for row in rows:
-        states = [what for what in ("active", "trainable", "merged") if getattr(row, what)]
-        lines.append(
-            (
-                row.name,
-                row.method,
-                str(row.sites),
-                f"{row.parameters:,}",
-                f"{row.share:.2f}",
-                ", ".join(states) or "idle",
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    right = (False, False, True, True, True, False)
-    text = [f"{architecture}: {base:,} frozen parameters"]
-    for line in lines:
-        cells = (
-            cell.rjust(width) if flush else cell.ljust(width)
-            for cell, width, flush in zip(line, widths, right, strict=True)
-        )
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)

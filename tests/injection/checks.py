@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from families import Family, tensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mmadapters.injectors import describe
 from mmadapters.sites import Block, Leaf, SiteMap, Sublayer
-from tests.families import Family, tensors
 
 ATTENTION = {"q", "k", "v", "o", "norm"}
 FEED_FORWARD = {"up", "down", "norm"}

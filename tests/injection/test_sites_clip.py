@@ -3,13 +3,13 @@
 import pytest
 import torch
 import transformers
+from families import Family
+from families.twins import TWINS, Twin
+from families.vision_language import CLIP_FAMILIES
+from injection.checks import check_family
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
 from mmadapters.injectors import describe
-from tests.families import Family
-from tests.families.twins import TWINS, Twin
-from tests.families.vision_language import CLIP_FAMILIES
-from tests.injection.checks import check_family
 
 
 @pytest.mark.parametrize("family", CLIP_FAMILIES, ids=lambda family: family.name)

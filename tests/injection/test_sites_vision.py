@@ -3,6 +3,9 @@
 import pytest
 import torch
 import transformers
+from families import Family
+from families.vision import FAMILIES, TIMM
+from injection.checks import check_complete, check_family, check_stream, record
 from timm.models.eva import Eva
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
@@ -11,9 +14,6 @@ from timm.models.vision_transformer import (
 )
 
 from mmadapters.injectors import describe
-from tests.families import Family
-from tests.families.vision import FAMILIES, TIMM
-from tests.injection.checks import check_complete, check_family, check_stream, record
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

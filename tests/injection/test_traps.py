@@ -217,10 +217,7 @@ def test_speech_front_end_is_outside_of_the_graph_in_train_mode(name: str) -> No
     assert not front(torch.randn(2, 4800)).requires_grad
 
 
-CHECKPOINTED = [name for name, family in FAMILIES.items() if "checkpointing" in family.traits]
-
-
-@pytest.mark.parametrize("name", CHECKPOINTED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     family = FAMILIES[name]
     config = ConfigUnion(
@@ -234,7 +231,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
         model = adapted(family, config)
         train(model, family.inputs(), steps=1)
         if checkpointing:
-            enable_checkpointing(model)
+            model.gradient_checkpointing_enable()
             entered = count_entries(model)
         model.adapter("a").requires_grad_(True)
         model.zero_grad()
@@ -250,13 +247,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
         assert gradient is not None
         scale = float(gradient.abs().max())
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6 + 1e-5 * scale, rtol=0)
-
-
-def enable_checkpointing(model: mmadapters.AdapterModel) -> None:
-    if hasattr(model.backbone, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable()
-    else:
-        model.set_grad_checkpointing()
 
 
 def train_without_randomness(model: nn.Module) -> None:
@@ -290,12 +280,22 @@ def count_entries(model: mmadapters.AdapterModel) -> dict[str, int]:
     return entered
 
 
-@pytest.mark.parametrize("name", ["hf-vit", "hf-wav2vec2", "timm-vit", "open_clip-clip"])
-def test_gradient_checkpointing_recomputes_in_the_usual_training(name: str) -> None:
+@pytest.mark.parametrize(
+    "enable",
+    [
+        mmadapters.AdapterModel.gradient_checkpointing_enable,
+        mmadapters.AdapterModel.set_grad_checkpointing,
+    ],
+    ids=["transformers-name", "timm-name"],
+)
+@pytest.mark.parametrize("name", ["hf-vit", "hf-wav2vec2", "timm-vit", "open_clip-bert"])
+def test_gradient_checkpointing_recomputes_in_the_usual_training(
+    name: str, enable: Callable[[mmadapters.AdapterModel], None]
+) -> None:
     """That is, with the frozen trunk in eval mode, where transformers would leave it off."""
     family = FAMILIES[name]
     model = adapted(family, METHODS["bottleneck"])
-    enable_checkpointing(model)
+    enable(model)
     entered = count_entries(model)
     model.train_adapter("a")
     args, kwargs = family.inputs()

@@ -1,0 +1,47 @@
+"""What `AdapterModel.adapter_summary` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One line of `adapter_summary`. `share`: parameters over the encoder's own, in percent."""
+
+    name: str
+    method: str
+    sites: int
+    parameters: int
+    share: float
+    active: bool
+    trainable: bool
+    merged: bool
+
+
+def summary_table(architecture: str, base: int, rows: list[AdapterRow]) -> str:
+    """The adapters as aligned text."""
+    head = ("adapter", "method", "sites", "parameters", "% of backbone", "state")
+    lines = [head]
+    for row in rows:
+        states = [what for what in ("active", "trainable", "merged") if getattr(row, what)]
+        lines.append(
+            (
+                row.name,
+                row.method,
+                str(row.sites),
+                f"{row.parameters:,}",
+                f"{row.share:.2f}",
+                ", ".join(states) or "idle",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    right = (False, False, True, True, True, False)
+    text = [f"{architecture}: {base:,} frozen parameters"]
+    for line in lines:
+        cells = (
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(line, widths, right, strict=True)
+        )
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
