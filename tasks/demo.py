@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmadapters import MethodConfig
 
 TRAIN, TEST = 1000, 1000
-EPOCHS, BATCH, LEARNING_RATE = 6, 50, 2e-3
+EPOCHS, BATCH, LEARNING_RATE = 4, 50, 2e-3
 CLASSES = 6  # one to five things, or more
 UPPER = ("vision.blocks.[4-7]",)
 WAYS = ("head only", "bottleneck", "lora")

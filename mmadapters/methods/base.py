@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..sites import Leaf, SiteMap
+from ..sites import Leaf, SiteMap, nearest
 
 Read = Literal["residual", "input"]
 
@@ -131,11 +131,14 @@ class MethodConfig(ABC):
         return ((self.method, self),)
 
 
-def check_choice(what: str, value: object, choices: Iterable[object]) -> None:
+def check_choice(what: str, value: object, choices: Iterable[str | None]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+        hint = nearest(value, filter(None, choices)) if isinstance(value, str) else ""
+        raise ValueError(
+            f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}"
+        )
 
 
 def check_count(what: str, value: int) -> None:

@@ -1,0 +1,52 @@
+"""The code that users read runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmadapters import AdapterModel
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def blocks(path: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+
+
+def test_api_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("README.md")
+    names = {"x": torch.randn(1, 3, 224, 224)}
+    exec(code, names)
+    assert isinstance(names["model"], AdapterModel)
+    assert (tmp_path / "out/pets/adapter.safetensors").is_file()
+    with torch.no_grad():
+        assert torch.equal(names["backbone"](names["x"]), names["y0"].detach())
+
+
+def test_bottlenecks_of_the_docs_can_be_written() -> None:
+    (code,) = blocks("docs/methods.md")
+    exec(code, {})
+
+
+def test_hand_written_sites_of_the_docs_fit_a_transformer_encoder() -> None:
+    (code,) = blocks("docs/encoders.md")
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=True)
+    names = {"torch": torch, "encoder": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)}
+    exec("import mmadapters\n" + code, names)
+    model = names["model"]
+    assert isinstance(model, AdapterModel)
+    x = torch.randn(2, 16, 64)
+    for method in ("double_seq_bn", "lora", "prefix"):
+        model.add_adapter(method, method)
+        for parameter in model.adapter(method).parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        with torch.no_grad():
+            bare: Tensor = model(x)
+            with model.using(method):
+                assert not torch.allclose(model(x), bare, atol=1e-3)
