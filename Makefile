@@ -28,10 +28,10 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 test: $(READY)
-	$(VENV)/bin/pytest -q -n 2 --durations=15
+	$(VENV)/bin/pytest -q -n 2 --dist worksteal --durations=15
 
 test-oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/pytest -q -n 2 --durations=5 tests/injection
+	$(OLDEST)/bin/pytest -q -n 2 --dist worksteal --durations=5 tests/injection
 
 demo: $(READY)
 	$(VENV)/bin/mmadapters demo

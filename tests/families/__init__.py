@@ -14,10 +14,8 @@ from torch import Tensor, nn
 class Family:
     """`build` gives a fresh model in eval mode; `inputs` a batch of two as (args, kwargs).
 
-    `needs`: the module that must be importable, in a version that has this family.
     `traits`: what tests select by: "prefix" (can take prefix tuning), "prompt" (can take prompt
-    tuning), "raw" (reads weights itself), "checkpointing" (has gradient_checkpointing_enable or
-    set_grad_checkpointing), "twin:<name>" (another family with the same weights).
+    tuning), "raw" (reads weights itself), "twin:<name>" (another family with the same weights).
     """
 
     name: str

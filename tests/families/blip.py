@@ -67,7 +67,7 @@ def hf_blip_caption() -> nn.Module:
 
 
 FAMILIES = [
-    Family("hf-blip-retrieval", hf_blip_retrieval, pairs, frozenset({"checkpointing", "prompt"})),
-    Family("hf-blip-vqa", hf_blip_vqa, questions, frozenset({"checkpointing", "prompt"})),
-    Family("hf-blip-caption", hf_blip_caption, pairs, frozenset({"checkpointing", "prompt"})),
+    Family("hf-blip-retrieval", hf_blip_retrieval, pairs, frozenset({"prompt"})),
+    Family("hf-blip-vqa", hf_blip_vqa, questions, frozenset({"prompt"})),
+    Family("hf-blip-caption", hf_blip_caption, pairs, frozenset({"prompt"})),
 ]

@@ -52,7 +52,7 @@ def hf_t5() -> nn.Module:
 
 
 FAMILIES = [
-    Family("hf-bert", hf_bert, tokens, frozenset({"prefix", "checkpointing"})),
-    Family("hf-roberta", hf_roberta, tokens, frozenset({"prefix", "checkpointing"})),
-    Family("hf-t5", hf_t5, tokens, frozenset({"checkpointing"})),
+    Family("hf-bert", hf_bert, tokens, frozenset({"prefix"})),
+    Family("hf-roberta", hf_roberta, tokens, frozenset({"prefix"})),
+    Family("hf-t5", hf_t5, tokens),
 ]

@@ -70,13 +70,11 @@ def hf_whisper() -> nn.Module:
 
 
 FAMILIES = [
-    Family("hf-wav2vec2", hf_wav2vec2, waves, frozenset({"prefix", "checkpointing"})),
-    Family("hf-wav2vec2-stable", hf_wav2vec2_stable, waves, frozenset({"prefix", "checkpointing"})),
-    Family("hf-hubert", hf_hubert, waves, frozenset({"prefix", "checkpointing"})),
-    Family("hf-wavlm", hf_wavlm, waves, frozenset({"raw", "checkpointing"})),
-    Family(
-        "hf-whisper", hf_whisper, spectrograms, frozenset({"prefix", "prompt", "checkpointing"})
-    ),
+    Family("hf-wav2vec2", hf_wav2vec2, waves, frozenset({"prefix"})),
+    Family("hf-wav2vec2-stable", hf_wav2vec2_stable, waves, frozenset({"prefix"})),
+    Family("hf-hubert", hf_hubert, waves, frozenset({"prefix"})),
+    Family("hf-wavlm", hf_wavlm, waves, frozenset({"raw"})),
+    Family("hf-whisper", hf_whisper, spectrograms, frozenset({"prefix", "prompt"})),
     Family(
         "torchaudio-wav2vec2",
         lambda: to_torchaudio(hf_wav2vec2()),

@@ -27,7 +27,7 @@ HF = {
     "image_size": SIZE,
     "patch_size": 8,
 }
-EVERYTHING = frozenset({"prefix", "prompt", "checkpointing"})
+EVERYTHING = frozenset({"prefix", "prompt"})
 NO_PROMPT = EVERYTHING - {"prompt"}
 
 

@@ -164,14 +164,7 @@ CLIP_FAMILIES: list[Family] = [
     _hf("hf-siglip-text", "Siglip", "SiglipTextModel", input_ids, TRAITS - {"prompt"}),
     _open_clip("open_clip-clip", traits=TRAITS | {"raw", "twin:hf-clip"}),
     _open_clip("open_clip-custom_text", "CustomTextCLIP", vision={"ls_init_value": 0.5}),
-    # open_clip itself cannot checkpoint these blocks: it passes them two arguments too many.
-    _open_clip(
-        "open_clip-own_attention",
-        "CustomTextCLIP",
-        vision=QK_NORM,
-        text=QK_NORM,
-        traits=TRAITS - {"checkpointing"} | {"raw"},
-    ),
+    _open_clip("open_clip-own_attention", "CustomTextCLIP", vision=QK_NORM, text=QK_NORM),
     _open_clip(
         "open_clip-timm_tower",
         "CustomTextCLIP",

@@ -154,6 +154,7 @@ def _speech(kind: str, libraries: tuple[str, ...] = ("hf", "torchaudio")) -> dic
     return cases
 
 
+# All other text towers of open_clip take texts of one length alone.
 CASES: dict[str, Case] = {
     **{name: Case(FAMILIES[name], texts) for name in ("hf-bert", "hf-roberta", "hf-t5")},
     "hf-clip": Case(FAMILIES["hf-clip"], ended_texts_and_pictures),
@@ -172,7 +173,6 @@ CASES: dict[str, Case] = {
     "hf-blip-vqa": Case(FAMILIES["hf-blip-vqa"], question),
     "hf-blip-caption": Case(FAMILIES["hf-blip-caption"], texts_and_pictures),
     "open_clip-bert": Case(FAMILIES["open_clip-bert"], padded_ids_and_pictures),
-    "open_clip-coca": Case(FAMILIES["open_clip-coca"], padded_ids_and_pictures),
     **_speech("Wav2Vec2"),
     **_speech("Hubert"),
     # torchaudio's WavLM takes no lengths.
@@ -189,18 +189,16 @@ NOT_INVARIANT: dict[str, str] = {
     "torchaudio-wav2vec2": OVER_TIME,
     "torchaudio-hubert": OVER_TIME,
     "hf-blip-vqa": "its decoder is given a mask of ones over the question, padding too",
-    "open_clip-coca": "its class token stands behind the padding, at another position",
 }
 PAIRS = [
     (name, method)
     for name, case in CASES.items()
-    if name not in NOT_INVARIANT
+    for method in METHODS
     # Prompts go into image towers, which have no padding.
-    for method in [m for m in METHODS if m not in HAS_PROMPT]
-    if refusal(case.family, method) is None
+    if method not in HAS_PROMPT
+    and name not in NOT_INVARIANT
+    and refusal(case.family, method) is None
 ]
-
-
 each_pair = pytest.mark.parametrize(
     ("name", "method"), PAIRS, ids=[f"{name}-{method}" for name, method in PAIRS]
 )
@@ -216,7 +214,7 @@ def encoder(name: str) -> tuple[AdapterModel, list[Tensor]]:
 @pytest.mark.parametrize("name", CASES)
 def test_padding_changes_nothing_without_an_adapter_unless_listed(name: str) -> None:
     padded, alone = CASES[name].outputs(CASES[name].family.build())
-    assert (distance(padded, alone) > TOLERANCE) is (name in NOT_INVARIANT)
+    assert (distance(padded, alone) <= TOLERANCE) is (name not in NOT_INVARIANT)
 
 
 @each_pair
@@ -224,7 +222,7 @@ def test_padding_changes_nothing_with_an_adapter(name: str, method: str) -> None
     model, bare = encoder(name)
     model.add_adapter(method, METHODS[method])
     try:
-        randomise(model.adapter(method))
+        randomise(model.adapter(method), std=0.5)
         with model.using(method):
             padded, alone = CASES[name].outputs(model)
     finally:

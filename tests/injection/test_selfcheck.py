@@ -58,6 +58,14 @@ class SkipsMlpInInference(Block):
         return x + F.linear(hidden, down.weight, down.bias)
 
 
+class IgnoresMlpInInference(SkipsMlpInInference):
+    """As above, but the feed-forward part is called and its result thrown away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mlp(self.ln_2(x))
+        return super().forward(x)
+
+
 class SkipsMlpInTraining(Block):
     """In train mode the feed-forward part is left out."""
 
@@ -387,12 +395,39 @@ def test_deleting_an_adapter_leaves_no_other_one_inert_in_a_torch_encoder() -> N
         torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=0)
 
 
-def test_small_effect_in_half_precision_is_not_taken_for_none() -> None:
+def test_change_that_half_precision_rounds_away_is_not_taken_for_none() -> None:
     encoder = Encoder().to(torch.bfloat16)
     with torch.no_grad():
         for block in encoder.blocks:
-            block.mlp[2].weight.mul_(1e-3)
-    x = example().to(torch.bfloat16)
-    model = mmadapters.init(encoder, sites=sites(), example_inputs=(x,))
+            block.mlp[2].weight.mul_(1e-4)
+    weights = state(encoder)
+    x = example()
+    model = mmadapters.init(encoder, sites=sites(), example_inputs=(x.to(torch.bfloat16),))
     model.add_adapter("a", LoRAConfig(rank=1, targets=("up",)))
     assert model.adapter_names == ("a",)
+    assert same_state(encoder, weights)
+    with torch.no_grad():
+        for parameter in model.adapter("a").parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        assert not _changes(model, x.to(torch.bfloat16))
+        assert _changes(model.float(), x)
+
+
+def _changes(model: mmadapters.AdapterModel, x: Tensor) -> bool:
+    with model.using("a"):
+        after = model(x)
+    return not torch.equal(after, model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_result_ignored_in_inference_alone_is_refused_in_every_precision(
+    dtype: torch.dtype,
+) -> None:
+    encoder = Encoder(IgnoresMlpInInference).to(dtype)
+    weights = state(encoder)
+    model = mmadapters.init(encoder, sites=sites(), example_inputs=(example().to(dtype),))
+    message = r"vision\.blocks\.1\.ffn would be inert: in eval mode without .*no output changes"
+    with pytest.raises(InertAdapterError, match=message):
+        model.add_adapter("a", BottleneckConfig(size=4, sites=("vision.blocks.1.ffn",)))
+    assert model.adapter_names == ()
+    assert same_state(encoder, weights)

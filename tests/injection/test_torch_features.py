@@ -267,12 +267,12 @@ def test_copies_of_a_model_are_independent_in_what_acts() -> None:
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
-    images = torch.randn(4, 3, 32, 32)
+    x = torch.randn(4, 5, two_processes.WIDTH)
     model = two_processes.small_model()
-    expected = two_processes.gradients(model, model.adapter("a"), images)
+    expected = two_processes.gradients(model, model.adapter("a"), x)
     address = (tmp_path / "store").as_uri()
     start = partial(mp.start_processes, nprocs=2, start_method="spawn")
-    start(two_processes.worker, args=(address, images, tmp_path))
+    start(two_processes.worker, args=(address, x, tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert list(found) == list(expected)
