@@ -58,6 +58,7 @@ def demo(
 def list_encoders() -> None:
     """Name, libraries, size and card of every shipped encoder."""
     table = Table("name", "libraries", "MB", "what", "card")
+    table.columns[-1].overflow = "fold"
     for name, row in NANO.items():
         size = sum(file.stat().st_size for file in row.directory.glob("*.safetensors")) / 1e6
         card = row.directory / "README.md"

@@ -4,7 +4,9 @@
 
 for every linear map and LayerNorm of the blocks (and the final norm) that has a bias. Ben Zaken et
 al. 2022. A difference, not the bias itself, so that the frozen encoder is never touched and several
-such adapters can be held at once.
+such adapters can be held at once. The biases of keys are left out: softmax(q (k + d)) shifts all
+scores of a query by the same q d, so that they change nothing (save behind normed or rotated keys,
+where they are left out too).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from .base import AdapterModule, Delta, MethodConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BitFitConfig(MethodConfig):
-    """All biases under `sites`; leaves without a bias are passed over."""
+    """All biases under `sites` but those of keys; leaves without a bias are passed over."""
 
     method: ClassVar[str] = "bitfit"
 
@@ -30,7 +32,7 @@ class BitFitConfig(MethodConfig):
         built: dict[str, AdapterModule] = {
             leaf.name: BiasDelta(leaf)
             for leaf in sites.leaves()
-            if leaf.name in selection and leaf.bias is not None
+            if leaf.name in selection and leaf.bias is not None and leaf.role != "k"
         }
         if not built:
             raise ValueError(f"{sites.architecture} has no bias under sites={self.sites!r}")

@@ -326,9 +326,12 @@ def live(family: Family, method: str) -> Life:
     )
 
 
-# Every method is tried on one family of each form of block in each library: linear maps that are
-# called, fused or read as weights; norms before, behind and around; each way to attend; each
-# combination of towers. On every other family, methods that use each mechanism once.
+PAIRS = [(family, method) for family in FAMILIES.values() for method in METHODS]
+TAKEN = [pair for pair in PAIRS if refusal(*pair) is None]
+REFUSED = [pair for pair in PAIRS if refusal(*pair) is not None]
+# What costs a second model is tried with every method on one family of each form of block in each
+# library: linear maps that are called, fused or read as weights; norms before, behind and around;
+# each way to attend; each combination of towers. On every other family, with each mechanism once.
 FORMS = {
     "timm-vit",
     "timm-vit-post",
@@ -348,22 +351,8 @@ FORMS = {
     "open_clip-clip",
     "open_clip-own_attention",
 }
-ONE_EACH = (
-    *("bottleneck-normed", "bottleneck-after", "lora", "ia3", "ssf"),
-    *("prefix", "prompt", "unipelt"),
-)
-PAIRS = [
-    (family, method)
-    for family in FAMILIES.values()
-    for method in METHODS
-    if family.name in FORMS or method in ONE_EACH
-]
-TAKEN = [pair for pair in PAIRS if refusal(*pair) is None]
-REFUSED = [pair for pair in PAIRS if refusal(*pair) is not None]
-# What costs a second model is tried on every method in fewer families still.
 MECHANISMS = ("bottleneck-after", "lora", "ia3", "prefix", "prompt")
-KINDS = {"timm-vit", "timm-eva", "hf-bert", "open_clip-clip"}
-COPIED = [pair for pair in TAKEN if pair[0].name in KINDS or pair[1] in MECHANISMS]
+COPIED = [pair for pair in TAKEN if pair[0].name in FORMS or pair[1] in MECHANISMS]
 
 
 def pair_id(pair: tuple[Family, str]) -> str:

@@ -180,7 +180,7 @@ PUBLISHED = [
     (DoRAConfig(rank=8), 12 * 2 * (2 * 768 * 8 + 768)),
     (LoRAConfig(rank=4, targets=("up", "down")), 12 * 2 * 4 * (768 + 3072)),
     (SSFConfig(), 2 * (12 * (7 * 768 + 3072) + 768)),
-    (BitFitConfig(), 12 * (7 * 768 + 3072) + 768),
+    (BitFitConfig(), 12 * (6 * 768 + 3072) + 768),  # all but the biases of keys
     (PromptConfig(length=10), 12 * 10 * 768),
     (PromptConfig(length=10, deep=False), 10 * 768),
     (PrefixConfig(length=10), 12 * 2 * 10 * 768),
