@@ -202,7 +202,7 @@ class AdapterModel(nn.Module):
         """
         if isinstance(config, str):
             config = methods.method_named(config)()
-        self._insert(name, config, self._build(name, config))
+        self._insert(name, self._build(name, config))
 
     def _build(self, name: str, config: MethodConfig) -> Adapter:
         if self._detached:
@@ -226,7 +226,7 @@ class AdapterModel(nn.Module):
         adapter.requires_grad_(False)
         return adapter
 
-    def _insert(self, name: str, config: MethodConfig, adapter: Adapter) -> None:
+    def _insert(self, name: str, adapter: Adapter) -> None:
         adapter.train(self.training)
         self.adapters._modules[name] = adapter
         try:
@@ -491,8 +491,8 @@ class AdapterModel(nn.Module):
         storage.check_backbone(
             stored.backbone, self._identify(), allow_different_weights=allow_different_weights
         )
-        config = methods.from_dict(stored.config)
-        adapter = self._build(stored.name if name is None else name, config)
+        name = stored.name if name is None else name
+        adapter = self._build(name, methods.from_dict(stored.config))
         adapter.load(stored.tensors, directory)
-        self._insert(stored.name if name is None else name, config, adapter)
+        self._insert(name, adapter)
         return stored
