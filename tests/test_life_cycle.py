@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.small import hooks, output, randomise, small_vit
+from families.small import CONFIGS, filled, hooks, output, randomise, small_vit
 from families.vision import images
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ from mmadapters import (
     ConfigUnion,
     IA3Config,
     LoRAConfig,
-    MethodConfig,
     PrefixConfig,
     PromptConfig,
     SeqBnConfig,
@@ -29,21 +28,6 @@ from mmadapters import (
     UniPELTConfig,
     init,
 )
-
-CONFIGS: dict[str, MethodConfig] = {
-    "bottleneck": SeqBnConfig(size=4),
-    "lora": LoRAConfig(rank=2),
-    "ssf": SSFConfig(),
-}
-
-
-def filled(*names: str) -> AdapterModel:
-    """A model with one random adapter for each name of CONFIGS."""
-    model = init(small_vit())
-    for name in names:
-        model.add_adapter(name, CONFIGS[name])
-        randomise(model.adapter(name))
-    return model
 
 
 def trainable(model: nn.Module) -> set[str]:

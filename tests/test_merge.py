@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from families.small import output, randomise, small_vit
+from families.small import filled, output, randomise, small_vit
 
 from mmadapters import (
-    AdapterModel,
     CompacterConfig,
     ConfigUnion,
     DoRAConfig,
@@ -24,22 +23,6 @@ from mmadapters import (
     UniPELTConfig,
     init,
 )
-
-CONFIGS: dict[str, MethodConfig] = {
-    "bottleneck": SeqBnConfig(size=4),
-    "lora": LoRAConfig(rank=2),
-    "ssf": SSFConfig(),
-}
-
-
-def filled(*names: str) -> AdapterModel:
-    """A model with one random adapter for each name of CONFIGS."""
-    model = init(small_vit())
-    for name in names:
-        model.add_adapter(name, CONFIGS[name])
-        randomise(model.adapter(name))
-    return model
-
 
 MERGEABLE: list[MethodConfig] = [
     LoRAConfig(rank=2, targets=("q", "k", "v", "o", "up", "down"), dropout=0.1),

@@ -8,8 +8,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mmadapters import AdapterModel, LoRAConfig, MethodConfig, SeqBnConfig, SSFConfig, init
+
 from . import seeded
 from .vision import images
+
+CONFIGS: dict[str, MethodConfig] = {
+    "bottleneck": SeqBnConfig(size=4),
+    "lora": LoRAConfig(rank=2),
+    "ssf": SSFConfig(),
+}
 
 
 def small_vit(seed: int = 0, **options: Any) -> nn.Module:
@@ -23,6 +31,15 @@ def randomise(module: nn.Module, std: float = 0.3) -> None:
     """Moves every parameter away from where it starts."""
     for parameter in module.parameters():
         parameter.add_(std * torch.randn_like(parameter))
+
+
+def filled(*names: str) -> AdapterModel:
+    """A model with one random adapter for each name of CONFIGS."""
+    model = init(small_vit())
+    for name in names:
+        model.add_adapter(name, CONFIGS[name])
+        randomise(model.adapter(name))
+    return model
 
 
 @torch.no_grad()
