@@ -373,7 +373,7 @@ class AdapterModel(nn.Module):
             )
         if adapter.config.mergeable is not True:
             raise ValueError(f"adapter {name!r} cannot be merged: {adapter.config.mergeable}")
-        self._identify()
+        self.identity()
         changes = merged_tensors(name, adapter, self.sites)
         if self._composition is not None and name in self._composition.names():
             rest = [other for other in self._composition.names() if other != name]
@@ -427,7 +427,7 @@ class AdapterModel(nn.Module):
         print(summary_table(type(self.backbone).__name__, base, rows))
         return rows
 
-    def _identify(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """The encoder's identity, computed once, before anything is merged into it."""
         if self._identity is None:
             towers = {
@@ -454,7 +454,7 @@ class AdapterModel(nn.Module):
             ValueError: there is none of that name, or the directory holds something else.
         """
         adapter = self.adapter(name)
-        identity = self._identify()
+        identity = self.identity()
         used = {site for site, _ in adapter.entries()}
         towers = {
             tower.name: identity["towers"][tower.name]
@@ -489,7 +489,7 @@ class AdapterModel(nn.Module):
         """
         stored = storage.read(directory)
         storage.check_backbone(
-            stored.backbone, self._identify(), allow_different_weights=allow_different_weights
+            stored.backbone, self.identity(), allow_different_weights=allow_different_weights
         )
         name = stored.name if name is None else name
         adapter = self._build(name, methods.from_dict(stored.config))

@@ -1,0 +1,184 @@
+"""The adapter directory of a run: adapter, head and all that a task needs to be built again.
+
+Three kinds share the format of `mmadapters.storage`: an adapter with its head; a head alone
+(`trainer.mode: head`); and a whole encoder with its head (`full`), whose tensors stand under
+`backbone/`. Each names the encoder it was trained on and is refused by any other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mmadapters
+from mmadapters import AdapterModel, storage
+
+from .config import BackboneConfig, JobConfig
+from .task import Task, TaskModel
+
+FOLDER = "adapter"
+_FULL = "backbone/"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A directory's task and model, ready to evaluate and predict."""
+
+    task: Task
+    model: TaskModel
+    metadata: dict[str, Any]
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task; imports its modules."""
+    from .configfile import TASKS
+
+    module = TASKS[name].partition(":")[0].removesuffix(".config") + ".task"
+    return next(
+        value
+        for value in vars(import_module(module)).values()
+        if isinstance(value, type)
+        and issubclass(value, Task)
+        and value.__module__ == module
+        and getattr(value, "name", None) == name
+    )
+
+
+def make_backbone(config: BackboneConfig) -> nn.Module:
+    """The encoder of a config, without LayerDrop and SpecAugment where they are not asked for."""
+    backbone = mmadapters.load_backbone(
+        config.name, pretrained=config.pretrained, weights=config.weights, **config.options
+    )
+    settings = getattr(backbone, "config", None)
+    if not config.layerdrop:
+        if hasattr(settings, "layerdrop"):
+            settings.layerdrop = 0.0
+        for module in backbone.modules():
+            if hasattr(module, "layer_drop"):  # torchaudio
+                module.layer_drop = 0.0
+    if not config.spec_augment and hasattr(settings, "apply_spec_augment"):
+        settings.apply_spec_augment = False
+    return backbone
+
+
+def awake_modules(config: BackboneConfig, backbone: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of a speech encoder that must be in train mode for what the config asks for."""
+    wanted = []
+    for module in backbone.modules():
+        if config.spec_augment and hasattr(module, "_mask_hidden_states"):
+            wanted.append(module)
+        if config.layerdrop and (
+            hasattr(module, "layer_drop") or type(module).__name__.endswith("Encoder")
+        ):
+            wanted.append(module)
+    if (config.spec_augment or config.layerdrop) and not wanted:
+        raise ValueError(
+            f"backbone.layerdrop and backbone.spec_augment are for speech encoders; {config.name} "
+            "has neither: take them out"
+        )
+    return tuple(wanted)
+
+
+def save(
+    directory: Path, task: Task, model: TaskModel, *, mode: str, metrics: dict[str, Any]
+) -> None:
+    """Writes the directory; see `storage.write`."""
+    encoder = model.encoder
+    metadata = {
+        "mmadapters": mmadapters.__version__,
+        "task": task.name,
+        "mode": mode,
+        "job": task.config.model_dump(mode="json"),
+        "state": task.state,
+        "metrics": metrics,
+    }
+    name = task.config.name
+    if name in encoder.adapter_names:
+        encoder.save_adapter(directory, name, head=model.head, metadata=metadata)
+        return
+    tensors = {}
+    if mode == "full":
+        tensors = {_FULL + key: value for key, value in encoder.backbone.state_dict().items()}
+    stored = storage.Stored(
+        name=name,
+        config={},
+        backbone=encoder.identity(),
+        tensors=tensors,
+        head=dict(model.head.state_dict()),
+        metadata=metadata,
+    )
+    storage.write(directory, stored)
+
+
+def adapter_directory(path: str | os.PathLike) -> Path:
+    """The adapter directory at `path`, which may be that of a run.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    directory = Path(path)
+    for candidate in (directory, directory / FOLDER):
+        if (candidate / storage.JSON_FILE).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{directory} is no adapter directory ({storage.JSON_FILE}, {storage.WEIGHTS_FILE}) and no "
+        f"run with one in {FOLDER}/"
+    )
+
+
+def open_directory(
+    path: str | os.PathLike, *, overrides: Sequence[str] = (), device: str | None = None
+) -> Opened:
+    """The task and model of an adapter directory or of a run.
+
+    Args:
+        overrides: changes to the job that is written there ("backbone.weights=elsewhere.bin").
+        device: the accelerator that is there by default.
+
+    Raises:
+        FileNotFoundError, ValueError: see `storage.read`; another encoder; no task in it.
+    """
+    from .configfile import from_data
+
+    directory = adapter_directory(path)
+    stored = storage.read(directory)
+    metadata = stored.metadata
+    missing = [key for key in ("task", "mode", "job", "state") if key not in metadata]
+    if missing:
+        raise ValueError(
+            f"{directory} holds an adapter without a task (no {', '.join(missing)}): load it with "
+            "AdapterModel.load_adapter"
+        )
+    config: JobConfig = from_data(metadata["job"], overrides, source=str(directory))
+    task = task_class(config.task)(config, metadata["state"])
+    encoder = mmadapters.init(make_backbone(config.backbone))
+    if stored.config:
+        encoder.load_adapter(directory)
+        encoder.set_active_adapters(stored.name)
+    else:
+        storage.check_backbone(stored.backbone, encoder.identity(), allow_different_weights=False)
+    if metadata["mode"] == "full":
+        _restore(encoder, stored, directory)
+    model = task.build(encoder)
+    model.head.load_state_dict(stored.head)
+    return Opened(task, model.to(device or default_device()).eval(), metadata)
+
+
+def _restore(encoder: AdapterModel, stored: storage.Stored, directory: Path) -> None:
+    tensors = {key.removeprefix(_FULL): value for key, value in stored.tensors.items()}
+    try:
+        encoder.backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{directory} does not fit its encoder: {error}") from None
+
+
+def default_device() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type

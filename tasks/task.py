@@ -1,0 +1,280 @@
+"""What a task is: the seven things that training, evaluation, prediction and reports ask of it.
+
+A task knows its data, its head and its metrics. It has no training loop, opens no data set and
+writes no report: those are the same for all tasks and call what stands here.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mmadapters import AdapterModel
+
+from .config import JobConfig
+from .metrics import Metric
+
+Example = dict[str, Any]
+Batch = dict[str, Any]
+Record = dict[str, Any]
+C = TypeVar("C", bound=JobConfig)
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message says what is wrong with it, not where it is."""
+
+
+class Rows(Protocol):
+    """A split of a data set: rows by number, columns by name. `datasets.Dataset` is one."""
+
+    column_names: list[str]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Any) -> Any:
+        """A row as a dict by number, a column as a list by name."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that a task reads: `kind` says what `doctor` checks in it."""
+
+    kind: str  # "image", "mask", "audio", "text", "label", "texts"
+    required: bool = True
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that could not be used: its number in its split and why."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of the report: `image` is PNG data, shown with its caption."""
+
+    title: str
+    image: bytes
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report. Cells are text or numbers, or a Figure for a small picture."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+
+
+@dataclass
+class Scores:
+    """What a split's records amount to.
+
+    `metrics`: the split's figures, the deciding one first; `groups`: the same by column and value;
+    `tables`: what else the report shows (per class, worst utterances, …), without pictures.
+    """
+
+    metrics: list[Metric]
+    groups: dict[str, dict[str, list[Metric]]] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Metric:
+        return next(metric for metric in self.metrics if metric.name == name)
+
+
+class TaskModel(nn.Module):
+    """A frozen encoder with adapters, and the head that is trained on it.
+
+    `forward(**batch)` returns a dict whose "loss" is a scalar in float32 where the batch has
+    targets. The head holds every trainable tensor that is not the adapter's: it alone is saved.
+    """
+
+    def __init__(self, encoder: AdapterModel, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.awake: tuple[nn.Module, ...] = ()
+
+    def train(self, mode: bool = True) -> TaskModel:
+        """Adapter and head to train mode, and the modules of `awake` alone: what the encoder does
+        in training only where asked for (LayerDrop, SpecAugment)."""
+        super().train(mode)
+        for module in self.awake:
+            module.training = mode
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class Task(ABC, Generic[C]):
+    """One kind of job.
+
+    Class attributes:
+        name: as in `task: NAME` of a config.
+        metric: the metric by which the best checkpoint is chosen, on the validation split.
+        greater_is_better: of that metric.
+        columns: what a row must hold, by role. Rows come with their columns renamed to roles;
+            columns without a role keep their names (groups are read from them).
+
+    `state` is what was learned from the training split and the backbone (label map, vocabulary,
+    preprocessing): JSON-ready, saved with the adapter, and enough to build the task again.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    greater_is_better: ClassVar[bool] = True
+    columns: ClassVar[Mapping[str, Column]]
+
+    def __init__(self, config: C, state: dict[str, Any] | None = None) -> None:
+        self.config = config
+        self.state: dict[str, Any] = state or {}
+
+    @abstractmethod
+    def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
+        """Fills `state` from the training rows (None: nothing is trained) and the backbone.
+
+        Raises:
+            ValueError: the rows cannot make a task (one class only, no text at all).
+        """
+
+    @abstractmethod
+    def build(self, encoder: AdapterModel) -> TaskModel:
+        """The encoder with a fresh head. Draws from torch's global random state."""
+
+    @abstractmethod
+    def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
+        """One row as tensors, augmented if `train`. torch's and random's global states are seeded
+        for this call; runs in worker processes.
+
+        Raises:
+            BadRow: the row cannot be used, with the reason: never anything else for bad data.
+        """
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Examples of any sizes as the keyword arguments of the model's forward."""
+
+    @abstractmethod
+    def records(self, model: TaskModel, batch: Batch) -> list[Record]:
+        """What evaluation keeps of each example of a batch (on the model's device), in order:
+        numbers, text and small arrays on the CPU, picklable, for `score`. Must be the same for an
+        example whatever else is in its batch. Runs without gradients, model in eval mode."""
+
+    @abstractmethod
+    def score(self, records: Sequence[Record], *, bootstrap: int) -> Scores:
+        """The metrics of a split. Records hold "index" and "row" (the row's plain columns: text
+        and numbers, for groups) besides what `records` gave. `bootstrap`: resamples, 0 for none."""
+
+    @abstractmethod
+    def illustrate(
+        self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
+    ) -> list[Figure | Table]:
+        """Pictures of the report: what went well, what went worst."""
+
+    @abstractmethod
+    def predict(
+        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+    ) -> Iterator[dict[str, Any]]:
+        """For each input of the command line (a file, a folder's files, or what the task says in
+        its `usage`) a JSON-ready result; larger results (masks, overlays) go to the folder `out`.
+
+        Raises:
+            ValueError: an input cannot be read; says which.
+        """
+
+    usage: ClassVar[str] = "image or audio files"
+
+    def lengths(self, rows: Rows) -> list[int] | None:
+        """The size of each row where batches should be of similar sizes, None where not."""
+        return None
+
+    def check(self, rows: Rows) -> list[Problem]:
+        """What `doctor` reports beyond rows for which `example` fails, one at most for each row:
+        what would train but should be known (an utterance too short for CTC, …)."""
+        return []
+
+
+class Examples(torch.utils.data.Dataset):
+    """The examples of a split. Keys are row numbers, or (row number, seed) in training.
+
+    The seed decides all that is drawn for an example, so that a run gives the same whatever the
+    number of workers and processes, and after it was resumed. A bad row gives a `Problem`; in
+    training the next good row stands in for it, and the example names it under "problems".
+    """
+
+    def __init__(self, task: Task, rows: Rows, *, train: bool) -> None:
+        self.task, self.rows, self.train = task, rows, train
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Example | Problem:
+        index, seed = key if isinstance(key, tuple) else (key, key)
+        problems: list[Problem] = []
+        for step in range(len(self.rows) if self.train else 1):
+            found = (index + step) % len(self.rows)
+            try:
+                example = seeded_example(self.task, self.rows[found], seed, train=self.train)
+            except BadRow as error:
+                problems.append(Problem(found, str(error)))
+            else:
+                return {**example, "index": found, "problems": problems}
+        return problems[0]
+
+
+def seeded_example(task: Task, row: Mapping[str, Any], seed: int, *, train: bool) -> Example:
+    """`task.example` with the global random states of torch and random seeded, then put back."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            return task.example(row, train=train)
+    finally:
+        random.setstate(state)
+
+
+@dataclass
+class Loaded:
+    """A batch as it comes from a loader. `batch` is None when no example of it could be used."""
+
+    indices: list[int]
+    batch: Batch | None
+    problems: list[Problem]
+
+    def pin_memory(self) -> Loaded:
+        if self.batch is not None:
+            self.batch = {
+                key: value.pin_memory() if isinstance(value, Tensor) else value
+                for key, value in self.batch.items()
+            }
+        return self
+
+
+class Collate:
+    """Gathers what `Examples` gives into a `Loaded`; picklable, for worker processes."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __call__(self, parts: Sequence[Example | Problem]) -> Loaded:
+        problems = [part for part in parts if isinstance(part, Problem)]
+        examples = [part for part in parts if not isinstance(part, Problem)]
+        for example in examples:
+            problems += example.pop("problems")
+        indices = [example.pop("index") for example in examples]
+        batch = self.task.collate(examples) if examples else None
+        return Loaded(indices, batch, problems)

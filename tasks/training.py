@@ -1,0 +1,351 @@
+"""transformers' `Trainer` for our tasks: its loop, precision, processes and trackers.
+
+What differs from it: a checkpoint holds what is trained and no more, and counts only when it is
+whole; evaluation is `evaluation.evaluate`; the best model is kept by the validation metric; batches
+are the same for any number of processes (`batches`); no file of it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from . import evaluation
+from .batches import EpochBatches, StreamExamples, share_of
+from .config import TrainerConfig
+from .evaluation import evaluate, processes, refuse, to_device
+from .task import Collate, Examples, Loaded, Problem, Rows, Task, TaskModel
+
+CHECKPOINTS = "checkpoints"
+_WEIGHTS, _WHOLE = "model.safetensors", "whole"
+
+
+class TrainLoader(DataLoader):
+    """A loader whose batches' order is that of an epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.batch_sampler, EpochBatches):
+            self.batch_sampler.set_epoch(epoch)
+
+
+class TaskTrainer(Trainer):
+    """Trains a `TaskModel` on a task's rows.
+
+    Attributes:
+        problems: rows of the training split that could not be used, by number.
+        waited: seconds in which the model waited for data, of `seconds` in all.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: TaskModel,
+        *,
+        train: Any,
+        validation: Rows | None,
+        folder: Path,
+        quiet: bool = False,
+    ) -> None:
+        self.task, self.task_model = task, model
+        self.train_rows, self.validation_rows = train, validation
+        self.folder = folder
+        self.problems: dict[int, Problem] = {}
+        self.waited = 0.0
+        config = task.config.trainer
+        self.streaming = not hasattr(train, "__len__")
+        if self.streaming and config.max_steps is None:
+            raise ValueError("a streamed training split has no end: set trainer.max_steps")
+        rank, world = processes()
+        self.batches: EpochBatches | None = None
+        if not self.streaming:
+            self.batches = EpochBatches(
+                len(train),
+                config.batch_size,
+                seed=task.config.seed,
+                accumulation=config.accumulation,
+                rank=rank,
+                world=world,
+                lengths=task.lengths(train),
+            )
+        super().__init__(model=model, args=self._arguments(config, world))
+        self._set_callbacks(config, quiet=quiet)
+
+    def _arguments(self, config: TrainerConfig, world: int) -> TrainingArguments:
+        steps = self.total_steps()
+        every = config.evaluate_every
+        if every is None and self.streaming:
+            every = max(steps // 10, 1)
+        evaluates = self.validation_rows is not None
+        save_every = config.save_every or every
+        timing: dict[str, Any] = {
+            "eval_strategy": ("epoch" if every is None else "steps") if evaluates else "no",
+            "save_strategy": "epoch" if save_every is None else "steps",
+        }
+        if every is not None and evaluates:
+            timing["eval_steps"] = every
+        if save_every is not None:
+            timing["save_steps"] = save_every
+        return TrainingArguments(
+            output_dir=str(self.folder / CHECKPOINTS),
+            num_train_epochs=config.epochs,
+            max_steps=config.max_steps or -1,
+            per_device_train_batch_size=share_of(config.batch_size, config.accumulation, world),
+            gradient_accumulation_steps=config.accumulation,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            lr_scheduler_type=_SCHEDULES[config.schedule],
+            warmup_steps=round(config.warmup * steps),
+            max_grad_norm=config.max_grad_norm,
+            bf16=config.precision == "bf16",
+            fp16=config.precision == "fp16",
+            gradient_checkpointing=False,
+            logging_steps=config.log_every,
+            logging_nan_inf_filter=False,
+            save_total_limit=2,
+            metric_for_best_model=self.task.metric if evaluates else None,
+            greater_is_better=self.task.greater_is_better if evaluates else None,
+            restore_callback_states_from_checkpoint=True,
+            dataloader_num_workers=config.workers,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            report_to=["wandb"] if config.wandb else [],
+            run_name=self.task.config.name,
+            seed=self.task.config.seed,
+            use_cpu=config.device == "cpu",
+            **timing,
+        )
+
+    def _set_callbacks(self, config: TrainerConfig, *, quiet: bool) -> None:
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if not quiet:
+            self.add_callback(Progress(self.task))
+        if config.early_stopping is not None and self.validation_rows is not None:
+            self.add_callback(EarlyStoppingCallback(config.early_stopping))
+        if config.tensorboard and self.is_world_process_zero():
+            from tensorboardX import SummaryWriter
+
+            self.add_callback(TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"))))
+
+    def total_steps(self) -> int:
+        config = self.task.config.trainer
+        if config.max_steps is not None:
+            return config.max_steps
+        assert self.batches is not None
+        return math.ceil(config.epochs * self.batches.steps)
+
+    def get_train_dataloader(self) -> DataLoader:
+        config, (rank, world) = self.task.config.trainer, processes()
+        common: dict[str, Any] = {
+            "collate_fn": Collate(self.task),
+            "pin_memory": self.args.device.type == "cuda",
+        }
+        if self.batches is None:
+            examples = StreamExamples(
+                self.task, self.train_rows, seed=self.task.config.seed, rank=rank, world=world
+            )
+            share = share_of(config.batch_size, config.accumulation, world)
+            workers = min(config.workers, 1)
+            return TrainLoader(examples, batch_size=share, num_workers=workers, **common)
+        return TrainLoader(
+            Examples(self.task, self.train_rows, train=True),
+            batch_sampler=self.batches,
+            num_workers=config.workers,
+            persistent_workers=config.workers > 0,
+            **common,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, None]:
+        """The parts of a step as keyword arguments of the model; bad rows are counted here."""
+        started = time.perf_counter()
+        parts = []
+        for _ in range(num_batches):
+            loaded: Loaded | None = next(epoch_iterator, None)
+            if loaded is None:
+                break
+            self.problems |= {problem.index: problem for problem in loaded.problems}
+            refuse(self.task, loaded.problems)
+            if loaded.batch is None:
+                raise evaluation.DataError(
+                    f"no row of a training batch can be used: {loaded.problems[0].reason}; "
+                    "`mmadapters doctor` lists all"
+                )
+            parts.append(loaded.batch)
+        self.waited += time.perf_counter() - started
+        return parts, None
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return to_device(inputs, self.args.device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            config = self.task.config.trainer
+            groups = parameter_groups(self.task_model if model is None else model, config)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=config.learning_rate, fused=self.args.device.type == "cuda"
+            )
+        return self.optimizer
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The metrics of the validation split, without intervals; keeps the best model."""
+        assert self.validation_rows is not None
+        config = self.task.config.trainer
+        started = time.perf_counter()
+        found = evaluate(
+            self.task,
+            self.task_model,
+            self.validation_rows,
+            batch_size=config.eval_batch_size or self.args.per_device_train_batch_size,
+            workers=config.workers,
+            precision=config.precision,
+        )
+        scores = self.task.score(found.records, bootstrap=0)
+        metrics = {f"{metric_key_prefix}_{m.name}": m.value for m in scores.metrics}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = super()._determine_best_metric(metrics, trial)
+        if better:
+            # transformers leaves this out where nothing is saved at the same moment.
+            self.state.best_global_step = self.state.global_step
+            if self.args.should_save:
+                write_trained(self.task_model, self.best_file())
+        return better
+
+    def best_file(self) -> Path:
+        """Where the best model of the run so far lies: named by its step, so that a resumed run
+        takes the one that its own state speaks of."""
+        return self.folder / CHECKPOINTS / f"best-{self.state.best_global_step}.safetensors"
+
+    def load_best(self) -> None:
+        """Puts back what was best on the validation split; without one, the last stays."""
+        if self.validation_rows is not None and self.state.best_global_step:
+            read_trained(self.task_model, self.best_file())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_trained(self.task_model, folder / _WEIGHTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            (folder / f"checkpoint-{self.state.global_step}" / _WHOLE).touch()
+            for other in folder.glob("best-*.safetensors"):
+                if other != self.best_file():
+                    other.unlink()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        read_trained(self.task_model, Path(resume_from_checkpoint) / _WEIGHTS)
+
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run: a process that was killed may leave a part of one."""
+    found = [path.parent for path in (folder / CHECKPOINTS).glob(f"checkpoint-*/{_WHOLE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def parameter_groups(model: nn.Module, config: TrainerConfig) -> list[dict[str, Any]]:
+    """The trained parameters by learning rate and weight decay (none for vectors and scalars)."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = name.removeprefix("module.")
+        rate = config.learning_rate
+        if name.startswith("head."):
+            rate = config.head_learning_rate or rate
+        elif name.startswith("encoder.backbone."):
+            rate = config.backbone_learning_rate or rate
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def trained_tensors(model: TaskModel) -> dict[str, Tensor]:
+    """What training changes: trainable parameters, and buffers beside them; shared ones once."""
+    parts = ["head.", "encoder.adapters."]
+    if any(parameter.requires_grad for parameter in model.encoder.backbone.parameters()):
+        parts.append("encoder.backbone.")
+    tensors = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+    tensors |= {n: b for n, b in model.named_buffers() if n.startswith(tuple(parts))}
+    return tensors
+
+
+def write_trained(model: TaskModel, path: Path) -> None:
+    """Writes `trained_tensors`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: t.detach().cpu().contiguous() for k, t in trained_tensors(model).items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+
+
+def read_trained(model: TaskModel, path: Path) -> None:
+    """Copies in what `write_trained` wrote.
+
+    Raises:
+        ValueError: the file is of another model.
+    """
+    own, stored = trained_tensors(model), load_file(path)
+    if own.keys() != stored.keys() or any(own[k].shape != stored[k].shape for k in own):
+        raise ValueError(
+            f"{path} is a checkpoint of another model: the config was changed after it was written"
+        )
+    for key, tensor in own.items():
+        tensor.copy_(stored[key])
+
+
+class Progress(ProgressCallback):
+    """The progress bar, with a line for each evaluation instead of one for each log."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task = task
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+        values = [
+            f"{key.removeprefix('eval_')} {value:.4g}"
+            for key, value in logs.items()
+            if key.startswith("eval_") and key != "eval_runtime"
+        ]
+        if values:
+            self.training_bar.write(f"step {state.global_step}  validation  {'  '.join(values)}")
