@@ -1,0 +1,1 @@
+"""The encoders of all libraries as tasks see them: images, speech, images and text."""
