@@ -1,0 +1,310 @@
+"""`ImageTower`: any image encoder of timm, transformers or open_clip, as maps of features.
+
+Images are (B, 3, H, W), normalised as `image_preprocessing` says; a map is (B, D, h, w) with
+h = H / patch and w = W / patch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mmadapters import AdapterModel
+
+from .preprocessing import image_preprocessing, normalised, to_tensor
+from .positions import Grid, Kept, Lock, open_clip_at, timm_at
+
+__all__ = ["ImageStates", "ImageTower", "image_preprocessing", "normalised", "to_tensor"]
+
+
+@dataclass(frozen=True)
+class ImageStates:
+    """What an image tower says of a batch of images.
+
+    maps: (B, D, h, w) for each requested layer, without class, register and prompt tokens.
+    cls: (B, D), the class token of the last of the requested layers; None where there is none.
+    pooled: (B, D), the class token where the encoder has one, else the mean of the patches; where
+        the encoder norms the mean of the patches (BEiT, EVA), that.
+    """
+
+    maps: list[Tensor]
+    cls: Tensor | None
+    pooled: Tensor
+
+
+class FrontEnd(Protocol):
+    """How a library's image tower is run on images of any size.
+
+    `patch` in pixels; `size`: (H, W) that it was built for, None if it is for any.
+    """
+
+    patch: int
+    size: Grid | None
+    has_class_token: bool
+
+    def run(self, pixels: Tensor, grid: Grid) -> None:
+        """Lets the blocks run on `pixels` (B, 3, H, W); what comes out is not looked at.
+
+        Raises:
+            ValueError: the encoder takes images of its own size only.
+        """
+
+
+class ImageTower:
+    """The image tower of an encoder, with its adapters acting.
+
+    Holds no parameters of its own: a `TaskModel` keeps it as a plain attribute.
+
+    Attributes:
+        width: D.
+        depth: the number of blocks.
+        patch: the side of a patch in pixels.
+        size: (H, W) in pixels that the encoder was built for, None if for any.
+
+    Raises:
+        ValueError: the encoder reads no images.
+    """
+
+    def __init__(self, encoder: AdapterModel) -> None:
+        tower = encoder.sites.towers.get("vision")
+        if tower is None:
+            raise ValueError(
+                f"{encoder.sites.architecture} reads no images: it has the towers "
+                f"{', '.join(encoder.sites.towers)}"
+            )
+        self.encoder = encoder
+        self.width = tower.width
+        self.depth = len(tower.blocks)
+        self._front = _front_end(encoder.backbone, tower.path)
+        self.patch = self._front.patch
+        self.size = self._front.size
+        self._token_norm, self._pool_norm = _norms(encoder, tower)
+
+    def __call__(
+        self, pixels: Tensor, layers: Sequence[int] = (-1,), *, norm: bool = True
+    ) -> ImageStates:
+        """The states after some blocks; blocks above the last of them do not run.
+
+        Args:
+            pixels: (B, 3, H, W), multiples of the patch.
+            layers: blocks counted from 0, or from the end by negative numbers.
+            norm: whether the encoder's final norm is applied, to every layer alike.
+
+        Raises:
+            ValueError: a size that the encoder does not take, or a layer that it does not have.
+        """
+        grid = self._grid(pixels)
+        layers = self._layers(layers)
+        with _Watch(self.encoder, layers) as watch, contextlib.suppress(_Reached):
+            self._front.run(pixels, grid)
+        states = [self._tokens(watch.states[layer], grid, watch.length) for layer in layers]
+        prefix = watch.length - grid[0] * grid[1]
+        if norm and self._token_norm is not None:
+            states = [self._token_norm(tokens) for tokens in states]
+        maps = [tokens[:, prefix:].transpose(1, 2).unflatten(2, grid) for tokens in states]
+        cls = states[-1][:, 0] if self._front.has_class_token else None
+        pooled = cls
+        if cls is None or self._pool_norm is not None:
+            pooled = states[-1][:, prefix:].mean(dim=1)
+        if norm and self._pool_norm is not None:
+            pooled = self._pool_norm(pooled)
+        assert pooled is not None
+        return ImageStates(maps, cls, pooled)
+
+    def _grid(self, pixels: Tensor) -> Grid:
+        height, width = pixels.shape[-2:]
+        if pixels.dim() != 4 or height % self.patch or width % self.patch or not height * width:
+            raise ValueError(
+                f"images of shape {tuple(pixels.shape)} do not fit: it must be (B, 3, H, W) with H "
+                f"and W multiples of the patch, {self.patch}; pad them"
+            )
+        return height // self.patch, width // self.patch
+
+    def _layers(self, layers: Sequence[int]) -> list[int]:
+        if not layers or any(not -self.depth <= layer < self.depth for layer in layers):
+            raise ValueError(
+                f"layers {tuple(layers)} are not there: the encoder has {self.depth} blocks, from "
+                f"0 to {self.depth - 1} or from -{self.depth} to -1"
+            )
+        return [layer % self.depth for layer in layers]
+
+    def _tokens(self, tokens: Tensor, grid: Grid, length: int) -> Tensor:
+        """The tokens (B, N, D) that entered the first block; prompts stand behind them."""
+        if length < grid[0] * grid[1]:
+            raise ValueError(
+                f"{length} tokens came out of {grid[0]}×{grid[1]} patches: the encoder drops "
+                "patches in training, which leaves holes in its maps; set its patch dropout to 0"
+            )
+        return tokens[:, :length]
+
+
+def _norms(encoder: AdapterModel, tower: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The encoder's final norm, as one of every token or of pooled tokens alone."""
+    norm = None if tower.norm is None else tower.norm.module
+    name = next((name for name, part in encoder.backbone.named_modules() if part is norm), "")
+    if name.endswith(("fc_norm", "pooler.layernorm")):
+        return None, norm
+    if getattr(getattr(encoder.backbone, "visual", None), "attn_pool", None) is not None:
+        # CoCa norms what its attentional pooler gives, in the pooler's width.
+        return None, None
+    return norm, None
+
+
+class _Reached(Exception):
+    """All requested states are there; nothing behind them needs to run."""
+
+
+class _Watch:
+    """Notes what the blocks of the image tower give, in this thread, while it is entered.
+
+    `length`: tokens that enter the first block, before prompts join them; `states`: (B, N, D) after
+    each requested block.
+    """
+
+    def __init__(self, encoder: AdapterModel, layers: Sequence[int]) -> None:
+        self.blocks = encoder.sites.towers["vision"].blocks
+        self.layers = layers
+        self.length = 0
+        self.states: dict[int, Tensor] = {}
+        self._thread = threading.get_ident()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> _Watch:
+        first = self.blocks[0].module
+        # Before the hook that appends prompts.
+        self._handles.append(
+            first.register_forward_pre_hook(self._enters, prepend=True, with_kwargs=True)
+        )
+        for layer in self.layers:
+            hook = self._leaves(layer, last=layer == max(self.layers))
+            self._handles.append(self.blocks[layer].module.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enters(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == self._thread:
+            self.length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+
+    def _leaves(self, layer: int, *, last: bool) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if threading.get_ident() == self._thread:
+                self.states[layer] = output if isinstance(output, Tensor) else output[0]
+                if last:
+                    raise _Reached
+
+        return hook
+
+
+class _Timm:
+    """A vision transformer of timm, alone or as the trunk of an open_clip tower."""
+
+    def __init__(self, model: Any) -> None:
+        embed = model.patch_embed
+        self.model = model
+        self.patch = _square(embed.feat_ratio(as_scalar=False), model)
+        self.size = None if embed.img_size is None else (embed.img_size[0], embed.img_size[1])
+        self.has_class_token = getattr(model, "cls_token", None) is not None
+        self._kept, self._lock = Kept(), Lock()
+
+    def run(self, pixels: Tensor, grid: Grid) -> None:
+        if self.size is None or pixels.shape[-2:] == self.size:
+            self.model.forward_features(pixels)
+            return
+        if _has_relative_bias(self.model):
+            raise ValueError(
+                f"this {type(self.model).__name__} has relative position biases, which timm makes "
+                f"for one size: it takes {self.size[0]}×{self.size[1]} pixels, not "
+                f"{pixels.shape[-2]}×{pixels.shape[-1]}; load it with options "
+                f"{{img_size: [{pixels.shape[-2]}, {pixels.shape[-1]}]}}"
+            )
+        with self._lock, timm_at(self.model, grid, self._kept):
+            self.model.forward_features(pixels)
+
+
+def _has_relative_bias(model: Any) -> bool:
+    names = ("rel_pos_bias", "shared_rel_pos")
+    attn = model.blocks[0].attn
+    return (
+        any(getattr(model, name, None) is not None for name in names)
+        or getattr(attn, "rel_pos", None) is not None
+        or getattr(attn, "relative_position_bias_table", None) is not None
+    )
+
+
+class _OpenClip:
+    """open_clip's own vision transformer."""
+
+    has_class_token = True
+
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+        self.patch = _square(visual.patch_size, visual)
+        self.size = (visual.image_size[0], visual.image_size[1])
+        self._kept, self._lock = Kept(), Lock()
+        if not getattr(visual.transformer, "batch_first", True):
+            raise ValueError(
+                "the blocks of this open_clip model take tokens before the batch; build it with "
+                "open_clip's default batch_first=True"
+            )
+
+    def run(self, pixels: Tensor, grid: Grid) -> None:
+        if pixels.shape[-2:] == self.size:
+            self.visual(pixels)
+            return
+        with self._lock, open_clip_at(self.visual, grid, self._kept):
+            self.visual(pixels)
+
+
+class _Transformers:
+    """A vision model of transformers, or the vision tower of one that reads text too."""
+
+    # Those that resize their position embeddings, or have none, without being asked.
+    ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        config = model.config
+        self.patch = _square(_pair(config.patch_size), model)
+        self.size = _pair(config.image_size)
+        self.has_class_token = not config.model_type.startswith("siglip")
+        self._any_size = config.model_type in self.ANY_SIZE
+
+    def run(self, pixels: Tensor, grid: Grid) -> None:
+        if self._any_size or pixels.shape[-2:] == self.size:
+            self.model(pixel_values=pixels)
+        else:
+            self.model(pixel_values=pixels, interpolate_pos_encoding=True)
+
+
+def _front_end(backbone: Any, path: str) -> FrontEnd:
+    """The front end of a backbone whose blocks lie at `path`."""
+    holder, _, last = path.rpartition(".")
+    if last == "resblocks":
+        return _OpenClip(backbone.visual)
+    if last == "blocks":
+        return _Timm(backbone.get_submodule(holder))
+    inner = getattr(backbone, "vision_model", None)
+    return _Transformers(backbone if inner is None else inner)
+
+
+def _pair(size: Any) -> Grid:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _square(patch: Sequence[int], model: nn.Module) -> int:
+    if patch[0] != patch[1]:
+        raise ValueError(
+            f"the patches of this {type(model).__name__} are {patch[0]}×{patch[1]} pixels; tasks "
+            "need square ones"
+        )
+    return patch[0]
