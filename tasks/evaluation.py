@@ -77,10 +77,12 @@ def evaluate(
                 for index, record in zip(loaded.indices, records, strict=True):
                     found.records.append({**record, "index": index})
             progress(min(done * batch_size, len(own)))
+        found = _gathered(found, world)
+        refuse(task, found.problems, rows)
+        with torch.no_grad(), autocast(precision, model.device):
+            task.refine(model, rows, found.records)
     finally:
         model.train(was_training)
-    found = _gathered(found, world)
-    refuse(task, found.problems, rows)
     _add_rows(task, found.records, rows)
     return found
 

@@ -197,6 +197,11 @@ class Task(ABC, Generic[C]):
 
     usage: ClassVar[str] = "image or audio files"
 
+    def refine(self, model: TaskModel, rows: Rows, records: list[Record]) -> None:
+        """Adds to the records of a split what needs all of them at once and the model (a second
+        look at the best candidates). Every process calls it, without gradients, model in eval
+        mode, with the same records in the order of the rows, and must end with the same."""
+
     def lengths(self, rows: Rows) -> list[int] | None:
         """The size of each row where batches should be of similar sizes, None where not."""
         return None
