@@ -1,7 +1,15 @@
 """The command line `mmadapters`. Nothing heavy is imported before a command needs it."""
 
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -9,49 +17,359 @@ from rich.table import Table
 
 from mmadapters.zoo import NANO
 
-app = typer.Typer(name="mmadapters", no_args_is_help=True, help="Adapters for frozen encoders.")
+if TYPE_CHECKING:
+    from mmadapters.tasks.metrics import Metric
+    from mmadapters.tasks.task import Scores
+
+app = typer.Typer(
+    name="mmadapters",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Adapters for frozen encoders: train, evaluate, predict.",
+)
 zoo = typer.Typer(no_args_is_help=True, help="The small pretrained encoders that ship with it.")
 app.add_typer(zoo, name="zoo")
 
 VERDICT = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "[yellow]not checked[/]"}
+DEBUG = "MMADAPTERS_DEBUG"
+FIRST = int(os.environ.get("RANK", "0")) == 0
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config: trainer.epochs=3"),
+]
 
 
-@app.callback()
-def main() -> None:
-    """Adapters for frozen encoders."""  # a callback keeps `zoo` a sub-command while it is alone
+def friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Tells a user's mistake in one sentence; a traceback only with MMADAPTERS_DEBUG=1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            if os.environ.get(DEBUG):
+                raise
+            Console(stderr=True).print(f"[red]error:[/] {_escaped(error)}", highlight=False)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _escaped(error: BaseException) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+@app.command(add_help_option=False, context_settings={"allow_interspersed_args": True})
+@friendly
+def train(
+    config: Annotated[
+        str | None, typer.Argument(help="A YAML file, or the name of a config that ships.")
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of the run directory.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is there.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    show_help: Annotated[
+        bool, typer.Option("--help", help="This text; after a config or a task, its keys.")
+    ] = False,
+) -> None:
+    """Adapt an encoder to a task: train, evaluate on the test split, save, report.
+
+    `mmadapters train segmentation --help` lists the keys of a task and their defaults,
+    `mmadapters configs` the configs that ship.
+    """
+    if show_help or config is None:
+        _help(config)
+        return
+    from mmadapters.tasks.configfile import read_config
+
+    read = read_config(config, overrides or [])
+    _quiet_libraries()
+    from mmadapters.tasks import run as runs
+
+    with runs.processes(read):
+        done = runs.train(read, resume=resume, overwrite=overwrite, quiet=quiet)
+    if FIRST:
+        console = Console()
+        if done.before is not None:
+            _print_scores(console, done.before, "before training")
+        for split, scores in done.scores.items():
+            _print_scores(console, scores, split)
+        _print_facts(console, done.facts)
+        console.print(f"Report: {done.folder / runs.REPORT}", soft_wrap=True)
+
+
+def _help(config: str | None) -> None:
+    context = typer.Context(typer.main.get_command(app).commands["train"])  # type: ignore[attr-defined]
+    context.info_name = "mmadapters train"
+    if config is None:
+        typer.echo(context.command.get_help(context))
+        return
+    from mmadapters.tasks.configfile import TASKS, describe_keys, read_config
+
+    task = config if config in TASKS else read_config(config).task
+    table = Table("key", "type", "default", "what", title=f"Keys of a {task} config")
+    table.columns[0].no_wrap = True
+    for key in describe_keys(task):
+        table.add_row(
+            *(_plain(cell) for cell in (key.path, key.type, key.default, key.description))
+        )
+    Console().print(table)
+
+
+def _plain(cell: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(cell))
 
 
 @app.command()
+@friendly
+def configs() -> None:
+    """The configs that ship, by name."""
+    from mmadapters.tasks.configfile import config_names
+
+    table = Table("name", "what")
+    for name, summary in config_names().items():
+        table.add_row(name, summary)
+    Console().print(table)
+
+
+@app.command()
+@friendly
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="A run or an adapter directory.")],
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None, typer.Option(help="Another source: a folder, a file, a hub name.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+) -> None:
+    """Measure a saved adapter on a split of its own or of other data."""
+    _quiet_libraries()
+    from mmadapters.tasks import data as sources
+    from mmadapters.tasks.artifact import open_directory
+    from mmadapters.tasks.run import evaluate_split, figures, write_text
+
+    changes = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
+    opened = open_directory(directory, overrides=changes)
+    splits: Any = sources.load(opened.task.config.data, opened.task.columns, (split,))
+    if split not in splits:
+        raise ValueError(f"the data has no split {split!r}: name it in data.splits")
+    with _bar(f"evaluating {split}", len(splits[split])) as progress:
+        found = evaluate_split(opened.task, opened.model, splits[split], progress=progress)
+    scores = opened.task.score(found.records, bootstrap=opened.task.config.evaluation.bootstrap)
+    _print_scores(Console(), scores, split)
+    if found.problems:
+        Console(stderr=True).print(f"{len(found.problems)} rows could not be used")
+    if out is not None:
+        write_text(out, json.dumps(figures(scores), indent=2, ensure_ascii=False) + "\n")
+
+
+@app.command()
+@friendly
+def predict(
+    directory: Annotated[Path, typer.Argument(help="A run or an adapter directory.")],
+    inputs: Annotated[list[str], typer.Argument(help="Files and folders, or what the task takes.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for masks, pictures and predictions.jsonl.")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Change the saved job: backbone.weights=FILE", metavar="KEY=VALUE"
+        ),
+    ] = None,
+) -> None:
+    """Apply a saved adapter to files; a line of JSON for each input."""
+    _quiet_libraries()
+    from mmadapters.tasks.artifact import open_directory
+    from mmadapters.tasks.prediction import predict as results
+    from mmadapters.tasks.run import write_text
+
+    opened = open_directory(directory, overrides=change or [])
+    lines = []
+    for result in results(opened, inputs, out=out):
+        lines.append(json.dumps(result, ensure_ascii=False))
+        typer.echo(lines[-1])
+    if out is not None:
+        write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+@app.command()
+@friendly
+def inspect(
+    backbone: Annotated[str, typer.Argument(help="As load_backbone takes it: timm/…, nano/vit.")],
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Download its weights.")] = False,
+    weights: Annotated[str | None, typer.Option(help="A local file of weights.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the library's constructor: img_size=224", metavar="KEY=VALUE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The sites of an encoder, their shapes, and what each method would cost."""
+    _quiet_libraries()
+    from mmadapters.tasks import inspection
+
+    found = inspection.inspect(
+        backbone, pretrained=pretrained, weights=weights, options=_options(option or [])
+    )
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        inspection.print_inspection(found, Console())
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{pair!r} is no KEY=VALUE")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+@app.command()
+@friendly
+def doctor(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that ships.")],
+    overrides: Overrides = None,
+) -> None:
+    """Read the data and say what is wrong with it, before any training; exit 1 if something is."""
+    from mmadapters.tasks.configfile import read_config
+
+    read = read_config(config, overrides or [])
+    _quiet_libraries()
+    from mmadapters.tasks import artifact
+    from mmadapters.tasks import data as sources
+    from mmadapters.tasks import doctor as doctors
+    from mmadapters.tasks.config import SPLITS
+
+    kind = artifact.task_class(read.task)
+    splits = sources.load(read.data, kind.columns, SPLITS)
+    task = kind(read)
+    task.fit(splits.get("train"), artifact.make_backbone(read.backbone))
+    report = doctors.examine(task, splits)
+    doctors.print_report(report, Console())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@friendly
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the trained adapters are saved.")] = Path(
+    out: Annotated[Path, typer.Option(help="Where the runs and their reports are saved.")] = Path(
         "out/demo"
     ),
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="Only this task; may be repeated.")
+    ] = None,
 ) -> None:
-    """Adapt a shipped encoder to drawn scenes: head only, bottleneck adapters, LoRA."""
+    """All tasks on data that ships and on the nano encoders: head only beside adapters."""
+    _quiet_libraries()
+    from mmadapters.tasks import demo as demos
+
+    demos.show(demos.run(out, tasks or demos.TASKS), Console(), out)
+
+
+@app.command()
+@friendly
+def index(
+    directory: Annotated[Path, typer.Argument(help="A retrieval run or adapter directory.")],
+    inputs: Annotated[list[str], typer.Argument(help="Pictures and folders of them.")],
+    out: Annotated[Path, typer.Option(help="The index: a folder.")] = Path("index"),
+) -> None:
+    """Make a FAISS index of pictures, to be searched by text or picture."""
+    _quiet_libraries()
+    from mmadapters.tasks.artifact import open_directory
+    from mmadapters.tasks.retrieval.index import build_index
+
+    count = build_index(open_directory(directory), inputs, out=out)
+    Console().print(f"{count} pictures in {out}", soft_wrap=True)
+
+
+@app.command()
+@friendly
+def search(
+    directory: Annotated[Path, typer.Argument(help="The adapter that the index was made with.")],
+    index: Annotated[Path, typer.Argument(help="A folder that `mmadapters index` wrote.")],
+    query: Annotated[str, typer.Argument(help="Words, or the path of a picture.")],
+    count: Annotated[int, typer.Option("-k", min=1, help="How many results.")] = 5,
+) -> None:
+    """Search an index by words or by a picture."""
+    _quiet_libraries()
+    from mmadapters.tasks.artifact import open_directory
+    from mmadapters.tasks.retrieval.index import search_index
+
+    table = Table("score", "picture", title=query)
+    for score, name in search_index(open_directory(directory), index, query, k=count):
+        table.add_row(f"{score:.3f}", name)
+    Console().print(table)
+
+
+def _quiet_libraries() -> None:
+    """Their warnings are for the authors of training scripts, their bars stand in the way."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import Progress
 
-    from mmadapters.tasks import demo as first_run
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        bar = bars.add_task(title, total=total)
+        yield lambda done: bars.update(bar, completed=done)
 
-    console = Console()
-    with Progress(console=console) as bars:
-        tasks = {way: bars.add_task(way, total=1.0) for way in first_run.WAYS}
-        results = first_run.run(out, lambda way, share: bars.update(tasks[way], completed=share))
-    table = Table(
-        *("nano/vit with", "accuracy", "trained", "% of encoder", "adapter file", "seconds"),
-        title=first_run.TITLE,
-    )
-    for result in results:
-        size = f"{result.kilobytes:.0f} kB" if result.kilobytes else "-"
-        table.add_row(
-            result.name,
-            f"{100 * result.accuracy:.1f} ± {100 * result.margin:.1f} %",
-            f"{result.trained:,}",
-            f"{result.share:.2f}",
-            size,
-            f"{result.seconds:.0f}",
-        )
+
+def _print_scores(console: Console, scores: Scores, title: str) -> None:
+    table = Table("", "value", "95 % interval", "n", title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for metric in scores.metrics:
+        table.add_row(*_cells(metric.name, metric))
+    for column_name, values in scores.groups.items():
+        table.add_section()
+        for value, metrics in values.items():
+            table.add_row(*_cells(f"{column_name} {value}: {metrics[0].name}", metrics[0]))
     console.print(table)
-    console.print(f"The adapters are in {out}: two small files each.")
+
+
+def _cells(name: str, metric: Metric) -> tuple[str, str, str, str]:
+    value, _, interval = str(metric).removesuffix(" %").partition(" [")
+    unit = " %" if metric.unit == "%" else ""
+    interval = f"{interval.removesuffix(']')}{unit}".replace(", ", " – ") if interval else ""
+    return _plain(name), f"{value}{unit}", interval, f"{metric.count:,}"
+
+
+def _print_facts(console: Console, facts: dict[str, Any]) -> None:
+    words = [
+        f"trained {100 * facts['trained_share']:.2f} % of the encoder"
+        f" ({facts['adapter_parameters']:,} in the adapter,"
+        f" {facts['head_parameters']:,} in the head)"
+    ]
+    if "train_seconds" in facts:
+        words.append(f"{facts['steps']} steps in {facts['train_seconds']:.0f} s")
+    if "adapter_bytes" in facts:
+        words.append(f"adapter directory of {facts['adapter_bytes'] / 1024:,.0f} kB")
+    console.print(", ".join(words) + ".")
 
 
 @zoo.command("list")

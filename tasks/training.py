@@ -79,7 +79,11 @@ class TaskTrainer(Trainer):
                 world=world,
                 lengths=task.lengths(train),
             )
-        super().__init__(model=model, args=self._arguments(config, world))
+        super().__init__(
+            model=model,
+            args=self._arguments(config, world),
+            eval_dataset=validation,  # type: ignore[arg-type]
+        )
         self._set_callbacks(config, quiet=quiet)
 
     def _arguments(self, config: TrainerConfig, world: int) -> TrainingArguments:
@@ -110,7 +114,6 @@ class TaskTrainer(Trainer):
             max_grad_norm=config.max_grad_norm,
             bf16=config.precision == "bf16",
             fp16=config.precision == "fp16",
-            gradient_checkpointing=False,
             logging_steps=config.log_every,
             logging_nan_inf_filter=False,
             save_total_limit=2,
@@ -133,7 +136,7 @@ class TaskTrainer(Trainer):
         if not quiet:
             self.add_callback(Progress(self.task))
         if config.early_stopping is not None and self.validation_rows is not None:
-            self.add_callback(EarlyStoppingCallback(config.early_stopping))
+            self.add_callback(Patience(config.early_stopping))
         if config.tensorboard and self.is_world_process_zero():
             from tensorboardX import SummaryWriter
 
@@ -247,8 +250,10 @@ class TaskTrainer(Trainer):
             read_trained(self.task_model, self.best_file())
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Called in every process.
+        if not self.args.should_save:
+            return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         write_trained(self.task_model, folder / _WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -328,6 +333,13 @@ def read_trained(model: TaskModel, path: Path) -> None:
         )
     for key, tensor in own.items():
         tensor.copy_(stored[key])
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping, without the advice to let transformers keep the best model."""
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        return
 
 
 class Progress(ProgressCallback):

@@ -1,0 +1,384 @@
+"""A job from its config to a run directory.
+
+config.yaml     the resolved config
+metrics.json    figures with intervals, sizes, times, seed and environment
+adapter/        all that `predict` needs
+report.html     curves, tables, pictures; opens offline
+tensorboard/    events
+checkpoints/    while the run goes on: what --resume starts from
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from torch import nn
+from transformers import set_seed
+
+import mmadapters
+from mmadapters import methods
+
+from . import artifact, data
+from .config import SPLITS, JobConfig, Split
+from .evaluation import Evaluation, evaluate
+from .metrics import Metric
+from .task import Problem, Rows, Scores, Task, TaskModel
+from .training import CHECKPOINTS, TaskTrainer, last_checkpoint
+
+CONFIG, METRICS, REPORT = "config.yaml", "metrics.json", "report.html"
+
+
+@dataclass
+class Run:
+    """What came out. `scores` and `problems` by split; `history` as transformers logs it."""
+
+    folder: Path
+    task: Task
+    model: TaskModel
+    scores: dict[str, Scores] = field(default_factory=dict)
+    before: Scores | None = None
+    problems: dict[str, list[Problem]] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> Metric:
+        """The deciding metric on the test split, or else on validation."""
+        return self.scores["test" if "test" in self.scores else "validation"][self.task.metric]
+
+
+def train(
+    config: JobConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+) -> Run:
+    """Trains, evaluates and saves; every process of a group calls it, the first one writes.
+
+    Args:
+        resume: go on from the last whole checkpoint of the run directory.
+        overwrite: replace what an earlier run left there.
+
+    Raises:
+        ValueError: the data, the encoder or the run directory does not fit the config.
+    """
+    state = _state(config)
+    folder = Path(config.output)
+    first = state.is_main_process
+    checkpoint = prepare_folder(folder, config, resume=resume, overwrite=overwrite, write=first)
+    state.wait_for_everyone()
+    splits = data.load(config.data, artifact.task_class(config.task).columns, SPLITS)
+    task, model = make_model(config, splits.get("train"))
+    run = Run(folder, task, model, facts=sizes(model))
+    device = "cpu" if config.trainer.device == "cpu" else artifact.default_device()
+    model.to(device)
+    if config.evaluation.before:
+        name, rows = _measured(splits)
+        run.before = _score(run, evaluate_split(task, model, rows), name)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        _fit(run, splits, checkpoint, quiet=quiet or not first)
+    records = {}
+    for name in ("validation", "test"):
+        if (rows := splits.get(name)) is not None:
+            found = evaluate_split(task, model, rows)
+            run.scores[name] = _score(run, found, name)
+            records[name] = found.records
+    if first:
+        _write(run, splits, records)
+    state.wait_for_everyone()
+    return run
+
+
+@contextlib.contextmanager
+def processes(config: JobConfig) -> Iterator[None]:
+    """The group of processes that torchrun or accelerate launch started, left in good order."""
+    state = _state(config)
+    yield
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def _state(config: JobConfig) -> PartialState:
+    return PartialState(cpu=config.trainer.device == "cpu")
+
+
+def prepare_folder(
+    folder: Path, config: JobConfig, *, resume: bool, overwrite: bool, write: bool
+) -> Path | None:
+    """Makes the run directory and returns the checkpoint to go on from, if there is one.
+
+    Raises:
+        ValueError: a run is there and neither `resume` nor `overwrite` says what to do with it; or
+            it is to be resumed and its config is another.
+    """
+    resolved = config.model_dump(mode="json")
+    if (folder / CONFIG).is_file():
+        if resume:
+            before = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
+            if changed := differences(before, resolved):
+                raise ValueError(
+                    f"{folder} was begun with another config ({', '.join(changed[:3])}): resume it "
+                    "with the same one, or choose another output"
+                )
+            return last_checkpoint(folder)
+        if not overwrite:
+            raise ValueError(
+                f"{folder} holds a run already: choose another output=…, or pass --resume to go on "
+                "with it or --overwrite to replace it"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files than a run; choose another output=…")
+    if write:
+        for name in (CHECKPOINTS, "tensorboard", artifact.FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (METRICS, REPORT):
+            (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    return None
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """The dotted keys whose values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        parts = [
+            differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+            for key in keys
+        ]
+        return [key for part in parts for key in part]
+    return [] if before == now else [path]
+
+
+def make_model(config: JobConfig, rows: Rows | None) -> tuple[Task, TaskModel]:
+    """The task, fitted to the training rows, and its model: trainable is what the mode says."""
+    trainer = config.trainer
+    full = trainer.mode == "full"
+    set_seed(config.seed)
+    backbone = artifact.make_backbone(config.backbone)
+    task = artifact.task_class(config.task)(config)
+    task.fit(rows, backbone)
+    dropout = full if trainer.trunk_dropout is None else trainer.trunk_dropout
+    encoder = mmadapters.init(backbone, train_trunk=dropout)
+    encoder.identity()  # of the weights as they came, whatever training does to them
+    adapter = adapter_config(config)
+    if adapter is not None:
+        encoder.add_adapter(config.name, adapter)
+        encoder.train_adapter(config.name)
+    # A head starts from the same numbers in every mode, so that modes can be compared.
+    set_seed(config.seed)
+    model = task.build(encoder)
+    model.awake = artifact.awake_modules(config.backbone, backbone)
+    if trainer.gradient_checkpointing:
+        encoder.gradient_checkpointing_enable()
+    if trainer.mode == "none":
+        model.requires_grad_(False)
+    if full:
+        backbone.requires_grad_(True)
+        if config.backbone.freeze_front_end and hasattr(_speech(backbone), "feature_extractor"):
+            _speech(backbone).feature_extractor.requires_grad_(False)
+    return task, model
+
+
+def _speech(backbone: Any) -> Any:
+    """The wav2vec2-like encoder inside a model with a CTC head, or the module itself."""
+    prefix = getattr(backbone, "base_model_prefix", "")
+    return getattr(backbone, prefix, backbone) if prefix else backbone
+
+
+def adapter_config(config: JobConfig) -> mmadapters.MethodConfig | None:
+    """What `trainer.mode` inserts: None in the modes without an adapter."""
+    mode = config.trainer.mode
+    if mode in ("full", "head", "none"):
+        return None
+    if mode == "adapter":
+        return methods.from_dict(config.adapter)
+    return methods.method_named(mode)()
+
+
+def sizes(model: TaskModel) -> dict[str, Any]:
+    """Parameters of the encoder, the adapter and the head, and what is trained of the encoder."""
+
+    def count(module: nn.Module, *, trained: bool = False) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+    encoder = count(model.encoder.backbone)
+    adapter = count(model.encoder.adapters)
+    trained = count(model.encoder, trained=True)
+    return {
+        "encoder_parameters": encoder,
+        "adapter_parameters": adapter,
+        "head_parameters": count(model.head, trained=True),
+        "trained_share": trained / encoder,
+    }
+
+
+def evaluate_split(
+    task: Task,
+    model: TaskModel,
+    rows: Rows,
+    *,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Evaluation:
+    """`evaluate` with what the config says."""
+    trainer = task.config.trainer
+    return evaluate(
+        task,
+        model,
+        rows,
+        batch_size=trainer.eval_batch_size or trainer.batch_size,
+        workers=trainer.workers,
+        precision=trainer.precision,
+        progress=progress,
+    )
+
+
+def _measured(splits: dict[Split, Rows]) -> tuple[Split, Rows]:
+    for name in ("test", "validation"):
+        if name in splits:
+            return name, splits[name]
+    raise ValueError(
+        "there is neither a test nor a validation split to evaluate: give data.fractions"
+    )
+
+
+def _score(run: Run, found: Evaluation, split: str) -> Scores:
+    run.problems[split] = found.problems
+    return run.task.score(found.records, bootstrap=run.task.config.evaluation.bootstrap)
+
+
+def _fit(run: Run, splits: dict[Split, Rows], checkpoint: Path | None, *, quiet: bool) -> None:
+    if "train" not in splits:
+        raise ValueError("there is no training split: name it in data.splits")
+    # What was drawn for evaluation before training must not change what training draws.
+    set_seed(run.task.config.seed)
+    trainer = TaskTrainer(
+        run.task,
+        run.model,
+        train=splits["train"],
+        validation=splits.get("validation"),
+        folder=run.folder,
+        quiet=quiet,
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - started
+    trainer.load_best()
+    run.history = trainer.state.log_history
+    run.problems["train"] = list(trainer.problems.values())
+    run.facts |= {
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "train_seconds": round(seconds, 1),
+        "waited_for_data": round(trainer.waited / seconds, 4),
+    }
+
+
+def _write(run: Run, splits: dict[Split, Rows], records: dict[str, list]) -> None:
+    from .reporting import write_run_report
+
+    config = run.task.config
+    metrics = metrics_of(run)
+    artifact.save(
+        run.folder / artifact.FOLDER,
+        run.task,
+        run.model,
+        mode=config.trainer.mode,
+        metrics=metrics["splits"],
+    )
+    metrics["adapter_bytes"] = sum(
+        file.stat().st_size for file in (run.folder / artifact.FOLDER).iterdir()
+    )
+    run.facts["adapter_bytes"] = metrics["adapter_bytes"]
+    write_text(run.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    write_run_report(run, splits, records, environment=metrics["environment"])
+    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+
+
+def metrics_of(run: Run) -> dict[str, Any]:
+    """What `metrics.json` says."""
+    config = run.task.config
+    return {
+        "task": config.task,
+        "name": config.name,
+        "mode": config.trainer.mode,
+        "backbone": config.backbone.name,
+        "seed": config.seed,
+        **run.facts,
+        "splits": {name: figures(scores) for name, scores in run.scores.items()},
+        "before": None if run.before is None else figures(run.before),
+        "skipped": {split: len(problems) for split, problems in run.problems.items()},
+        "environment": environment(),
+    }
+
+
+def figures(scores: Scores) -> dict[str, Any]:
+    """Metrics by name, in total and by group, as plain data."""
+    return {
+        "metrics": _named(scores.metrics),
+        "groups": {
+            column: {value: _named(metrics) for value, metrics in values.items()}
+            for column, values in scores.groups.items()
+        },
+    }
+
+
+def _named(metrics: Sequence[Metric]) -> dict[str, dict[str, Any]]:
+    return {metric.name: metric.to_dict() for metric in metrics}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and threads."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = artifact.default_device()
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": name,
+        "packages": versions,
+    }
+
+
+_PACKAGES = (
+    *("mmadapters", "torch", "transformers", "timm", "open_clip_torch", "torchaudio"),
+    *("accelerate", "datasets", "torchvision"),
+)
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    import platform
+
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
