@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmadapters import AdapterModel
 
-from .preprocessing import image_preprocessing, normalised, to_tensor
 from .positions import Grid, Kept, Lock, open_clip_at, timm_at
+from .preprocessing import image_preprocessing, normalised, to_tensor
 
 __all__ = ["ImageStates", "ImageTower", "image_preprocessing", "normalised", "to_tensor"]
 
@@ -217,8 +216,10 @@ class _Timm:
         self._kept, self._lock = Kept(), Lock()
 
     def run(self, pixels: Tensor, grid: Grid) -> None:
+        # The lock keeps other threads from meeting positions of another size.
         if self.size is None or pixels.shape[-2:] == self.size:
-            self.model.forward_features(pixels)
+            with self._lock:
+                self.model.forward_features(pixels)
             return
         if _has_relative_bias(self.model):
             raise ValueError(
@@ -259,7 +260,8 @@ class _OpenClip:
 
     def run(self, pixels: Tensor, grid: Grid) -> None:
         if pixels.shape[-2:] == self.size:
-            self.visual(pixels)
+            with self._lock:
+                self.visual(pixels)
             return
         with self._lock, open_clip_at(self.visual, grid, self._kept):
             self.visual(pixels)
