@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tasks.tints import NAME, Pictures, job, task_and_model
 
 from mmadapters.tasks.batches import EpochBatches
 from mmadapters.tasks.evaluation import DataError, evaluate
 from mmadapters.tasks.training import TaskTrainer, last_checkpoint, parameter_groups
-from tasks.tints import NAME, Pictures, job, task_and_model
 
 PROGRAM = Path(__file__).with_name("train_tints.py")
 LONG = {"epochs": 4, "batch_size": 8, "evaluate_every": 5, "learning_rate": 1e-2}
@@ -114,7 +114,7 @@ def train(folder: Path, *, rows: Any = None, model: Any = None, **settings: Any)
 
 
 def test_only_adapter_and_head_are_trained_and_saved(tmp_path: Path) -> None:
-    task, model = task_and_model(job())
+    _, model = task_and_model(job())
     frozen = {n: p.clone() for n, p in model.encoder.backbone.state_dict().items()}
     trainer = train(tmp_path, model=model)
     for name, tensor in model.encoder.backbone.state_dict().items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class TintModel(TaskModel):
 class TintTask(Task[JobConfig]):
     name = NAME
     metric = "accuracy"
-    columns = {"image": Column("image"), "label": Column("label")}
+    columns: ClassVar = {"image": Column("image"), "label": Column("label")}
 
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
         self.state = {"classes": 4}
