@@ -147,6 +147,9 @@ def _opened(value: Any, noun: str) -> Iterator[BinaryIO]:
         raise BadRow(f"there is no {noun}")
     if not isinstance(value, str | Path):
         raise BadRow(f"a value of type {type(value).__name__} is no {noun}")
+    if "://" in str(value):
+        yield _fetched(str(value))
+        return
     try:
         file = open(value, "rb")  # noqa: SIM115 - closed below; only opening is guarded here
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
@@ -157,6 +160,20 @@ def _opened(value: Any, noun: str) -> Iterator[BinaryIO]:
         if os.fstat(file.fileno()).st_size == 0:
             raise BadRow(f"the {noun} file is empty (0 bytes)")
         yield file
+
+
+def _fetched(url: str) -> _Bytes:
+    """What lies at a URL, such as the hf:// and zip:// paths of streamed data sets."""
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            data = file.read()
+    except Exception as error:  # each file system has its own
+        raise BadRow(f"cannot fetch {url}: {_first_line(error)}") from None
+    if not data:
+        raise BadRow(f"there are no bytes at {url}")
+    return _Bytes(data)
 
 
 @contextmanager

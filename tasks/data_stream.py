@@ -1,0 +1,167 @@
+"""Rows as they arrive from a hub data set, instead of a data set on disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmadapters.sites import nearest
+
+from .config import SPLITS, DataConfig, Split
+from .data_columns import find_columns, to_roles
+from .data_rows import plain
+from .data_splits import find_splits
+from .task import Column, Rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+Row = dict[str, Any]
+SHUFFLED = 10  # rows that are read for each one that a limit draws
+
+
+def read_streams(
+    source: Mapping[str, IterableDataset],
+    config: DataConfig,
+    roles: Mapping[str, Column],
+    splits: Sequence[Split],
+) -> dict[Split, Rows]:
+    """The training rows as they arrive; the other splits, and what data.limit makes few, in memory.
+
+    A limit draws from a buffer of ten times as many rows: many data sets lie there class by class.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    present = find_splits(config, list(source))
+    if missing := [split for split in config.fractions if split not in present]:
+        raise ValueError(
+            f"data.fractions: no {missing[0]} rows can be cut from a stream; the data has the "
+            f"splits {', '.join(source)}"
+        )
+    rows: dict[Split, Any] = {}
+    for split in (split for split in SPLITS if split in splits and split in present):
+        dataset = source[present[split]]
+        names = _names(dataset)
+        found = find_columns(roles, config.columns, names)
+        wanted = _filter(config, split, found, names)
+        stream = Stream(dataset, found, roles, wanted=wanted)
+        count = config.limit.get(split)
+        if split == "train" and count is None:
+            rows[split] = stream
+            continue
+        if count is not None:
+            stream = stream.shuffle(SHUFFLED * count, config.seed)
+        few = stream.head(count)
+        if not len(few):
+            raise ValueError(f"data.source: {config.source} has no rows of {split} to use")
+        rows[split] = to_roles(few, found, roles, None)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """data.keep and data.drop of a split: (column of the source, values, drop) each."""
+
+    tests: tuple[tuple[str, frozenset[str | None], bool], ...] = ()
+
+    def __call__(self, row: Row) -> bool:
+        return all((plain(row.get(n)) in values) != drop for n, values, drop in self.tests)
+
+
+def _filter(
+    config: DataConfig, split: Split, found: Mapping[str, str], names: Sequence[str]
+) -> _Filter:
+    tests = []
+    for setting in ("keep", "drop"):
+        for name, values in getattr(config, setting).get(split, {}).items():
+            own = found.get(name, name)
+            if own not in names:
+                raise ValueError(
+                    f"data.{setting}.{split}: the data has no column {name!r}"
+                    f"{nearest(name, names)}; its columns are {', '.join(names)}"
+                )
+            tests.append((own, frozenset(plain(value) for value in values), setting == "drop"))
+    return _Filter(tuple(tests))
+
+
+class Stream:
+    """The rows of a training split, each a dict by role, read again at each pass.
+
+    Attributes:
+        column_names: as of `Rows`.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        found: Mapping[str, str],
+        roles: Mapping[str, Column],
+        *,
+        wanted: Callable[[Row], bool] = _Filter(),
+    ) -> None:
+        """
+        Args:
+            dataset: media undecoded, columns named as in the source.
+            found: the source's column of each role.
+            wanted: says of a row, with the source's columns, whether it is of the stream.
+        """
+        self.dataset, self.found, self.roles, self.wanted = dataset, dict(found), roles, wanted
+        self._classes = _class_names(dataset)
+        # As in `to_roles`: a column whose name another column's role takes is gone.
+        kept = [name for name in _names(dataset) if name not in found.values()]
+        self.column_names = [*found, *(name for name in kept if name not in found)]
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self.source_rows():
+            own = {role: self._value(role, row.get(name)) for role, name in self.found.items()}
+            yield {name: own[name] if name in own else row.get(name) for name in self.column_names}
+
+    def source_rows(self) -> Iterator[Row]:
+        """The same rows under the source's names, classes by name."""
+        for row in self.dataset:
+            for name, names in self._classes.items():
+                index = row.get(name)
+                inside = isinstance(index, int) and 0 <= index < len(names)
+                row[name] = names[index] if inside else None
+            if self.wanted(row):
+                yield row
+
+    def shuffle(self, buffer: int, seed: int) -> Stream:
+        """The stream in another order: its files by the seed, its rows within a buffer of so many.
+        The same seed gives the same order."""
+        shuffled = self.dataset.shuffle(seed=seed, buffer_size=buffer)
+        return Stream(shuffled, self.found, self.roles, wanted=self.wanted)
+
+    def head(self, count: int | None) -> Dataset:
+        """The first rows (all: None) as a data set in memory, under the source's names."""
+        import datasets
+        import pyarrow as pa
+
+        rows = list(itertools.islice(self.source_rows(), count))
+        features = self.dataset.features
+        if not rows or features is None:
+            return datasets.Dataset(pa.Table.from_pylist(rows))
+        features = datasets.Features(
+            {n: datasets.Value("string") if n in self._classes else f for n, f in features.items()}
+        )
+        table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+        return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+
+    def _value(self, role: str, value: Any) -> Any:
+        if self.roles[role].kind != "text" or isinstance(value, list | dict):
+            return value
+        return "" if value is None else str(value)
+
+
+def _names(dataset: IterableDataset) -> list[str]:
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def _class_names(dataset: IterableDataset) -> dict[str, list[str]]:
+    import datasets
+
+    features = dataset.features or {}
+    return {n: f.names for n, f in features.items() if isinstance(f, datasets.ClassLabel)}
