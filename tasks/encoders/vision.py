@@ -7,18 +7,18 @@ h = H / patch and w = W / patch.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mmadapters import AdapterModel
+from mmadapters.sites import Tower
 
 from .positions import Grid, Kept, Lock, open_clip_at, timm_at
 from .preprocessing import image_preprocessing, normalised, to_tensor
+from .watch import Reached, Watch
 
 __all__ = ["ImageStates", "ImageTower", "image_preprocessing", "normalised", "to_tensor"]
 
@@ -79,6 +79,7 @@ class ImageTower:
                 f"{', '.join(encoder.sites.towers)}"
             )
         self.encoder = encoder
+        self._tower = tower
         self.width = tower.width
         self.depth = len(tower.blocks)
         self._front = _front_end(encoder.backbone, tower.path)
@@ -101,10 +102,12 @@ class ImageTower:
         """
         grid = self._grid(pixels)
         layers = self._layers(layers)
-        with _Watch(self.encoder, layers) as watch, contextlib.suppress(_Reached):
+        with Watch(self._tower, layers, stop=True) as watch, contextlib.suppress(Reached):
             self._front.run(pixels, grid)
-        states = [self._tokens(watch.states[layer], grid, watch.length) for layer in layers]
-        prefix = watch.length - grid[0] * grid[1]
+        assert watch.entered is not None
+        length = watch.entered.shape[1]
+        states = [self._tokens(watch.states[layer], grid, length) for layer in layers]
+        prefix = length - grid[0] * grid[1]
         if norm and self._token_norm is not None:
             states = [self._token_norm(tokens) for tokens in states]
         maps = [tokens[:, prefix:].transpose(1, 2).unflatten(2, grid) for tokens in states]
@@ -144,7 +147,7 @@ class ImageTower:
         return tokens[:, :length]
 
 
-def _norms(encoder: AdapterModel, tower: Any) -> tuple[nn.Module | None, nn.Module | None]:
+def _norms(encoder: AdapterModel, tower: Tower) -> tuple[nn.Module | None, nn.Module | None]:
     """The encoder's final norm, as one of every token or of pooled tokens alone."""
     norm = None if tower.norm is None else tower.norm.module
     name = next((name for name, part in encoder.backbone.named_modules() if part is norm), "")
@@ -154,54 +157,6 @@ def _norms(encoder: AdapterModel, tower: Any) -> tuple[nn.Module | None, nn.Modu
         # CoCa norms what its attentional pooler gives, in the pooler's width.
         return None, None
     return norm, None
-
-
-class _Reached(Exception):
-    """All requested states are there; nothing behind them needs to run."""
-
-
-class _Watch:
-    """Notes what the blocks of the image tower give, in this thread, while it is entered.
-
-    `length`: tokens that enter the first block, before prompts join them; `states`: (B, N, D) after
-    each requested block.
-    """
-
-    def __init__(self, encoder: AdapterModel, layers: Sequence[int]) -> None:
-        self.blocks = encoder.sites.towers["vision"].blocks
-        self.layers = layers
-        self.length = 0
-        self.states: dict[int, Tensor] = {}
-        self._thread = threading.get_ident()
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> _Watch:
-        first = self.blocks[0].module
-        # Before the hook that appends prompts.
-        self._handles.append(
-            first.register_forward_pre_hook(self._enters, prepend=True, with_kwargs=True)
-        )
-        for layer in self.layers:
-            hook = self._leaves(layer, last=layer == max(self.layers))
-            self._handles.append(self.blocks[layer].module.register_forward_hook(hook))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _enters(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == self._thread:
-            self.length = (args[0] if args else kwargs["hidden_states"]).shape[1]
-
-    def _leaves(self, layer: int, *, last: bool) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if threading.get_ident() == self._thread:
-                self.states[layer] = output if isinstance(output, Tensor) else output[0]
-                if last:
-                    raise _Reached
-
-        return hook
 
 
 class _Timm:
@@ -250,7 +205,7 @@ class _OpenClip:
     def __init__(self, visual: Any) -> None:
         self.visual = visual
         self.patch = _square(visual.patch_size, visual)
-        self.size = (visual.image_size[0], visual.image_size[1])
+        self.size: Grid | None = (visual.image_size[0], visual.image_size[1])
         self._kept, self._lock = Kept(), Lock()
         if not getattr(visual.transformer, "batch_first", True):
             raise ValueError(
@@ -277,7 +232,7 @@ class _Transformers:
         self.model = model
         config = model.config
         self.patch = _square(_pair(config.patch_size), model)
-        self.size = _pair(config.image_size)
+        self.size: Grid | None = _pair(config.image_size)
         self.has_class_token = not config.model_type.startswith("siglip")
         self._any_size = config.model_type in self.ANY_SIZE
 

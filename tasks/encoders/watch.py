@@ -1,0 +1,65 @@
+"""The states that pass between the blocks of an encoder's tower, as it runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mmadapters.sites import Tower
+
+
+class Reached(Exception):
+    """All requested states are there; nothing behind them needs to run."""
+
+
+class Watch:
+    """Notes the states of a tower's blocks in this thread while it is entered.
+
+    Hooks stand around the blocks, so adapters have acted in what is noted; prompts stand behind the
+    tokens that entered the first block.
+
+    Attributes:
+        entered: what the first block was given, before prompts joined it; None until it ran.
+        states: what each requested block gave, by its number.
+    """
+
+    def __init__(self, tower: Tower, layers: Sequence[int], *, stop: bool = False) -> None:
+        """`stop`: raise `Reached` after the last of the requested blocks."""
+        self.blocks = tower.blocks
+        self.layers = layers
+        self.stop = stop
+        self.entered: Tensor | None = None
+        self.states: dict[int, Tensor] = {}
+        self._thread = threading.get_ident()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Watch:
+        first = self.blocks[0].module
+        # Before the hook that appends prompts.
+        self._handles.append(
+            first.register_forward_pre_hook(self._enters, prepend=True, with_kwargs=True)
+        )
+        for layer in dict.fromkeys(self.layers):
+            self._handles.append(self.blocks[layer].module.register_forward_hook(self._note(layer)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enters(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == self._thread:
+            self.entered = args[0] if args else kwargs["hidden_states"]
+
+    def _note(self, layer: int) -> Callable[[nn.Module, tuple, Any], None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if threading.get_ident() == self._thread:
+                self.states[layer] = output if isinstance(output, Tensor) else output[0]
+                if self.stop and layer == max(self.layers):
+                    raise Reached
+
+        return hook
