@@ -1,0 +1,205 @@
+"""A folder of pictures or texts that can be searched by text or picture: FAISS over embeddings.
+
+index.faiss     unit vectors, compared by inner product (exact)
+items.jsonl     what each vector is of, one JSON object a line: "kind", and "image" or "text"
+index.json      format, width, count, and the fingerprint of the model that made the vectors
+
+Shape legend: N items, E width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..prediction import expand
+from ..task import Task, TaskModel
+from .model import RetrievalModel
+from .queries import Item, embed, items
+
+if TYPE_CHECKING:
+    from .task import RetrievalTask
+
+FORMAT = 1
+VECTORS, ITEMS, ABOUT = "index.faiss", "items.jsonl", "index.json"
+AT_A_TIME = 256
+
+
+def build_index(
+    task: Task,
+    model: TaskModel,
+    inputs: Sequence[str],
+    out: Path,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Writes the index of image files, folders of them, .txt files of texts, or texts; whole or
+    not at all. An index that was there is replaced.
+
+    Args:
+        task, model: of `artifact.open_directory`.
+        progress: is told how many items of how many are done.
+
+    Returns:
+        N.
+
+    Raises:
+        ValueError: FAISS is not installed, the task is another, there is no input or one cannot be
+            read, or `out` holds something else than an index.
+    """
+    faiss = _faiss()
+    task, model = _retrieval(task, model)
+    _check_replaceable(out)
+    found = items(list(expand(inputs)))
+    if not found:
+        raise ValueError("there is nothing to index: give image files, folders, or a .txt of texts")
+    index = faiss.IndexFlatIP(model.towers.width)
+    model.eval()
+    for start in range(0, len(found), AT_A_TIME):
+        index.add(embed(task, model, found[start : start + AT_A_TIME]).numpy())
+        progress(min(start + AT_A_TIME, len(found)), len(found))
+    about = {
+        "format": FORMAT,
+        "model": fingerprint(task, model),
+        "adapter": task.config.name,
+        "backbone": task.config.backbone.name,
+        "width": model.towers.width,
+        "count": len(found),
+    }
+    with _replacing(out) as fresh:
+        faiss.write_index(index, str(fresh / VECTORS))
+        lines = [json.dumps(_line(item), ensure_ascii=False) for item in found]
+        (fresh / ITEMS).write_text("\n".join(lines) + "\n", "utf-8")
+        (fresh / ABOUT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+    return len(found)
+
+
+def search_index(
+    task: Task, model: TaskModel, index: Path, query: str, *, count: int = 10
+) -> list[dict[str, Any]]:
+    """What is most like a query, best first: "kind", "image" or "text", and "similarity" (cosine).
+
+    Args:
+        query: a text, or the path of a picture.
+
+    Raises:
+        FileNotFoundError: there is no index.
+        ValueError: FAISS is not installed, the index was made by another model, is damaged or of
+            another format, or the query cannot be read.
+    """
+    faiss = _faiss()
+    task, model = _retrieval(task, model)
+    about = _about(index)
+    if about["model"] != fingerprint(task, model):
+        raise ValueError(
+            f"{index} was made by another model (adapter {about['adapter']!r} on "
+            f"{about['backbone']}): search it with that one, or build it anew with this one"
+        )
+    lines = (index / ITEMS).read_text("utf-8").splitlines()
+    try:
+        vectors = faiss.read_index(str(index / VECTORS))
+    except RuntimeError:
+        raise ValueError(f"{index / VECTORS} is damaged: build the index anew") from None
+    if not vectors.ntotal == len(lines) == about["count"] or vectors.d != about["width"]:
+        raise ValueError(f"the files of {index} do not fit each other: build the index anew")
+    queries = items([query])
+    if len(queries) != 1:
+        raise ValueError(f"give one query, not the {len(queries)} of {query}")
+    model.eval()
+    scores, numbers = vectors.search(
+        embed(task, model, queries).numpy(), min(count, vectors.ntotal)
+    )
+    return [
+        {**json.loads(lines[number]), "similarity": round(float(score), 6)}
+        for number, score in zip(numbers[0], scores[0], strict=True)
+    ]
+
+
+def fingerprint(task: Task, model: TaskModel) -> str:
+    """SHA-256 of all that makes an embedding: every tensor, the preprocessing and the sentence."""
+    digest = hashlib.sha256()
+    backbone = task.config.backbone.model_dump(
+        mode="json", include={"name", "options", "processor"}
+    )
+    about = {"state": task.state, "backbone": backbone, "template": task.sentence("{}")}  # type: ignore[attr-defined]
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        values = tensor.detach().cpu().contiguous()
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _retrieval(task: Task, model: TaskModel) -> tuple[RetrievalTask, RetrievalModel]:
+    from .task import RetrievalTask
+
+    if not isinstance(task, RetrievalTask) or not isinstance(model, RetrievalModel):
+        raise ValueError(f"an index needs an adapter for retrieval; this one is for {task.name}")
+    return task, model
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError(
+            "an index needs FAISS, which is not installed: pip install 'mmadapters[index]'"
+        ) from None
+    return faiss
+
+
+def _line(item: Item) -> dict[str, str]:
+    return {"kind": item.kind, item.kind: item.value}
+
+
+def _about(index: Path) -> dict[str, Any]:
+    missing = [name for name in (ABOUT, ITEMS, VECTORS) if not (index / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} is no index: it has no {missing[0]}")
+    try:
+        about = json.loads((index / ABOUT).read_text("utf-8"))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(f"{index / ABOUT} is not of format {FORMAT}: build the index anew")
+    return about
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() and not (out.is_dir() and (out / ABOUT).is_file()):
+        raise ValueError(f"{out} is there and is no index: choose another name")
+    foreign = (
+        [p.name for p in out.iterdir() if p.name not in (VECTORS, ITEMS, ABOUT)]
+        if out.exists()
+        else []
+    )
+    if foreign:
+        raise ValueError(f"{out} also holds {foreign[0]}, which would be lost: choose another name")
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A fresh folder beside `out` that takes its place when the block ends well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+        fresh, old = Path(name) / "fresh", Path(name) / "old"
+        fresh.mkdir()
+        yield fresh
+        if out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(fresh, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise

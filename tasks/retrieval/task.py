@@ -1,0 +1,277 @@
+"""Retrieval: images by texts and texts by images, on any image-text encoder.
+
+Shape legend: B images, C captions of an image, T captions of a batch, E width of the embeddings,
+L text tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mmadapters import AdapterModel
+
+from .. import media
+from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
+from ..encoders.clip import load_tokenizer, text_limits
+from ..encoders.preprocessing import image_preprocessing, to_tensor
+from ..task import (
+    BadRow,
+    Batch,
+    Column,
+    Example,
+    Figure,
+    Problem,
+    Record,
+    Rows,
+    Scores,
+    Table,
+    Task,
+    TaskModel,
+)
+from .config import RetrievalConfig
+from .gallery import Gallery
+from .metrics import TO_IMAGE, TO_TEXT, grouped, recalls
+from .model import RetrievalModel
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+HARDEST = 10  # queries in the table of those that went worst
+
+
+class RetrievalTask(Task[RetrievalConfig]):
+    """A row is an image with one caption or several; rows may share an image."""
+
+    name = "retrieval"
+    metric = "mean R@1"
+    columns: ClassVar[Mapping[str, Column]] = {
+        "image": Column("image", description="the picture"),
+        "caption": Column("text", required=False, description="a text that tells of it"),
+        "captions": Column("texts", required=False, description="or several of them"),
+        "image_id": Column(
+            "text", required=False, description="rows of one image; without it, equal files"
+        ),
+    }
+    usage = "image files, .txt files with a text on each line, or texts in quotes"
+
+    def __init__(self, config: RetrievalConfig, state: dict[str, Any] | None = None) -> None:
+        super().__init__(config, state)
+        self.metric = config.evaluation.deciding  # type: ignore[misc]
+
+    def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
+        if rows is not None and not {"caption", "captions"} & set(rows.column_names):
+            raise ValueError(
+                "retrieval needs a column of captions: name it in data.columns, as caption (one "
+                f"text) or captions (a list); there are {', '.join(rows.column_names)}"
+            )
+        blip = is_blip(backbone)
+        self.state = {
+            "preprocessing": image_preprocessing(self.config.backbone, backbone),
+            "blip": blip,
+            "text": BlipTokens.of(backbone).to_dict() if blip else text_limits(backbone),
+        }
+
+    def build(self, encoder: AdapterModel) -> RetrievalModel:
+        return RetrievalModel(encoder, self.config)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        backbone, text = self.config.backbone, self.state["text"]
+        if self.state["blip"]:
+            return blip_tokenizer(backbone, BlipTokens(**text))
+        return load_tokenizer(backbone, **text)
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """(T, L) int64 of captions or queries, put into the template."""
+        return self.tokenizer([self.sentence(caption) for caption in captions])
+
+    def sentence(self, caption: str) -> str:
+        return self.config.data.template.replace("{}", caption)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """A picture as the encoder reads it, (3, H, W)."""
+        return to_tensor(image, self.state["preprocessing"])
+
+    def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
+        captions = captions_of(row)
+        image = media.read_image(row["image"])
+        if train:
+            captions = [random.choice(captions)]
+            image = _cropped(image, self.config.data.random_crop)
+        example = {
+            "pixels": self.pixels(image),
+            "tokens": self.tokens(captions),
+            "image_id": image_id(row),
+            "text_ids": [number_of(caption.encode()) for caption in captions],
+        }
+        return example if train else {**example, "captions": captions}
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        padding = self.state["text"].get("pad", 0)
+        texts = [text for example in examples for text in example["tokens"]]
+        batch = {
+            "pixels": torch.stack([example["pixels"] for example in examples]),
+            "tokens": pad_sequence(texts, batch_first=True, padding_value=padding),
+            "image_ids": torch.tensor([example["image_id"] for example in examples]),
+            "text_ids": torch.tensor([i for example in examples for i in example["text_ids"]]),
+        }
+        if "captions" in examples[0]:
+            batch["captions"] = [example["captions"] for example in examples]
+        return batch
+
+    def records(self, model: TaskModel, batch: Batch) -> list[Record]:
+        assert isinstance(model, RetrievalModel)
+        images = model.images(batch["pixels"]).cpu().numpy()
+        texts = model.texts(batch["tokens"]).cpu().numpy()
+        ends = np.cumsum([len(captions) for captions in batch["captions"]])
+        return [
+            {"image": image, "texts": own, "image_id": number, "captions": captions}
+            for image, own, number, captions in zip(
+                images,
+                np.split(texts, ends[:-1]),
+                batch["image_ids"].tolist(),
+                batch["captions"],
+                strict=True,
+            )
+        ]
+
+    def refine(self, model: TaskModel, rows: Rows, records: list[Record]) -> None:
+        from .reranking import rerank
+
+        assert isinstance(model, RetrievalModel)
+        count = self.config.evaluation.rerank
+        if records and count and model.matcher is not None:
+            rerank(self, model, rows, records, count=count)
+
+    def score(self, records: Sequence[Record], *, bootstrap: int) -> Scores:
+        gallery = Gallery.of(records)
+        image_ranks = gallery.direction(TO_TEXT).ranks()
+        text_ranks = gallery.direction(TO_IMAGE).ranks()
+        images, image_of = gallery.numbers.numpy(), gallery.image_of.numpy()
+
+        def of(some: np.ndarray, other: np.ndarray) -> list:
+            return recalls(
+                image_ranks[some],
+                text_ranks[other],
+                images=images[some],
+                image_of=image_of[other],
+                deciding=self.metric,
+                resamples=bootstrap,
+            )
+
+        groups = {
+            column: {
+                value: of(*queries)
+                for value, queries in grouped(
+                    [record["row"][column] for record in records], gallery.first, gallery.record_of
+                ).items()
+            }
+            for column in self.config.evaluation.groups
+        }
+        everything = np.ones(len(images), dtype=bool), np.ones(len(image_of), dtype=bool)
+        return Scores(of(*everything), groups, _tables(gallery, text_ranks))
+
+    def illustrate(
+        self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
+    ) -> list[Figure | Table]:
+        from .illustrate import figures
+
+        return list(figures(Gallery.of(records), rows, records, count=count))
+
+    def predict(
+        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+    ) -> Iterator[dict[str, Any]]:
+        from .predict import predict
+
+        assert isinstance(model, RetrievalModel)
+        yield from predict(self, model, inputs, out=out)
+
+    def check(self, rows: Rows) -> list[Problem]:
+        """Captions that are longer than the encoder reads."""
+        length = self.state["text"]["context_length"]
+        found = []
+        for index, texts in enumerate(_all_captions(rows)):
+            longest = max((self.tokenizer.count(self.sentence(text)) for text in texts), default=0)
+            if longest > length:
+                reason = f"a caption of {longest} tokens is cut to the {length} that are read"
+                found.append(Problem(index, reason))
+        return found
+
+
+def captions_of(row: Mapping[str, Any]) -> list[str]:
+    """All captions of a row, without those that say nothing.
+
+    Raises:
+        BadRow: there is none, or one is not text.
+    """
+    single, several = row.get("caption"), row.get("captions")
+    texts = [single, *([several] if isinstance(several, str) else several or [])]
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise BadRow(f"a caption is {type(text).__name__} {text!r}, not text")
+    kept = [text.strip() for text in texts if text and text.strip()]
+    if not kept:
+        raise BadRow("there is no caption")
+    return kept
+
+
+def image_id(row: Mapping[str, Any]) -> int:
+    """Equal for rows of one image: of its `image_id`, else of the picture's bytes."""
+    name = row.get("image_id")
+    if name is not None:
+        return number_of(str(name).encode())
+    value = row["image"]
+    digest = media.media_digest(value)
+    return number_of(np.asarray(value).tobytes() if digest is None else digest.encode())
+
+
+def number_of(data: bytes) -> int:
+    """63 bits of a hash, to compare in tensors."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+def _all_captions(rows: Rows) -> Iterator[list[str]]:
+    """The captions of each row, read without its picture; none where they are not text."""
+    columns = {
+        name: list(rows[name]) for name in ("caption", "captions") if name in rows.column_names
+    }
+    for values in zip(*columns.values(), strict=True):
+        try:
+            yield captions_of(dict(zip(columns, values, strict=True)))
+        except BadRow:
+            yield []
+
+
+def _cropped(image: Image.Image, least: float) -> Image.Image:
+    """A random part of the picture, of at least this share of its area."""
+    if least == 1:
+        return image
+    from torchvision.transforms import RandomResizedCrop
+
+    top, left, height, width = RandomResizedCrop.get_params(
+        image,  # type: ignore[arg-type]
+        scale=[least, 1.0],
+        ratio=[3 / 4, 4 / 3],
+    )
+    return image.crop((left, top, left + width, top + height))
+
+
+def _tables(gallery: Gallery, text_ranks: np.ndarray) -> list[Table]:
+    worst = np.argsort(-text_ranks, kind="stable")[:HARDEST]
+    hardest = Table(
+        "Texts that find their image last",
+        ("text", "rank of its image"),
+        [(gallery.captions[text], int(text_ranks[text]) + 1) for text in worst],
+        f"Among {len(gallery.images):,} images; a guess is right once in as many.",
+    )
+    return [hardest]
