@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..prediction import expand
 from ..task import Task, TaskModel
 from .model import RetrievalModel
-from .queries import Item, embed, items
+from .queries import PICTURES, Item, embed, items
 
 if TYPE_CHECKING:
     from .task import RetrievalTask
@@ -44,6 +43,8 @@ def build_index(
     """Writes the index of image files, folders of them, .txt files of texts, or texts; whole or
     not at all. An index that was there is replaced.
 
+    Pictures are remembered by the paths that were given.
+
     Args:
         task, model: of `artifact.open_directory`.
         progress: is told how many items of how many are done.
@@ -58,7 +59,7 @@ def build_index(
     faiss = _faiss()
     task, model = _retrieval(task, model)
     _check_replaceable(out)
-    found = items(list(expand(inputs)))
+    found = items([name for given in inputs for name in _pictures(given)])
     if not found:
         raise ValueError("there is nothing to index: give image files, folders, or a .txt of texts")
     index = faiss.IndexFlatIP(model.towers.width)
@@ -103,11 +104,11 @@ def search_index(
             f"{index} was made by another model (adapter {about['adapter']!r} on "
             f"{about['backbone']}): search it with that one, or build it anew with this one"
         )
-    lines = (index / ITEMS).read_text("utf-8").splitlines()
     try:
+        lines = [json.loads(line) for line in (index / ITEMS).read_text("utf-8").splitlines()]
         vectors = faiss.read_index(str(index / VECTORS))
-    except RuntimeError:
-        raise ValueError(f"{index / VECTORS} is damaged: build the index anew") from None
+    except (ValueError, RuntimeError):
+        raise ValueError(f"the files of {index} are damaged: build the index anew") from None
     if not vectors.ntotal == len(lines) == about["count"] or vectors.d != about["width"]:
         raise ValueError(f"the files of {index} do not fit each other: build the index anew")
     queries = items([query])
@@ -118,7 +119,7 @@ def search_index(
         embed(task, model, queries).numpy(), min(count, vectors.ntotal)
     )
     return [
-        {**json.loads(lines[number]), "similarity": round(float(score), 6)}
+        {**lines[number], "similarity": round(float(score), 6)}
         for number, score in zip(numbers[0], scores[0], strict=True)
     ]
 
@@ -154,6 +155,17 @@ def _faiss() -> Any:
             "an index needs FAISS, which is not installed: pip install 'mmadapters[index]'"
         ) from None
     return faiss
+
+
+def _pictures(given: str) -> Iterator[str]:
+    """A folder's picture files, in it and below it, by name; anything else as it is."""
+    if not os.path.isdir(given):
+        yield given
+        return
+    found = sorted(p for p in Path(given).rglob("*") if p.suffix.lower() in PICTURES)
+    if not found:
+        raise ValueError(f"there is no picture in {given} ({', '.join(PICTURES)})")
+    yield from map(str, found)
 
 
 def _line(item: Item) -> dict[str, str]:
