@@ -66,6 +66,7 @@ class ImageTower:
         depth: the number of blocks.
         patch: the side of a patch in pixels.
         size: (H, W) in pixels that the encoder was built for, None if for any.
+        has_class_token: whether there is one to pool by.
 
     Raises:
         ValueError: the encoder reads no images.
@@ -85,6 +86,7 @@ class ImageTower:
         self._front = _front_end(encoder.backbone, tower.path)
         self.patch = self._front.patch
         self.size = self._front.size
+        self.has_class_token = self._front.has_class_token
         self._token_norm, self._pool_norm = _norms(encoder, tower)
 
     def __call__(
@@ -111,7 +113,7 @@ class ImageTower:
         if norm and self._token_norm is not None:
             states = [self._token_norm(tokens) for tokens in states]
         maps = [tokens[:, prefix:].transpose(1, 2).unflatten(2, grid) for tokens in states]
-        cls = states[-1][:, 0] if self._front.has_class_token else None
+        cls = states[-1][:, 0] if self.has_class_token else None
         pooled = cls
         if cls is None or self._pool_norm is not None:
             pooled = states[-1][:, prefix:].mean(dim=1)

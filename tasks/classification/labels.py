@@ -1,0 +1,149 @@
+"""From the labels of rows to numbers and back."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmadapters.sites import nearest
+
+from ..task import BadRow, Rows
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """The classes of a job, in order.
+
+    Attributes:
+        names: of the classes.
+        coded: the names that a data set has for its integer labels; empty where those stand for
+            themselves.
+        separator: between the labels of a text; None where a row has one label.
+    """
+
+    names: tuple[str, ...]
+    coded: tuple[str, ...] = ()
+    separator: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", {name: i for i, name in enumerate(self.names)})
+
+    def indices(self, value: Any) -> list[int]:
+        """The classes of a row's label: one of them, or any number with a separator.
+
+        Raises:
+            BadRow: there is no label, or one that was not there in training.
+        """
+        index: Mapping[str, int] = self._index  # type: ignore[attr-defined]
+        labels = labels_of(value, self.coded, self.separator)
+        for label in labels:
+            if label not in index:
+                hint = nearest(label, self.names)
+                raise BadRow(f"its label {label!r} is none of the training split's{hint}")
+        return sorted({index[label] for label in labels})
+
+    def to_state(self) -> dict[str, Any]:
+        return {
+            "names": list(self.names),
+            "coded": list(self.coded),
+            "separator": self.separator,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> LabelMap:
+        return cls(tuple(state["names"]), tuple(state["coded"]), state["separator"])
+
+
+def labels_of(value: Any, coded: Sequence[str], separator: str | None) -> list[str]:
+    """The names in a row's label.
+
+    Raises:
+        BadRow: there is none; with a separator, an empty text or list is one without classes.
+    """
+    if separator is None:
+        return [_name(value, coded)]
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(separator) if part.strip()]
+    if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
+        return [_name(part, coded) for part in value]
+    return [_name(value, coded)]
+
+
+def _name(value: Any, coded: Sequence[str]) -> str:
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        raise BadRow("it has no label")
+    if isinstance(value, (list, tuple, dict)):
+        raise BadRow(f"its label {value!r} is not one name or number; for several, set multi_label")
+    # A CSV column with gaps is read as floats.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if coded and isinstance(value, int) and not isinstance(value, bool):
+        if not 0 <= value < len(coded):
+            raise BadRow(f"its label {value} is out of range: the data set names {len(coded)}")
+        return coded[value]
+    return str(value).strip()
+
+
+def fit_labels(
+    rows: Rows, *, names: Sequence[str], separator: str | None
+) -> tuple[LabelMap, list[int]]:
+    """The label map of a training split and how many of its rows have each class.
+
+    Args:
+        names: the classes, where the config gives them.
+
+    Raises:
+        ValueError: there are fewer classes than a classifier needs, or they cannot be known.
+    """
+    coded = coded_names(rows)
+    counts: Counter[str] = Counter()
+    if hasattr(rows, "__len__"):
+        for value in rows["label"]:
+            try:
+                counts.update(set(labels_of(value, coded, separator)))
+            except BadRow:
+                continue  # counted when the row is used
+    elif not names:
+        names = coded
+        if not names:
+            raise ValueError(
+                "the classes of a streamed training split are not known before it was read; give "
+                "them as data.labels"
+            )
+    names = tuple(names) or _ordered(counts, coded)
+    least = 1 if separator is not None else 2
+    if len(set(names)) < least:
+        found = f"only {names[0]!r}" if names else "no label at all"
+        raise ValueError(f"the training split has {found}; a classifier needs {least} classes")
+    if len(set(names)) < len(names):
+        raise ValueError("data.labels names a class twice")
+    return LabelMap(names, coded, separator), [counts[name] for name in names]
+
+
+def coded_names(rows: Rows) -> tuple[str, ...]:
+    """The names in a `datasets.ClassLabel` column, or in one that holds lists of them."""
+    feature = (getattr(rows, "features", None) or {}).get("label")
+    feature = getattr(feature, "feature", feature)
+    return tuple(getattr(feature, "names", None) or ())
+
+
+def _ordered(counts: Iterable[str], coded: Sequence[str]) -> tuple[str, ...]:
+    """In the data set's own order, else by number where all are numbers, else by name."""
+    names = list(counts)
+    if coded:
+        return tuple(name for name in coded if name in set(names))
+    if all(_is_number(name) for name in names):
+        return tuple(sorted(names, key=float))
+    return tuple(sorted(names))
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False

@@ -1,0 +1,168 @@
+"""The encoder of a classifier with its head, on images or on recordings.
+
+Shape legend: B examples, T samples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmadapters import AdapterModel
+from mmadapters.sites import nearest
+
+from ..encoders.vision import ImageTower
+from ..encoders.watch import Watch
+from ..task import TaskModel
+from .config import ClassificationConfig
+from .head import ClassificationHead
+
+
+class Classifier(TaskModel):
+    """Logits and loss; subclasses say how the head gets what the encoder sees.
+
+    Args:
+        weights: (C,) of the classes in the loss, or of their presence with several labels.
+    """
+
+    def __init__(
+        self,
+        encoder: AdapterModel,
+        head: ClassificationHead,
+        config: ClassificationConfig,
+        *,
+        weights: Tensor | None,
+    ) -> None:
+        super().__init__(encoder, head)
+        self.job = config
+        self.weights: Tensor | None
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, *, targets: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """Of the batch's inputs: "logits" (B, C), and "loss" where there are targets.
+
+        Args:
+            targets: (B,) class numbers, or (B, C) of 0 and 1 with several labels.
+        """
+        logits = self.logits(**inputs)
+        if targets is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": self.loss(logits, targets)}
+
+    def logits(self, **inputs: Any) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothing = self.job.loss.label_smoothing
+        if not self.job.data.multi_label:
+            return F.cross_entropy(logits, targets, self.weights, label_smoothing=smoothing)
+        targets = targets * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.weights)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, C): sigmoids with several labels, else a softmax."""
+        return logits.sigmoid() if self.job.data.multi_label else logits.softmax(dim=-1)
+
+
+class ImageClassifier(Classifier):
+    """Of images.
+
+    Raises:
+        ValueError: the encoder reads none, or has no class token to pool by.
+    """
+
+    def __init__(self, encoder: AdapterModel, config: ClassificationConfig, **options: Any) -> None:
+        tower = ImageTower(encoder)
+        if config.head.pooling == "cls" and not tower.has_class_token:
+            raise ValueError(
+                f"{config.backbone.name} has no class token: set head.pooling to mean or attention"
+            )
+        head = ClassificationHead(
+            config.head, width=tower.width, layers=tower.depth, classes=options.pop("classes")
+        )
+        super().__init__(encoder, head, config, **options)
+        self.tower = tower
+
+    def logits(self, *, pixels: Tensor) -> Tensor:  # type: ignore[override]
+        """`pixels`: (B, 3, H, W)."""
+        config = self.job.head
+        layers = range(self.tower.depth) if config.layers == "all" else (-1,)
+        states = self.tower(pixels, layers=layers)
+        if config.layers == "last" and config.pooling == "auto":
+            return self.head(None, pooled=states.pooled)
+        if config.pooling == "cls":
+            return self.head(None, pooled=states.cls)
+        return self.head([part.flatten(2).transpose(1, 2) for part in states.maps])
+
+
+class AudioClassifier(Classifier):
+    """Of recordings, whose padding never counts.
+
+    Raises:
+        ValueError: the encoder hears none, or is asked for a class token.
+    """
+
+    def __init__(self, encoder: AdapterModel, config: ClassificationConfig, **options: Any) -> None:
+        from ..encoders.speech import SpeechTower
+
+        if config.head.pooling == "cls":
+            raise ValueError("speech encoders have no class token: set head.pooling to mean")
+        tower = SpeechTower(encoder)
+        blocks = encoder.sites.towers["audio"].blocks
+        head = ClassificationHead(
+            config.head, width=tower.width, layers=len(blocks) + 1, classes=options.pop("classes")
+        )
+        super().__init__(encoder, head, config, **options)
+        self.tower = tower
+
+    def logits(self, *, waves: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        """`waves`: (B, T) at the encoder's rate; `lengths`: (B,) samples of each."""
+        tower = self.encoder.sites.towers["audio"]
+        layers = range(len(tower.blocks)) if self.job.head.layers == "all" else ()
+        with Watch(tower, layers) as watch:
+            frames, counts = self.tower(waves, lengths)
+        states = [frames]
+        if layers:
+            assert watch.entered is not None
+            length = watch.entered.shape[1]
+            states = [watch.entered, *(watch.states[layer][:, :length] for layer in layers)]
+        length = states[0].shape[1]
+        mask = torch.arange(length, device=counts.device) < counts[:, None]
+        return self.head(states, mask)
+
+
+def class_weights(
+    given: str | Mapping[str, float],
+    names: Sequence[str],
+    counts: Sequence[int],
+    *,
+    rows: int | None,
+) -> Tensor | None:
+    """(C,) weights of the classes, None for equal ones.
+
+    Balanced: N / (C n_c) with n_c rows of class c, whose mean over rows is 1; with several labels,
+    (N - n_c) / n_c, which makes a label's presence weigh as much as its absence.
+
+    Args:
+        rows: N where a row may have several labels, else None.
+
+    Raises:
+        ValueError: a weight for a class that is not there, or no counts to balance by.
+    """
+    if given == "none":
+        return None
+    if isinstance(given, Mapping):
+        for name in given:
+            if name not in names:
+                raise ValueError(f"loss.class_weights has {name!r}, no class{nearest(name, names)}")
+        return torch.tensor([float(given.get(name, 1.0)) for name in names])
+    if not any(counts):
+        raise ValueError("a streamed training split has no counts to balance by: give the weights")
+    there = torch.tensor(counts).clamp(min=1)
+    if rows is None:
+        return sum(counts) / (len(names) * there)
+    return (rows - there).clamp(min=1) / there

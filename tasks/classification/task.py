@@ -1,0 +1,286 @@
+"""The classification task: its data, head, metrics and pictures."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mmadapters import AdapterModel
+
+from .. import media
+from ..encoders.vision import image_preprocessing, to_tensor
+from ..evaluation import to_device
+from ..metrics import Metric
+from ..task import (
+    BadRow,
+    Batch,
+    Column,
+    Example,
+    Figure,
+    Record,
+    Rows,
+    Scores,
+    Table,
+    Task,
+    TaskModel,
+)
+from . import metrics
+from .audio import audio_length, audio_preprocessing
+from .augment import ImageAugmenter, augment_audio, cut
+from .config import ClassificationConfig
+from .labels import LabelMap, fit_labels
+from .model import AudioClassifier, Classifier, ImageClassifier, class_weights
+
+
+class ClassificationTask(Task[ClassificationConfig]):
+    """One label of several for an image or a recording, or any number of them.
+
+    `state`: kind ("image" or "audio"), labels, counts and rows of the training split, and the
+    encoder's preprocessing (image: see `encoders.preprocessing`; audio: rate and least samples).
+    """
+
+    name = "classification"
+    metric = "accuracy"
+    columns: ClassVar[Mapping[str, Column]] = {
+        "image": Column("image", required=False, description="the picture, or"),
+        "audio": Column("audio", required=False, description="the recording"),
+        "label": Column("label", description="its class, or its classes with data.multi_label"),
+    }
+    usage = "image or audio files"
+
+    def __init__(self, config: ClassificationConfig, state: dict[str, Any] | None = None) -> None:
+        super().__init__(config, state)
+        # Of this job; the class attribute is what it is by default.
+        self.__dict__["metric"] = config.deciding_metric
+
+    def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
+        config = self.config
+        if rows is None:
+            raise ValueError(
+                "the classes are those of a training split, and there is none: name it in "
+                "data.splits"
+            )
+        kind = _kind(rows.column_names, config.data.kind)
+        separator = config.data.separator if config.data.multi_label else None
+        labels, counts = fit_labels(rows, names=config.data.labels, separator=separator)
+        self.state = {
+            "kind": kind,
+            "labels": labels.to_state(),
+            "counts": counts,
+            "rows": len(rows) if hasattr(rows, "__len__") else 0,
+        }
+        if kind == "image":
+            preprocessing = image_preprocessing(config.backbone, backbone)
+            if config.data.size is not None:
+                height, width = _pair(config.data.size)
+                preprocessing |= {"height": height, "width": width}
+            self.state["preprocessing"] = preprocessing
+        else:
+            self.state["preprocessing"] = audio_preprocessing(backbone)
+        self._weights()
+
+    @property
+    def kind(self) -> str:
+        return self.state["kind"]
+
+    @functools.cached_property
+    def labels(self) -> LabelMap:
+        return LabelMap.from_state(self.state["labels"])
+
+    @functools.cached_property
+    def _augmenter(self) -> ImageAugmenter:
+        how = self.state["preprocessing"]
+        return ImageAugmenter(self.config.data.augment, how, (how["height"], how["width"]))
+
+    def _weights(self) -> torch.Tensor | None:
+        many = self.config.data.multi_label
+        return class_weights(
+            self.config.loss.class_weights,
+            self.state["labels"]["names"],
+            self.state["counts"],
+            rows=self.state["rows"] if many else None,
+        )
+
+    def build(self, encoder: AdapterModel) -> TaskModel:
+        model = ImageClassifier if self.kind == "image" else AudioClassifier
+        return model(encoder, self.config, classes=len(self.labels.names), weights=self._weights())
+
+    def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
+        found = self.labels.indices(row.get("label"))
+        if self.config.data.multi_label:
+            target = torch.zeros(len(self.labels.names))
+            target[found] = 1
+        else:
+            target = torch.tensor(found[0])
+        return {**self._input(row.get(self.kind), train=train), "target": target}
+
+    def _input(self, value: Any, *, train: bool) -> Example:
+        """A row's picture or recording as a tensor.
+
+        Raises:
+            BadRow: it cannot be read.
+        """
+        how = self.state["preprocessing"]
+        if value is None:
+            raise BadRow(f"it has no {self.kind}")
+        if self.kind == "image":
+            image = media.read_image(value)
+            return {"pixels": self._augmenter(image) if train else to_tensor(image, how)}
+        samples = torch.from_numpy(media.read_audio(value, how["rate"]))
+        config = self.config.data
+        if config.max_seconds is not None:
+            samples = cut(samples, round(config.max_seconds * how["rate"]), train=train)
+        if len(samples) < how["least"]:
+            raise BadRow(
+                f"it lasts {1000 * len(samples) / how['rate']:.0f} ms; the encoder needs "
+                f"{1000 * how['least'] / how['rate']:.0f} ms for one frame"
+            )
+        return {"wave": augment_audio(samples, config.augment_audio) if train else samples}
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        batch: Batch = {}
+        if self.kind == "image":
+            batch["pixels"] = torch.stack([example["pixels"] for example in examples])
+        else:
+            waves = [example["wave"] for example in examples]
+            batch["waves"] = pad_sequence(waves, batch_first=True)
+            batch["lengths"] = torch.tensor([len(wave) for wave in waves])
+        if "target" in examples[0]:
+            batch["targets"] = torch.stack([example["target"] for example in examples])
+        return batch
+
+    def lengths(self, rows: Rows) -> list[int] | None:
+        if self.kind == "image":
+            return None
+        rate = self.state["preprocessing"]["rate"]
+        return [audio_length(value, rate) for value in rows["audio"]]
+
+    def records(self, model: TaskModel, batch: Batch) -> list[Record]:
+        assert isinstance(model, Classifier)
+        inputs = {key: value for key, value in batch.items() if key != "targets"}
+        probabilities = model.probabilities(model.logits(**inputs)).float().cpu().numpy()
+        targets = batch["targets"].cpu().numpy()
+        if self.config.data.multi_label:
+            targets = targets.astype(np.uint8)
+        else:
+            targets = targets.tolist()
+        return [
+            {"truth": truth, "probabilities": row}
+            for truth, row in zip(targets, probabilities, strict=True)
+        ]
+
+    def score(self, records: Sequence[Record], *, bootstrap: int) -> Scores:
+        truth = np.array([record["truth"] for record in records])
+        probabilities = np.stack([record["probabilities"] for record in records])
+        groups: dict[str, dict[str, list[Metric]]] = {}
+        for column in self.config.evaluation.groups:
+            values = np.array([str(record["row"].get(column)) for record in records])
+            groups[column] = {
+                str(value): self._metrics(truth[own], probabilities[own], bootstrap)
+                for value in np.unique(values)
+                for own in [values == value]
+            }
+        return Scores(
+            self._metrics(truth, probabilities, bootstrap),
+            groups,
+            self._tables(truth, probabilities),
+        )
+
+    def _metrics(
+        self, truth: np.ndarray, probabilities: np.ndarray, bootstrap: int
+    ) -> list[Metric]:
+        if self.config.data.multi_label:
+            return metrics.multi_label(
+                truth,
+                probabilities,
+                threshold=self.config.threshold,
+                resamples=bootstrap,
+                first=self.metric,
+            )
+        return metrics.single_label(truth, probabilities, resamples=bootstrap, first=self.metric)
+
+    def _tables(self, truth: np.ndarray, probabilities: np.ndarray) -> list[Table]:
+        from .tables import confusions, of_classes, of_labels
+
+        names = self.labels.names
+        if self.config.data.multi_label:
+            return [of_labels(truth, probabilities, names, threshold=self.config.threshold)]
+        matrix = metrics.confusion(truth, probabilities.argmax(axis=1), len(names))
+        return [of_classes(matrix, names, self.state["counts"]), *confusions(matrix, names)]
+
+    def illustrate(
+        self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
+    ) -> list[Figure | Table]:
+        from .illustrate import illustrate
+
+        return illustrate(self, rows, records, count=count)
+
+    def predict(
+        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+    ) -> Iterator[dict[str, Any]]:
+        assert isinstance(model, Classifier)
+        trainer = self.config.trainer
+        size = trainer.eval_batch_size or trainer.batch_size
+        for part in _parts(inputs, size):
+            examples = []
+            for name in part:
+                try:
+                    examples.append(self._input(name, train=False))
+                except BadRow as error:
+                    raise ValueError(f"{name} cannot be classified: {error}") from None
+            with torch.no_grad():
+                batch = to_device(self.collate(examples), model.device)
+                probabilities = model.probabilities(model.logits(**batch)).float().cpu()
+            for name, row in zip(part, probabilities, strict=True):
+                yield {"input": name, **self._answer(row)}
+
+    def _answer(self, probabilities: torch.Tensor) -> dict[str, Any]:
+        names = self.labels.names
+        best, order = probabilities.topk(min(self.config.top, len(names)))
+        top = [
+            {"label": names[index], "probability": round(value, 4)}
+            for value, index in zip(best.tolist(), order.tolist(), strict=True)
+        ]
+        if self.config.data.multi_label:
+            chosen = (probabilities >= self.config.threshold).nonzero().flatten().tolist()
+            return {"labels": [names[index] for index in chosen], "top": top}
+        return {**top[0], "top": top}
+
+
+def _parts(inputs: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(inputs), size):
+        yield inputs[start : start + size]
+
+
+def _kind(columns: Sequence[str], asked: str) -> str:
+    """What is classified.
+
+    Raises:
+        ValueError: the data has no such column, or both and nothing says which.
+    """
+    there = [kind for kind in ("image", "audio") if kind in columns]
+    if asked == "auto":
+        if len(there) == 1:
+            return there[0]
+        if there:
+            raise ValueError("the data has images and audio: say which in data.kind")
+        raise ValueError(
+            f"the data has neither a column image nor audio, only {', '.join(columns)}: map one in "
+            "data.columns"
+        )
+    if asked not in there:
+        raise ValueError(
+            f"the data has no column {asked}, only {', '.join(columns)}: map one in data.columns"
+        )
+    return asked
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
