@@ -1,0 +1,267 @@
+"""`SpeechTower`: any speech encoder of transformers or torchaudio, from waveforms to valid frames.
+
+An utterance gives the same frames whatever it is batched with. The two places in which libraries
+let padding leak are run differently: front ends with group norm (wav2vec 2.0 and HuBERT base), whose
+statistics are over time, see utterances of one length at a time; so do encoders that take no mask.
+
+Shape legend: B utterances, T samples, F frames, D width, M mel bands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmadapters import AdapterModel
+
+from ..config import BackboneConfig
+
+__all__ = ["SpeechTower", "normalises"]
+
+SAMPLE_RATE = 16_000
+
+
+class SpeechTower:
+    """The speech encoder of an `AdapterModel`, with its adapters acting.
+
+    Holds no parameters of its own: a `TaskModel` keeps it as a plain attribute.
+
+    Attributes:
+        width: D.
+        depth: the number of blocks.
+        sample_rate: of the waveforms that it takes, in Hz.
+        longest: samples of the longest utterance that it takes, None without a bound.
+        layers: (kernel, stride) of what makes frames of samples, for `conv_frames`.
+
+    Raises:
+        ValueError: the encoder hears nothing, or changes the number of frames behind its blocks.
+    """
+
+    def __init__(self, encoder: AdapterModel, *, normalise: bool = False) -> None:
+        """`normalise`: bring each utterance to zero mean and unit variance, as `normalises` says;
+        a bundle of torchaudio that does so by itself need not be told."""
+        tower = encoder.sites.towers.get("audio")
+        if tower is None:
+            raise ValueError(
+                f"{encoder.sites.architecture} hears nothing: it has the towers "
+                f"{', '.join(encoder.sites.towers)}"
+            )
+        self.encoder = encoder
+        self.width = tower.width
+        self.depth = len(tower.blocks)
+        self.sample_rate = SAMPLE_RATE
+        self._front = _front_end(encoder.backbone)
+        self._normalise = normalise or self._front.normalises
+        self.longest = self._front.longest
+        self.layers = self._front.layers
+
+    def frames(self, samples: Any) -> Any:
+        """How many frames so many samples give: an int, or a tensor of them."""
+        return conv_frames(samples, self.layers)
+
+    def __call__(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (B, F, D) and how many of each utterance's are its own, (B,).
+
+        Args:
+            waves: (B, T) at `sample_rate`; what lies behind an utterance's length never counts.
+            lengths: (B,) samples.
+
+        Raises:
+            ValueError: an utterance is too short for one frame, or longer than the encoder takes.
+        """
+        counts = self.frames(lengths)
+        if int(counts.min()) < 1:
+            raise ValueError(
+                f"an utterance of {int(lengths.min())} samples is too short for one frame"
+            )
+        if self.longest is not None and int(lengths.max()) > self.longest:
+            raise ValueError(
+                f"an utterance of {int(lengths.max()) / self.sample_rate:.1f} s is longer than the "
+                f"{self.longest / self.sample_rate:.1f} s that the encoder takes: cut it into chunks"
+            )
+        longest = int(lengths.max())
+        waves = waves[:, :longest]
+        valid = torch.arange(longest, device=waves.device) < lengths[:, None]
+        waves = waves.masked_fill(~valid, 0.0)
+        if self._normalise:
+            waves = normalised(waves, valid)
+        return self._front.run(waves, lengths, counts), counts
+
+
+def normalised(waves: Tensor, valid: Tensor) -> Tensor:
+    """Zero mean and unit variance over each utterance's own samples, (B, T); zeros elsewhere."""
+    count = valid.sum(dim=1, keepdim=True)
+    mean = waves.sum(dim=1, keepdim=True) / count
+    centred = (waves - mean).masked_fill(~valid, 0.0)
+    variance = centred.square().sum(dim=1, keepdim=True) / count
+    return centred / (variance + 1e-7).sqrt()
+
+
+def normalises(config: BackboneConfig, backbone: nn.Module) -> bool:
+    """Whether the encoder was trained on waveforms of zero mean and unit variance.
+
+    Hub models say so in their feature extractor; without one the answer is no.
+
+    Raises:
+        RuntimeError, OSError: the feature extractor must be downloaded and cannot be.
+    """
+    if _is_whisper(backbone) or not config.name.startswith("hf/"):
+        return False
+    name = config.processor or (config.name.partition("/")[2] if config.pretrained else None)
+    if name is None:
+        return False
+    from transformers import AutoFeatureExtractor
+
+    return bool(getattr(AutoFeatureExtractor.from_pretrained(name), "do_normalize", False))
+
+
+def conv_frames(samples: Any, layers: list[tuple[int, int]]) -> Any:
+    """⌊(n − k) / s⌋ + 1 through convolutions of (kernel, stride), never below 0."""
+    for kernel, stride in layers:
+        samples = (samples - kernel) // stride + 1
+        samples = samples.clamp(min=0) if isinstance(samples, Tensor) else max(samples, 0)
+    return samples
+
+
+class _FrontEnd:
+    """How a library's speech encoder is run. `normalises`: it says that it wants waveforms so."""
+
+    normalises = False
+    longest: int | None = None
+    layers: list[tuple[int, int]]
+
+    def run(self, waves: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
+        """(B, T) zeros behind each utterance -> (B, F, D)."""
+        raise TypeError(f"{type(self).__name__} does not say how it runs")
+
+
+class _HuggingFace(_FrontEnd):
+    """Wav2Vec2, HuBERT and WavLM of transformers, under a CTC head or alone."""
+
+    def __init__(self, backbone: Any) -> None:
+        model = getattr(backbone, getattr(backbone, "base_model_prefix", ""), backbone)
+        if getattr(model, "adapter", None) is not None:
+            raise ValueError(
+                f"this {type(model).__name__} has convolutions behind its blocks (add_adapter), "
+                "which change the number of frames; load it with options {add_adapter: false}"
+            )
+        self.model, config = model, model.config
+        self.layers = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+        self.by_length = config.feat_extract_norm == "group"
+
+    def run(self, waves: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
+        def features(part: Tensor) -> Tensor:
+            return self.model.feature_extractor(part).transpose(1, 2)
+
+        if self.by_length:
+            states = by_length(features, waves, lengths)
+        else:
+            states = features(waves)
+        mask = torch.arange(states.shape[1], device=states.device) < counts[:, None]
+        states = self.model.feature_projection(states)
+        # HuBERT gives the states alone, wav2vec 2.0 and WavLM the normed features too.
+        states = states[0] if isinstance(states, tuple) else states
+        if self.model.training and len(mask):
+            states = self.model._mask_hidden_states(states, attention_mask=mask)
+        return self.model.encoder(states, attention_mask=mask).last_hidden_state
+
+
+class _TorchAudio(_FrontEnd):
+    """Wav2Vec2, HuBERT and WavLM of torchaudio, alone or as a bundle gives them."""
+
+    def __init__(self, backbone: Any) -> None:
+        self.normalises = bool(getattr(backbone, "normalize_waveform", False))
+        self.model = getattr(backbone, "model", backbone)
+        convolutions = self.model.feature_extractor.conv_layers
+        self.layers = [(layer.kernel_size, layer.stride) for layer in convolutions]
+        self.by_length = isinstance(convolutions[0].layer_norm, nn.GroupNorm)
+        attention = self.model.encoder.transformer.layers[0].attention
+        self.masks = not type(attention).__name__.startswith("WavLM")
+
+    def run(self, waves: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
+        def features(part: Tensor) -> Tensor:
+            return self.model.feature_extractor(part, None)[0]
+
+        if not self.masks:
+            return by_length(lambda part: self.model.encoder(features(part)), waves, lengths)
+        states = by_length(features, waves, lengths) if self.by_length else features(waves)
+        return self.model.encoder(states, counts)
+
+
+class _Whisper(_FrontEnd):
+    """Whisper's encoder: log-mel spectrograms of a fixed length, 30 s in the published models."""
+
+    WINDOW, HOP = 400, 160
+
+    def __init__(self, backbone: Any) -> None:
+        from transformers.audio_utils import mel_filter_bank
+
+        self.model = getattr(getattr(backbone, "model", backbone), "encoder", backbone)
+        # A spectrum every HOP samples, then a convolution of stride 2.
+        self.layers = [(self.HOP, self.HOP), (1, 2)]
+        self.longest = self.model.max_source_positions * 2 * self.HOP
+        filters = mel_filter_bank(
+            num_frequency_bins=1 + self.WINDOW // 2,
+            num_mel_filters=self.model.num_mel_bins,
+            min_frequency=0.0,
+            max_frequency=SAMPLE_RATE / 2,
+            sampling_rate=SAMPLE_RATE,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+        self.filters = torch.from_numpy(filters).float()  # (frequencies, M)
+
+    def run(self, waves: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
+        waves = F.pad(waves, (0, self.longest - waves.shape[1]))  # type: ignore[operator]
+        dtype = self.model.conv1.weight.dtype
+        states = self.model(self.log_mel(waves).to(dtype)).last_hidden_state
+        return states[:, : int(counts.max())]
+
+    def log_mel(self, waves: Tensor) -> Tensor:
+        """(B, T) -> (B, M, T / 160), as OpenAI's `log_mel_spectrogram`: decibels within 80 of the
+        utterance's loudest, scaled to about −1 to 1."""
+        window = torch.hann_window(self.WINDOW, device=waves.device)
+        spectrum = torch.stft(
+            waves.float(), self.WINDOW, self.HOP, window=window, return_complex=True
+        )
+        power = spectrum[..., :-1].abs().square()
+        mel = self.filters.to(waves.device).T @ power
+        log = mel.clamp(min=1e-10).log10()
+        log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8.0)
+        return (log + 4.0) / 4.0
+
+
+def by_length(run: Callable[[Tensor], Tensor], waves: Tensor, lengths: Tensor) -> Tensor:
+    """`run` on the utterances of each length without padding; (B, F, D) with zeros behind them."""
+    order: list[Tensor] = []
+    parts: list[Tensor] = []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten()
+        parts.append(run(waves[rows, :length]))
+        order.append(rows)
+    longest = max(part.shape[1] for part in parts)
+    padded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]
+    return torch.cat(padded)[torch.cat(order).argsort()]
+
+
+def _is_whisper(backbone: nn.Module) -> bool:
+    return type(backbone).__name__.startswith("Whisper")
+
+
+def _front_end(backbone: Any) -> _FrontEnd:
+    if _is_whisper(backbone):
+        return _Whisper(backbone)
+    inner = getattr(backbone, "model", backbone)
+    if type(inner).__module__.startswith("torchaudio."):
+        return _TorchAudio(backbone)
+    model = getattr(backbone, getattr(backbone, "base_model_prefix", ""), backbone)
+    if hasattr(model, "feature_projection"):
+        return _HuggingFace(backbone)
+    raise ValueError(
+        f"{type(backbone).__name__} is no speech encoder that mmadapters can run: wav2vec 2.0, "
+        "HuBERT, WavLM and Whisper's encoder are"
+    )
