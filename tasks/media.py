@@ -103,6 +103,21 @@ def read_audio(value: Any, rate: int) -> np.ndarray:
     return np.ascontiguousarray(_resample(mono, original, rate))
 
 
+def audio_samples(value: Any, rate: int) -> int:
+    """About how many samples a recording has at `rate`, by its header alone; 0 if that cannot be
+    read."""
+    import soundfile
+
+    if isinstance(value, dict) and value.get("array") is not None:
+        return round(len(value["array"]) * rate / value["sampling_rate"])
+    try:
+        with _opened(value, "audio") as file:
+            info = soundfile.info(file if isinstance(file, _Bytes) else file.name)
+    except (BadRow, RuntimeError, OSError, TypeError):
+        return 0
+    return round(info.frames * rate / info.samplerate)
+
+
 def media_name(value: Any) -> str | None:
     """The file name of a row's picture or recording, None where it has none."""
     path = value.get("path") if isinstance(value, dict) else value

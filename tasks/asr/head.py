@@ -1,0 +1,77 @@
+"""Where a CTC head comes from: fresh over a vocabulary, or the encoder's own with its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import BackboneConfig
+from .text import PAD, Vocabulary
+
+
+def own_head(config: BackboneConfig, backbone: Any) -> nn.Linear:
+    """A trainable copy of the CTC head that the encoder was published with.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if config.name == "nano/wav2vec2":
+        from mmadapters.zoo import NANO, _wav2vec2
+
+        found = _wav2vec2.load_ctc(NANO[config.name].directory).lm_head
+    else:
+        inner = getattr(backbone, "model", backbone)
+        found = getattr(backbone, "lm_head", None) or getattr(inner, "aux", None)
+    if not isinstance(found, nn.Linear):
+        raise ValueError(
+            f"{config.name} has no CTC head of its own: set head.init to fresh, or name a model "
+            "with one (nano/wav2vec2, a hub model for CTC, a torchaudio ASR bundle)"
+        )
+    copy = nn.Linear(found.in_features, found.out_features, bias=found.bias is not None)
+    with torch.no_grad():
+        copy.load_state_dict(found.state_dict())
+    return copy
+
+
+def own_vocabulary(config: BackboneConfig, backbone: Any) -> Vocabulary:
+    """The characters of `own_head`, blank among them.
+
+    Raises:
+        ValueError: the encoder does not say them.
+    """
+    if config.name == "nano/wav2vec2":
+        from mmadapters.zoo import NANO
+
+        table = json.loads((NANO[config.name].directory / "vocab.json").read_text("utf-8"))
+        return Vocabulary(tuple(sorted(table, key=table.get)), table[PAD])
+    library, _, name = config.name.partition("/")
+    if library == "torchaudio":
+        return _of_bundle(name)
+    if library != "hf" or (config.processor is None and not config.pretrained):
+        raise ValueError(
+            f"{config.name} does not say the characters of its head: name a tokenizer in "
+            "backbone.processor"
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.processor or name)
+    table = tokenizer.get_vocab()
+    delimiter = getattr(tokenizer, "word_delimiter_token", "|")
+    tokens = ["|" if token == delimiter else token for token in sorted(table, key=table.get)]
+    # Ids that the head has and the tokenizer does not name are never part of a text.
+    size = own_head(config, backbone).out_features
+    tokens += [f"<{i}>" for i in range(len(tokens), size)]
+    return Vocabulary(tuple(tokens), tokenizer.pad_token_id)
+
+
+def _of_bundle(name: str) -> Vocabulary:
+    import torchaudio
+
+    bundle = getattr(torchaudio.pipelines, name, None)
+    if not hasattr(bundle, "get_labels"):
+        raise ValueError(f"torchaudio/{name} has no labels: set head.init to fresh")
+    blank, *others = bundle.get_labels()
+    return Vocabulary((PAD if blank == "-" else blank, *others))

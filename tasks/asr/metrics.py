@@ -1,0 +1,102 @@
+"""Word and character error rates, in total and by group, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jiwer
+import numpy as np
+
+from ..metrics import Metric, summed_metric
+from ..task import Record
+
+# What `counts` gives of an utterance.
+WORD_ERRORS, WORDS, CHARACTER_ERRORS, CHARACTERS, WRONG = range(5)
+
+
+def counts(reference: str, hypothesis: str) -> list[int]:
+    """Word errors, words, character errors, characters, and whether anything is wrong, for a
+    normalised reference that is not empty."""
+    words = jiwer.process_words(reference, hypothesis)
+    characters = jiwer.process_characters(reference, hypothesis)
+    word_errors = words.substitutions + words.deletions + words.insertions
+    return [
+        word_errors,
+        words.hits + words.substitutions + words.deletions,
+        characters.substitutions + characters.deletions + characters.insertions,
+        characters.hits + characters.substitutions + characters.deletions,
+        int(word_errors > 0),
+    ]
+
+
+def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
+    """WER, CER (errors over all words and characters, never a mean of utterances' rates) and the
+    share of utterances with an error.
+
+    Where a column `speaker` names more than one, whole speakers are resampled: utterances of one
+    are no independent evidence.
+    """
+    statistics = np.array([record["counts"] for record in records], dtype=float)
+    speakers: list[Any] | None = [record.get("row", {}).get("speaker") for record in records]
+    if len(set(speakers or ())) < 2:
+        speakers = None
+    options = {"resamples": resamples, "clusters": speakers, "greater_is_better": False}
+    return [
+        summed_metric("WER", statistics, _rate(WORD_ERRORS, WORDS), **options),
+        summed_metric("CER", statistics, _rate(CHARACTER_ERRORS, CHARACTERS), **options),
+        summed_metric(
+            "utterances with an error",
+            np.column_stack([statistics[:, WRONG], np.ones(len(statistics))]),
+            _rate(0, 1),
+            **options,
+        ),
+    ]
+
+
+def improvement(before: Sequence[Record], after: Sequence[Record], *, resamples: int) -> Metric:
+    """WER before minus WER after on the same utterances, resampled in pairs."""
+    pairs = np.array(
+        [[*a["counts"][:2], *b["counts"][:2]] for a, b in zip(before, after, strict=True)],
+        dtype=float,
+    )
+    first, second = _rate(0, 1), _rate(2, 3)
+    speakers: list[Any] | None = [record.get("row", {}).get("speaker") for record in before]
+    if len(set(speakers or ())) < 2:
+        speakers = None
+    return summed_metric(
+        "WER saved",
+        pairs,
+        lambda sums: first(sums) - second(sums),
+        resamples=resamples,
+        clusters=speakers,
+    )
+
+
+def _rate(errors: int, of: int):  # type: ignore[no-untyped-def]
+    return lambda sums: sums[..., errors] / sums[..., of]
+
+
+def aligned(reference: str, hypothesis: str) -> tuple[str, str]:
+    """Both texts word under word: `*` marks what was put in, `-` what was left out, capitals what
+    was heard as something else."""
+    out = jiwer.process_words(reference, hypothesis)
+    said, heard = reference.split(), hypothesis.split()
+    above: list[str] = []
+    below: list[str] = []
+    for chunk in out.alignments[0]:
+        left = said[chunk.ref_start_idx : chunk.ref_end_idx]
+        right = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        if chunk.type == "substitute":
+            left, right = [w.upper() for w in left], [w.upper() for w in right]
+        elif chunk.type == "insert":
+            left = ["*" * len(word) for word in right]
+            right = [word.upper() for word in right]
+        elif chunk.type == "delete":
+            right = ["-" * len(word) for word in left]
+            left = [word.upper() for word in left]
+        for a, b in zip(left, right, strict=True):
+            size = max(len(a), len(b))
+            above.append(a.ljust(size))
+            below.append(b.ljust(size))
+    return " ".join(above).rstrip(), " ".join(below).rstrip()

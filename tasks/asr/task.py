@@ -1,0 +1,254 @@
+"""Speech recognition: data, head, decoding and error rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import mmadapters
+from mmadapters import AdapterModel
+
+from ..encoders.speech import SpeechTower, conv_frames, normalises
+from ..media import audio_samples, read_audio
+from ..task import (
+    BadRow,
+    Batch,
+    Column,
+    Example,
+    Figure,
+    Problem,
+    Record,
+    Rows,
+    Scores,
+    Table,
+    Task,
+    TaskModel,
+)
+from .augment import augmented
+from .config import ASRConfig
+from .decoding import BeamSearch, Decoded, greedy
+from .head import own_head, own_vocabulary
+from .language_model import LanguageModel
+from .metrics import counts, error_rates
+from .model import CTCModel, hop_and_field
+from .text import Vocabulary, needed_frames, normalise
+
+
+class ASRTask(Task[ASRConfig]):
+    name = "asr"
+    metric = "WER"
+    greater_is_better = False
+    columns: ClassVar = {
+        "audio": Column("audio", description="a recording of any rate"),
+        "text": Column("text", description="what is said in it"),
+    }
+    usage = "audio files, or folders of them"
+
+    def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
+        if self.config.head.init == "backbone":
+            vocabulary = own_vocabulary(self.config.backbone, backbone)
+        elif rows is None or not hasattr(rows, "__len__"):
+            raise ValueError(
+                "a fresh head takes its characters from the training text: give a training split "
+                "that is not streamed, or set head.init to backbone"
+            )
+        else:
+            texts = (normalise(text, self.config.text) for text in rows["text"])
+            vocabulary = Vocabulary.of_texts(texts)
+        asked = self.config.audio.normalise
+        model = mmadapters.init(backbone)
+        tower = SpeechTower(model)
+        model.detach()
+        self.state = {
+            "vocabulary": vocabulary.to_state(),
+            "rate": tower.sample_rate,
+            "layers": tower.layers,
+            "longest": tower.longest,
+            "normalise": normalises(self.config.backbone, backbone) if asked is None else asked,
+        }
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.from_state(self.state["vocabulary"])
+
+    def build(self, encoder: AdapterModel) -> CTCModel:
+        vocabulary = self.vocabulary
+        if self.config.head.init == "backbone":
+            output = own_head(self.config.backbone, encoder.backbone)
+        else:
+            output = nn.Linear(encoder.sites.towers["audio"].width, len(vocabulary.tokens))
+        return CTCModel(
+            encoder,
+            output,
+            dropout=self.config.head.dropout,
+            normalise=self.state["normalise"],
+            blank=vocabulary.blank,
+        )
+
+    def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
+        wave = torch.from_numpy(read_audio(row["audio"], self.state["rate"]))
+        text = normalise(row["text"], self.config.text)
+        if not text:
+            raise BadRow("the transcript is empty")
+        if train:
+            wave = augmented(wave, self.config.augment, rate=self.state["rate"])
+        if self._frames(len(wave)) < 1:
+            raise BadRow(f"{len(wave)} samples are too few for one frame of the encoder")
+        if not train:
+            return {"wave": wave, "text": text}
+        labels = self.vocabulary.encode(text)
+        if (reason := self._unfit(len(wave), labels)) is not None:
+            raise BadRow(reason)
+        return {"wave": wave, "text": text, "labels": labels}
+
+    def _frames(self, samples: int) -> int:
+        return conv_frames(samples, self.state["layers"])
+
+    def _unfit(self, samples: int, labels: Sequence[int]) -> str | None:
+        """Why an utterance cannot be trained on, if so."""
+        frames, needed = self._frames(samples), needed_frames(labels)
+        if frames < needed:
+            return f"too short for CTC: {frames} frames for a transcript that needs {needed}"
+        seconds, longest = samples / self.state["rate"], self.config.audio.longest
+        if longest is not None and seconds > longest:
+            return f"{seconds:.1f} s are longer than audio.longest, {longest:g} s"
+        if self.state["longest"] is not None and samples > self.state["longest"]:
+            return f"{seconds:.1f} s are longer than the encoder takes; cut it up"
+        return None
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        waves = [example["wave"] for example in examples]
+        batch: Batch = {
+            "waves": nn.utils.rnn.pad_sequence(waves, batch_first=True),
+            "lengths": torch.tensor([len(wave) for wave in waves]),
+        }
+        if "labels" in examples[0]:
+            labels = [torch.tensor(example["labels"]) for example in examples]
+            batch["labels"] = nn.utils.rnn.pad_sequence(labels, batch_first=True)
+            batch["label_lengths"] = torch.tensor([len(label) for label in labels])
+        else:
+            batch["texts"] = [example["text"] for example in examples]
+        return batch
+
+    def records(self, model: TaskModel, batch: Batch) -> list[Record]:
+        heard = self.transcribe(model, batch["waves"], batch["lengths"])
+        return [
+            {"reference": said, "hypothesis": text, "counts": counts(said, text)}
+            for said, (text, _) in zip(batch["texts"], heard, strict=True)
+        ]
+
+    def transcribe(
+        self, model: TaskModel, waves: Tensor, lengths: Tensor
+    ) -> list[tuple[str, Decoded]]:
+        """The text of each of (B, T) waves, long ones in pieces."""
+        assert isinstance(model, CTCModel)
+        chunks = self.config.chunks
+        long = [i for i, n in enumerate(lengths.tolist()) if model.is_long(n, chunks)]
+        short = [i for i in range(len(lengths)) if i not in set(long)]
+        found: dict[int, Decoded] = {}
+        if short:
+            log_probs, frames = model.log_probs(waves[short], lengths[short])
+            found |= zip(short, self._decode(log_probs, frames), strict=True)
+        for i in long:
+            log_probs = model.long_log_probs(waves[i, : int(lengths[i])], chunks)[None]
+            (found[i],) = self._decode(log_probs, torch.tensor([log_probs.shape[1]]))
+        lowercase = self.config.text.lowercase
+        vocabulary = self.vocabulary
+        return [
+            (
+                normalise(vocabulary.decode(found[i].ids, lowercase=lowercase), self.config.text),
+                found[i],
+            )
+            for i in range(len(lengths))
+        ]
+
+    def _decode(self, log_probs: Tensor, frames: Tensor) -> list[Decoded]:
+        config = self.config.decoding
+        if config.method == "greedy":
+            return greedy(log_probs, frames.to(log_probs.device), blank=self.vocabulary.blank)
+        model = LanguageModel.read(config.language_model) if config.language_model else None
+        search = BeamSearch(self.vocabulary, config, model, lowercase=self.config.text.lowercase)
+        return search(log_probs, frames)
+
+    def score(self, records: Sequence[Record], *, bootstrap: int) -> Scores:
+        groups = {}
+        for column in self.config.evaluation.groups:
+            values: dict[str, list[Record]] = {}
+            for record in records:
+                values.setdefault(str(record["row"][column]), []).append(record)
+            groups[column] = {
+                value: error_rates(values[value], resamples=bootstrap) for value in sorted(values)
+            }
+        return Scores(error_rates(records, resamples=bootstrap), groups)
+
+    def lengths(self, rows: Rows) -> list[int]:
+        rate = self.state["rate"]
+        return [audio_samples(value, rate) for value in rows["audio"]]
+
+    def check(self, rows: Rows) -> list[Problem]:
+        """Utterances that would not be trained on, by their headers alone."""
+        problems = []
+        for index, (samples, text) in enumerate(zip(self.lengths(rows), rows["text"], strict=True)):
+            try:
+                labels = self.vocabulary.encode(normalise(text, self.config.text))
+            except BadRow as error:
+                problems.append(Problem(index, str(error)))
+                continue
+            if samples and labels and (reason := self._unfit(samples, labels)) is not None:
+                problems.append(Problem(index, reason))
+        return problems
+
+    def illustrate(
+        self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
+    ) -> list[Figure | Table]:
+        from .illustrate import illustrate
+
+        return illustrate(self, records, count=count)
+
+    def predict(
+        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+    ) -> Iterator[dict[str, Any]]:
+        rate = self.state["rate"]
+        hop, _ = hop_and_field(self.state["layers"])
+        for name in inputs:
+            try:
+                wave = torch.from_numpy(read_audio(name, rate))
+            except BadRow as error:
+                raise ValueError(f"{name}: {error}") from None
+            if self._frames(len(wave)) < 1:
+                raise ValueError(f"{name} is too short for one frame of the encoder")
+            with torch.no_grad():
+                ((text, decoded),) = self.transcribe(
+                    model, wave[None].to(model.device), torch.tensor([len(wave)]).to(model.device)
+                )
+            result: dict[str, Any] = {
+                "input": name,
+                "text": text,
+                "seconds": round(len(wave) / rate, 3),
+            }
+            if decoded.frames is not None:
+                result["words"] = _words(decoded, self.vocabulary, seconds=hop / rate)
+            yield result
+
+
+def _words(decoded: Decoded, vocabulary: Vocabulary, *, seconds: float) -> list[dict[str, Any]]:
+    """The words with the times at which their first and last character were heard."""
+    assert decoded.frames is not None
+    words: list[dict[str, Any]] = []
+    open_word = False
+    for i, frame in zip(decoded.ids, decoded.frames, strict=True):
+        token = vocabulary.tokens[i]
+        if i == vocabulary.delimiter or len(token) > 1:
+            open_word = False
+            continue
+        time = round(frame * seconds, 3)
+        if not open_word:
+            words.append({"word": "", "start": time})
+            open_word = True
+        words[-1]["word"] += token
+        words[-1]["end"] = round(time + seconds, 3)
+    return words
