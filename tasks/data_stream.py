@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 Row = dict[str, Any]
+READ_AT_ONCE = 16
 SHUFFLED = 10  # rows that are read for each one that a limit draws
 
 
@@ -121,13 +122,20 @@ class Stream:
 
     def source_rows(self) -> Iterator[Row]:
         """The same rows under the source's names, classes by name."""
-        for row in self.dataset:
+        for row in self._rows():
             for name, names in self._classes.items():
                 index = row.get(name)
                 inside = isinstance(index, int) and 0 <= index < len(names)
                 row[name] = names[index] if inside else None
             if self.wanted(row):
                 yield row
+
+    def _rows(self) -> Iterator[Row]:
+        # By its own iterator a data set would take a loader's worker for one of many that share
+        # its files, and give them in another order than without workers.
+        for batch in self.dataset.iter(batch_size=READ_AT_ONCE):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
 
     def shuffle(self, buffer: int, seed: int) -> Stream:
         """The stream in another order: its files by the seed, its rows within a buffer of so many.
