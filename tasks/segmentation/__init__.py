@@ -1,0 +1,1 @@
+"""Semantic segmentation with heads on the maps of a frozen vision transformer."""

@@ -1,0 +1,201 @@
+"""COCO's polygons and run-length encodings as masks, by NumPy alone, to the pixel as pycocotools.
+
+A mask is (H, W) bool. Run lengths go down the columns, first the zeros. Coordinates are x, y in
+pixels from the upper left corner. The rules are those of cocoapi's `maskApi.c`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..task import BadRow
+
+SCALE = 5  # outlines are traced on a grid so many times as fine
+
+
+def draw_segments(
+    segments: Any, size: tuple[int, int], *, unsegmented: int = 0, crowd: int = 255
+) -> np.ndarray:
+    """The category of each pixel; a later segment lies on top of earlier ones.
+
+    Args:
+        segments: COCO annotations, `[{"category_id", "segmentation"}, …]`, the same as a dict of
+            lists or as JSON text. A segmentation is a list of polygons `[x0, y0, x1, y1, …]` or
+            an RLE `{"size": [H, W], "counts": list or compressed text}`.
+        size: (H, W) of the image.
+        unsegmented: the id of pixels outside all segments.
+        crowd: the id of segments with `iscrowd`.
+
+    Returns:
+        (H, W) int64.
+
+    Raises:
+        BadRow: a segment is none, or is of another image size.
+    """
+    ids = np.full(size, unsegmented, dtype=np.int64)
+    for number, segment in enumerate(_listed(segments)):
+        try:
+            mask = segment_mask(segment["segmentation"], size)
+            ids[mask] = crowd if segment.get("iscrowd") else int(segment["category_id"])
+        except BadRow as error:
+            raise BadRow(f"segment {number}: {error}") from None
+        except (KeyError, TypeError, ValueError):
+            raise BadRow(f"segment {number} has no category_id and segmentation") from None
+    return ids
+
+
+def segment_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of a list of polygons (their union) or an RLE.
+
+    Raises:
+        BadRow: it is neither, or is of another size.
+    """
+    if isinstance(segmentation, Mapping):
+        return _rle_mask(segmentation, size)
+    if not isinstance(segmentation, Sequence) or isinstance(segmentation, str):
+        raise BadRow("a segmentation is a list of polygons or an RLE with size and counts")
+    mask = np.zeros(size, dtype=bool)
+    for polygon in segmentation:
+        mask |= polygon_mask(polygon, size)
+    return mask
+
+
+def polygon_mask(polygon: Sequence[float], size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of one polygon `[x0, y0, x1, y1, …]` (`rleFrPoly`).
+
+    Raises:
+        BadRow: it has fewer than three corners, or values that are no numbers.
+    """
+    try:
+        corners = np.asarray(polygon, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise BadRow("a polygon holds values that are no numbers") from None
+    if corners.ndim != 1 or corners.size < 6 or corners.size % 2:
+        raise BadRow("a polygon needs three corners or more, as [x0, y0, x1, y1, …]")
+    if not np.isfinite(corners).all():
+        raise BadRow("a polygon has a corner that is not finite")
+    height, width = size
+    if np.abs(corners).max() > 10 * max(size):
+        raise BadRow("a polygon has a corner far outside of the image")
+    u, v = _outline(np.trunc(SCALE * corners.reshape(-1, 2) + 0.5).astype(np.int64))
+    crossing = u[1:] != u[:-1]
+    x = np.minimum(u[1:], u[:-1])[crossing]
+    y = np.minimum(v[1:], v[:-1])[crossing]
+    columns = (x + 0.5) / SCALE - 0.5
+    there = (columns == np.floor(columns)) & (columns >= 0) & (columns <= width - 1)
+    rows = np.ceil(np.clip((y[there] + 0.5) / SCALE - 0.5, 0, height)).astype(np.int64)
+    toggles = np.bincount(columns[there].astype(np.int64) * height + rows, minlength=height * width)
+    # A crossing at the bottom of a column and one at the top of the next are the same place.
+    inside = np.cumsum(toggles[: height * width]) % 2 == 1
+    return inside.reshape(width, height).T
+
+
+def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every point of the fine grid along the edges of a polygon (K, 2), in order: two (M,)."""
+    start, end = corners, np.roll(corners, -1, axis=0)
+    span = np.abs(end - start)
+    steps = span.max(axis=1)
+    steep = span[:, 0] < span[:, 1]
+    along = np.where(steep, 1, 0)  # the axis along which an edge goes point by point
+    edges = np.arange(len(corners))
+    flip = start[edges, along] > end[edges, along]
+    low = np.where(flip[:, None], end, start)
+    high = np.where(flip[:, None], start, end)
+    slope = (high - low)[edges, 1 - along] / np.maximum(steps, 1)
+    edge = np.repeat(edges, steps + 1)
+    first = np.cumsum(steps + 1) - (steps + 1)
+    step = np.arange(len(edge)) - first[edge]
+    step = np.where(flip[edge], steps[edge] - step, step)
+    straight = low[edge, along[edge]] + step
+    across = np.trunc(low[edge, 1 - along[edge]] + slope[edge] * step + 0.5).astype(np.int64)
+    u = np.where(steep[edge], across, straight)
+    v = np.where(steep[edge], straight, across)
+    return u, v
+
+
+def _rle_mask(rle: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    try:
+        height, width = (int(side) for side in rle["size"])
+        counts = rle["counts"]
+        if isinstance(counts, str | bytes):
+            counts = decode_counts(counts)
+        counts = np.asarray(counts, dtype=np.int64)
+    except (KeyError, TypeError, ValueError):
+        raise BadRow("an RLE needs size [height, width] and counts") from None
+    if (height, width) != tuple(size):
+        raise BadRow(
+            f"its RLE is of {height}×{width} pixels, the image has {size[0]}×{size[1]} (height × "
+            "width)"
+        )
+    if counts.ndim != 1 or (counts < 0).any() or counts.sum() != height * width:
+        raise BadRow(f"the run lengths of its RLE do not sum to {height}×{width} pixels")
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+def decode_counts(text: str | bytes) -> np.ndarray:
+    """The run lengths in a compressed RLE (`rleFrString`): (K,) int64.
+
+    Each number is written in groups of five bits, the lowest first, as characters from "0" on; a
+    sixth bit says that more follow, and from the fourth number on it is the difference to the one
+    before the last.
+
+    Raises:
+        ValueError: characters that no such text has.
+    """
+    data = text.encode() if isinstance(text, str) else bytes(text)
+    groups = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
+    if not len(groups):
+        return np.zeros(0, dtype=np.int64)
+    if (groups < 0).any() or (groups > 63).any() or groups[-1] & 32:
+        raise ValueError("the counts of an RLE are cut off or hold characters that do not belong")
+    last = (groups & 32) == 0
+    number = np.concatenate([[0], np.cumsum(last)[:-1]])
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    place = np.arange(len(groups)) - starts[number]
+    if place.max() > 11:
+        raise ValueError("the counts of an RLE hold a number of more than 60 bits")
+    values = np.zeros(number[-1] + 1, dtype=np.int64)
+    np.add.at(values, number, (groups & 31) << (5 * place))
+    negative = (groups[last] & 16) != 0
+    values[negative] -= np.int64(1) << (5 * (place[last][negative] + 1))
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def category_ids(segments: Any, *, unsegmented: int = 0) -> np.ndarray:
+    """(K,) int64, the ids that `draw_segments` may give, without those of crowds.
+
+    Raises:
+        BadRow: a segment has no category.
+    """
+    try:
+        ids = [int(s["category_id"]) for s in _listed(segments) if not s.get("iscrowd")]
+    except (KeyError, TypeError, ValueError):
+        raise BadRow("a segment has no category_id") from None
+    return np.array([unsegmented, *ids], dtype=np.int64)
+
+
+def _listed(segments: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(segments, str):
+        try:
+            segments = json.loads(segments)
+        except ValueError:
+            raise BadRow("the segments are text that is no JSON") from None
+    if segments is None:
+        raise BadRow("there are no segments")
+    if isinstance(segments, Mapping):
+        columns = {key: value for key, value in segments.items() if isinstance(value, Sequence)}
+        lengths = {len(value) for value in columns.values()}
+        if len(lengths) != 1:
+            raise BadRow("the segments are lists of different lengths")
+        rows = zip(*columns.values(), strict=True)
+        segments = [dict(zip(columns, row, strict=True)) for row in rows]
+    if not isinstance(segments, Sequence) or not all(isinstance(s, Mapping) for s in segments):
+        raise BadRow("segments are a list of annotations with category_id and segmentation")
+    yield from segments

@@ -1,0 +1,208 @@
+"""From what a mask holds to class ids: (H, W) of 0 … classes − 1, and the ignore index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmadapters.sites import nearest
+
+from ..media import read_mask
+from ..task import BadRow, Rows
+from .coco import category_ids, draw_segments
+from .config import IGNORE, SegmentationDataConfig
+
+SHOWN = 5  # strange ids that a message names
+
+
+class Labels:
+    """Reads the masks of a data set.
+
+    Attributes:
+        classes: names by id.
+        ignore: the value of pixels that count for nothing, above every class id.
+        dtype: of the masks it gives: uint8, or int32 where there are more classes than that holds.
+
+    Raises:
+        ValueError: the config maps to a class that is not there.
+    """
+
+    def __init__(self, config: SegmentationDataConfig, classes: Sequence[str]) -> None:
+        if len(classes) > config.ignore_index:
+            raise ValueError(
+                f"data.ignore_index {config.ignore_index} is the id of a class, as there are "
+                f"{len(classes)}: set it to 65535"
+            )
+        self.config, self.classes, self.ignore = config, tuple(classes), config.ignore_index
+        self.dtype = np.uint8 if self.ignore <= 255 else np.int32
+        self._ids = _sorted_table(self._id_table())
+        self._colours = _sorted_table(
+            {
+                int(_codes(np.array(colour))): self._number(name, "palette")
+                for name, colour in config.palette.items()
+            }
+        )
+
+    def _id_table(self) -> dict[int, int]:
+        """id in a file -> class or ignore."""
+        config = self.config
+        table = {config.ignore_index: self.ignore}
+        if config.label_map:
+            return table | {i: self._number(to, "label_map") for i, to in config.label_map.items()}
+        if config.reduce_zero_label:
+            return table | {0: self.ignore} | {i + 1: i for i in range(len(self.classes))}
+        return table | {i: i for i in range(len(self.classes))}
+
+    def _number(self, name: int | str, key: str) -> int:
+        if name == IGNORE or name == self.ignore:
+            return self.ignore
+        if isinstance(name, int) and 0 <= name < len(self.classes):
+            return name
+        if name in self.classes:
+            return self.classes.index(str(name))
+        raise ValueError(
+            f"data.{key}: {name!r} is none of the {len(self.classes)} classes"
+            f"{nearest(str(name), self.classes)}"
+        )
+
+    def read(self, row: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+        """The class of each pixel of a row's mask, or of its COCO segments.
+
+        Args:
+            size: (H, W) of the row's image.
+
+        Returns:
+            (H, W) in `dtype`.
+
+        Raises:
+            BadRow: it cannot be read, has another size than the image, or holds an id or a colour
+                that means nothing.
+        """
+        if row.get("mask") is not None:
+            values = read_mask(row["mask"])
+            if values.shape[:2] != tuple(size):
+                raise BadRow(
+                    f"the mask has {values.shape[0]}×{values.shape[1]} pixels, the image "
+                    f"{size[0]}×{size[1]} (height × width)"
+                )
+        elif row.get("segments") is not None:
+            values = draw_segments(
+                row["segments"], size, unsegmented=self.config.unsegmented, crowd=self.ignore
+            )
+        else:
+            raise BadRow("there is neither a mask nor segments")
+        return self.map(values)
+
+    def map(self, values: np.ndarray) -> np.ndarray:
+        """(H, W) ids or (H, W, 3) uint8 colours, as in the file -> (H, W) classes.
+
+        Raises:
+            BadRow: some mean nothing.
+        """
+        if values.ndim == 3:
+            if self.config.palette:
+                return self._look_up(_codes(values), self._colours, colours=True)
+            if (values != values[:, :, :1]).any():
+                raise BadRow("the mask is in colours: say what they mean in data.palette")
+            values = values[:, :, 0].astype(np.int64)
+        return self._look_up(values, self._ids, colours=False)
+
+    def _look_up(
+        self, codes: np.ndarray, table: tuple[np.ndarray, np.ndarray], *, colours: bool
+    ) -> np.ndarray:
+        keys, numbers = table
+        places = np.searchsorted(keys, codes)
+        places[places == len(keys)] = 0
+        if (strange := keys[places] != codes).any():
+            raise BadRow(self._strange(codes[strange], colours=colours))
+        return numbers[places].astype(self.dtype)
+
+    def _strange(self, codes: np.ndarray, *, colours: bool) -> str:
+        found, counts = np.unique(codes, return_counts=True)
+        found = found[np.argsort(-counts, kind="stable")].tolist()
+        named = [str(_colour(code)) if colours else str(code) for code in found[:SHOWN]]
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        lossy = "; was it saved as JPEG?" if len(found) > 20 else ""
+        if colours:
+            return f"data.palette does not name the mask's {', '.join(named)}{more}{lossy}"
+        last = len(self.classes) - 1 + self.config.reduce_zero_label
+        listed = "what data.label_map lists" if self.config.label_map else f"0 to {last}"
+        return (
+            f"the mask holds {', '.join(named)}{more}, where ids are {listed} and "
+            f"{self.config.ignore_index} (ignored){lossy or '; map them by data.label_map'}"
+        )
+
+
+def class_names(config: SegmentationDataConfig, rows: Rows | None) -> list[str]:
+    """The classes of a config, or else those that the training masks hold.
+
+    Raises:
+        ValueError: neither says them, or there is only one.
+    """
+    names = list(config.classes)
+    names = names or [name for name in config.palette if name != IGNORE]
+    names = names or _mapped(config.label_map.values())
+    if not names and rows is not None and hasattr(rows, "__len__"):
+        names = [str(number) for number in range(_highest(config, rows) + 1)]
+    if not names:
+        raise ValueError(
+            "name the classes by data.classes: there are no training masks to find them in"
+        )
+    if len(names) < 2:
+        raise ValueError(
+            f"there is only one class, {names[0]!r}: name all by data.classes, the "
+            "background too; where masks hold 0 and 255, by data.label_map: {0: background, 255: "
+            "object}"
+        )
+    return names
+
+
+def _mapped(targets: Iterable[int | str]) -> list[str]:
+    """The classes that a label_map without `classes` speaks of."""
+    named = dict.fromkeys(to for to in targets if to != IGNORE)
+    if all(isinstance(to, int) for to in named):
+        return [str(number) for number in range(max(map(int, named), default=-1) + 1)]
+    return [str(to) for to in named]
+
+
+def _highest(config: SegmentationDataConfig, rows: Rows) -> int:
+    """The highest class in the training masks; −1 where there is none."""
+    highest = -1
+    for index in range(len(rows)):
+        try:
+            ids = _ids_of(rows[index], config)
+        except BadRow:
+            continue
+        valid = ids[ids != config.ignore_index]
+        highest = max(highest, int(valid.max(initial=-1)) - config.reduce_zero_label)
+    return highest
+
+
+def _ids_of(row: Mapping[str, Any], config: SegmentationDataConfig) -> np.ndarray:
+    """The ids in a row's mask or segments, in any shape."""
+    if row.get("mask") is None:
+        return category_ids(row.get("segments"), unsegmented=config.unsegmented)
+    values = read_mask(row["mask"])
+    if values.ndim == 2:
+        return values
+    if (values != values[:, :, :1]).any():
+        raise ValueError("the masks are in colours: say what they mean in data.palette")
+    return values[:, :, 0].astype(np.int64)
+
+
+def _sorted_table(table: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Keys in order, for a binary search, and their values."""
+    keys = np.array(sorted(table), dtype=np.int64)
+    return keys, np.array([table[key] for key in keys.tolist()], dtype=np.int64)
+
+
+def _codes(colours: np.ndarray) -> np.ndarray:
+    """(…, 3) uint8 -> (…) int64, one number a colour."""
+    red, green, blue = np.moveaxis(colours.astype(np.int64), -1, 0)
+    return (red << 16) | (green << 8) | blue
+
+
+def _colour(code: int) -> tuple[int, int, int]:
+    return code >> 16, code >> 8 & 255, code & 255

@@ -1,0 +1,290 @@
+"""What a prediction is worth: exact counts of each image, and the metrics that are made of them.
+
+All metrics but boundary F1 are functions of one confusion matrix of the whole split in whole
+numbers; each image keeps its own share of it, so that images can be resampled.
+
+Shape legend: N images, C classes, H × W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..metrics import Metric, bootstrap
+from ..task import Table
+
+Values = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is kept of one image.
+
+    cells, pixels: where its confusion matrix (truth × prediction, flat) is not 0, and how much.
+    outlines: (K, 2) class and boundary F1 of the classes that are in truth or prediction.
+    """
+
+    cells: np.ndarray
+    pixels: np.ndarray
+    outlines: np.ndarray
+
+
+def count(
+    prediction: Tensor, truth: Tensor, *, classes: int, ignore: int, tolerance: float
+) -> Counts:
+    """The counts of one image.
+
+    Args:
+        prediction, truth: (H, W) class ids on any device; truth may hold the ignore index.
+        tolerance: of the outlines, see `boundary_f1`; 0 leaves them out.
+    """
+    prediction, truth = prediction.long(), truth.long()
+    valid = truth != ignore
+    flat = torch.bincount(
+        truth[valid] * classes + prediction[valid], minlength=classes * classes
+    ).cpu()
+    cells = flat.nonzero()[:, 0]
+    outlines = np.zeros((0, 2))
+    if tolerance:
+        outlines = boundary_f1(prediction, truth, ignore=ignore, tolerance=tolerance)
+    return Counts(cells.numpy(), flat[cells].numpy(), outlines)
+
+
+def confusion(counts: Sequence[Counts], classes: int) -> np.ndarray:
+    """(C, C) int64, truth × prediction, of all images together."""
+    matrix = np.zeros(classes * classes, dtype=np.int64)
+    for part in counts:
+        matrix[part.cells] += part.pixels
+    return matrix.reshape(classes, classes)
+
+
+def statistics(counts: Sequence[Counts], classes: int) -> np.ndarray:
+    """(N, 3C) float64, whole numbers: true positives, pixels of truth, pixels of prediction."""
+    found = np.zeros((len(counts), 3, classes))
+    for row, part in zip(found, counts, strict=True):
+        truth, prediction = np.divmod(part.cells, classes)
+        hit = truth == prediction
+        row[0, truth[hit]] = part.pixels[hit]
+        np.add.at(row[1], truth, part.pixels)
+        np.add.at(row[2], prediction, part.pixels)
+    return found.reshape(len(counts), 3 * classes)
+
+
+def outline_statistics(counts: Sequence[Counts], classes: int) -> np.ndarray:
+    """(N, 2C): the boundary F1 of each class and whether it is there."""
+    found = np.zeros((len(counts), 2, classes))
+    for row, part in zip(found, counts, strict=True):
+        numbers = part.outlines[:, 0].astype(int)
+        row[0, numbers], row[1, numbers] = part.outlines[:, 1], 1
+    return found.reshape(len(counts), 2 * classes)
+
+
+def _split(sums: np.ndarray, parts: int) -> list[np.ndarray]:
+    """(…, parts · C) -> parts of (…, C)."""
+    return np.split(sums, parts, axis=-1)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """NaN where there is nothing to divide by."""
+    return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
+
+
+def nanmean(values: np.ndarray) -> np.ndarray:
+    """The mean over the last axis of what is not NaN; NaN where all is."""
+    there = ~np.isnan(values)
+    return _ratio(np.where(there, values, 0).sum(axis=-1), there.sum(axis=-1).astype(float))
+
+
+def class_iou(sums: np.ndarray) -> np.ndarray:
+    """(…, 3C) -> (…, C); NaN for a class that is neither in truth nor in prediction."""
+    hits, truth, predicted = _split(sums, 3)
+    return _ratio(hits, truth + predicted - hits)
+
+
+def class_dice(sums: np.ndarray) -> np.ndarray:
+    """(…, 3C) -> (…, C): 2 TP / (2 TP + FP + FN); NaN as for IoU."""
+    hits, truth, predicted = _split(sums, 3)
+    return _ratio(2 * hits, truth + predicted)
+
+
+def class_accuracy(sums: np.ndarray) -> np.ndarray:
+    """(…, 3C) -> (…, C): the share of a class's pixels that are found; NaN without any."""
+    hits, truth, _ = _split(sums, 3)
+    return _ratio(hits, truth)
+
+
+def class_precision(sums: np.ndarray) -> np.ndarray:
+    """(…, 3C) -> (…, C): the share of a prediction's pixels that are right; NaN without any."""
+    hits, _, predicted = _split(sums, 3)
+    return _ratio(hits, predicted)
+
+
+def pixel_accuracy(sums: np.ndarray) -> np.ndarray:
+    """(…, 3C) -> (…): the share of right pixels."""
+    hits, truth, _ = _split(sums, 3)
+    return _ratio(hits.sum(axis=-1), truth.sum(axis=-1))
+
+
+def class_outline(sums: np.ndarray) -> np.ndarray:
+    """(…, 2C) -> (…, C): the mean boundary F1 over the images that have the class."""
+    return _ratio(*_split(sums, 2))
+
+
+def metrics(
+    counts: Sequence[Counts], classes: Sequence[str], *, background: str | None, resamples: int
+) -> list[Metric]:
+    """mIoU first, with intervals over images."""
+    sums = statistics(counts, len(classes))
+    found = [
+        _metric("mIoU", sums, lambda s: nanmean(class_iou(s)), resamples),
+        _metric("pixel accuracy", sums, pixel_accuracy, resamples),
+        _metric("mean accuracy", sums, lambda s: nanmean(class_accuracy(s)), resamples),
+        _metric("Dice", sums, lambda s: nanmean(class_dice(s)), resamples),
+    ]
+    if background in classes:
+        front = [number for number, name in enumerate(classes) if name != background]
+        found.append(
+            _metric("foreground IoU", sums, lambda s: nanmean(class_iou(s)[..., front]), resamples)
+        )
+    if any(len(part.outlines) for part in counts):
+        outlines = outline_statistics(counts, len(classes))
+        found.append(
+            _metric("boundary F1", outlines, lambda s: nanmean(class_outline(s)), resamples)
+        )
+    return found
+
+
+def image_iou(counts: Sequence[Counts], classes: int) -> np.ndarray:
+    """(N,): the mIoU of each image by itself; NaN where all its pixels are ignored."""
+    return nanmean(class_iou(statistics(counts, classes)))
+
+
+def class_table(counts: Sequence[Counts], classes: Sequence[str], *, resamples: int) -> Table:
+    """Every class's figures; empty cells for what is not there."""
+    sums = statistics(counts, len(classes))
+    total = sums.sum(axis=0)
+    low, high = _class_intervals(sums, resamples)
+    outlines = outline_statistics(counts, len(classes)).sum(axis=0)
+    pixels = _split(total, 3)[1]
+    columns = {
+        "pixels": _ratio(pixels, np.full_like(pixels, pixels.sum())),
+        "IoU": class_iou(total),
+        "low": low,
+        "high": high,
+        "Dice": class_dice(total),
+        "accuracy": class_accuracy(total),
+        "precision": class_precision(total),
+        "boundary F1": class_outline(outlines),
+    }
+    kept = {name: values for name, values in columns.items() if not np.isnan(values).all()}
+    rows = [
+        [name, *(_percent(values[number]) for values in kept.values())]
+        for number, name in enumerate(classes)
+    ]
+    caption = (
+        "Percent. `pixels`: the share of the truth; `low` and `high`: the 95 % interval of IoU"
+    )
+    return Table("Classes", ["class", *kept], rows, f"{caption} over resampled images.")
+
+
+def confused(matrix: np.ndarray, classes: Sequence[str], *, count: int = 10) -> Table:
+    """The pairs of classes that take most pixels from each other."""
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:count]
+    rows = []
+    for truth, predicted in zip(*np.unravel_index(order, wrong.shape), strict=True):
+        if pixels := int(wrong[truth, predicted]):
+            share = pixels / int(matrix[truth].sum())
+            rows.append([classes[truth], classes[predicted], pixels, _percent(share)])
+    columns = ["truth", "prediction", "pixels", "% of the class"]
+    return Table("What is taken for what", columns, rows)
+
+
+def _metric(name: str, sums: np.ndarray, function: Values, resamples: int) -> Metric:
+    value = float(function(sums.sum(axis=0)))
+    low, high = bootstrap(sums, function, resamples=resamples)
+    return Metric(name, value, low, high, count=len(sums))
+
+
+def _class_intervals(sums: np.ndarray, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) each: 2.5 and 97.5 percentiles of the IoU of every class."""
+    classes = sums.shape[1] // 3
+    bounds = np.full((classes, 2), np.nan)
+    for number in range(classes):
+        own = sums.reshape(-1, 3, classes)[:, :, number]
+        if own[:, 1:].any():
+            found = bootstrap(own, lambda s: class_iou(s)[..., 0], resamples=resamples)
+            bounds[number] = [np.nan if value is None else value for value in found]
+    return bounds[:, 0], bounds[:, 1]
+
+
+def _percent(share: float) -> float | str:
+    return "" if math.isnan(share) else round(100 * float(share), 2)
+
+
+def boundary_f1(prediction: Tensor, truth: Tensor, *, ignore: int, tolerance: float) -> np.ndarray:
+    """How well outlines agree: F1 of the shares of outline pixels within reach of the other's.
+
+    Csurka et al. 2013, §3: per image and class. Outline and reach are those of DAVIS (Perazzi et
+    al. 2016): pixels of the class with a neighbour (4) of another, and a disk whose radius is
+    rounded up to whole pixels. A class on one side only has 0. Ignored pixels belong to no class,
+    and no outline runs along them.
+
+    Args:
+        prediction, truth: (H, W) int64.
+        tolerance: below 1 a share of the diagonal, else pixels.
+
+    Returns:
+        (K, 2) float64: a class and its F1, for the classes with pixels in truth or prediction.
+    """
+    height, width = truth.shape
+    radius = math.ceil(tolerance * math.hypot(height, width) if tolerance < 1 else tolerance)
+    prediction = torch.where(truth == ignore, truth, prediction)
+    present = torch.unique(torch.stack([truth, prediction]))
+    present = present[present != ignore]
+    if not len(present):
+        return np.zeros((0, 2))
+    maps = torch.stack([truth, prediction])[None] == present[:, None, None, None]
+    outlines = maps & _beside_others(maps, truth != ignore)  # (K, 2, H, W)
+    reach = dilate(outlines, radius)
+    matched = (outlines & reach.flip(1)).sum(dim=(2, 3)).double()
+    total = outlines.sum(dim=(2, 3)).double()
+    shares = matched / total.clamp_min(1)
+    f1 = 2 * shares.prod(dim=1) / shares.sum(dim=1).clamp_min(torch.finfo(torch.double).tiny)
+    # A class that fills the image on both sides has no outline to miss.
+    f1 = torch.where((total == 0).all(dim=1) & maps.any(dim=(2, 3)).all(dim=1), 1.0, f1)
+    return torch.stack([present.double(), f1], dim=1).cpu().numpy()
+
+
+def _beside_others(maps: Tensor, valid: Tensor) -> Tensor:
+    """Where a pixel's upper, lower, left or right neighbour is of another class: (K, 2, H, W)."""
+    others = ~maps & valid
+    found = torch.zeros_like(maps)
+    found[..., 1:, :] |= others[..., :-1, :]
+    found[..., :-1, :] |= others[..., 1:, :]
+    found[..., 1:] |= others[..., :-1]
+    found[..., :-1] |= others[..., 1:]
+    return found
+
+
+def dilate(maps: Tensor, radius: int) -> Tensor:
+    """Everything within Euclidean distance `radius` of what is set: (K, 2, H, W) bool.
+
+    A disk is a pile of bars, one for each row: max-pooling along rows, shifted by whole rows.
+    """
+    values = maps.to(torch.float32)
+    found = torch.zeros_like(maps)
+    height = maps.shape[-2]
+    for dy in range(min(radius, height - 1) + 1):
+        half = min(math.isqrt(radius * radius - dy * dy), maps.shape[-1] - 1)
+        bar = F.max_pool2d(values, (1, 2 * half + 1), stride=1, padding=(0, half)) > 0
+        found[..., dy:, :] |= bar[..., : height - dy, :]
+        found[..., : height - dy, :] |= bar[..., dy:, :]
+    return found

@@ -1,0 +1,82 @@
+"""A frozen image encoder with a segmentation head.
+
+B images, C classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmadapters import AdapterModel
+
+from ..encoders.vision import ImageTower
+from ..task import TaskModel
+from .config import SegmentationConfig
+from .heads import head_layers, make_head
+from .inference import resize_logits
+from .losses import SegmentationLoss
+from .transforms import pad_to_patch
+
+
+class SegmentationModel(TaskModel):
+    """`logits` of pixels; `forward` gives their loss.
+
+    Raises:
+        ValueError: the encoder reads no images, the head does not fit it, or the adapter sits where
+            nothing of the head's input passes.
+    """
+
+    def __init__(
+        self, encoder: AdapterModel, config: SegmentationConfig, classes: tuple[str, ...]
+    ) -> None:
+        tower = ImageTower(encoder)
+        layers = head_layers(config.head, tower.depth)
+        _refuse_unused(encoder, layers)
+        head = make_head(
+            config.head,
+            width=tower.width,
+            patch=tower.patch,
+            layers=len(layers),
+            classes=len(classes),
+        )
+        super().__init__(encoder, head)
+        self.tower, self.layers, self.norm = tower, layers, config.head.norm
+        self.loss = SegmentationLoss(config.loss, classes, ignore=config.data.ignore_index)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) of any size -> (B, C, H, W).
+
+        Pixels are padded at the right and the bottom to whole patches, and the logits cut.
+        """
+        height, width = pixels.shape[-2:]
+        padded = pad_to_patch(pixels, self.tower.patch)
+        maps = self.tower(padded, self.layers, norm=self.norm).maps
+        logits = resize_logits(self.head(maps, padded), padded.shape[-2:])
+        return logits[..., :height, :width]
+
+    def forward(self, pixels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """The loss, and the parts of which it is made.
+
+        Args:
+            pixels: (B, 3, H, W).
+            mask: (B, H, W) class ids or the ignore index.
+        """
+        return self.loss(self.logits(pixels), mask)
+
+
+def _refuse_unused(encoder: AdapterModel, layers: tuple[int, ...]) -> None:
+    """Raises a ValueError for an adapter that would change nothing of what the head reads."""
+    last = max(layers)
+    for name in encoder.adapter_names:
+        for site, _ in encoder.adapter(name).entries():
+            tower, *place = site.split(".")
+            if tower != "vision":
+                raise ValueError(
+                    f"the adapter sits in {tower} of {type(encoder.backbone).__name__}, where "
+                    'segmentation never passes: set adapter.sites to ["vision"]'
+                )
+            if place[:1] == ["blocks"] and int(place[1]) > last:
+                raise ValueError(
+                    f"the adapter sits in block {place[1]}, above the last that the head reads: "
+                    f'set adapter.sites to ["vision.blocks.[0-{last}]"] or head.layers otherwise'
+                )

@@ -1,0 +1,111 @@
+"""Class maps as pictures: palettes, overlays, error maps, indexed PNG files."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+OPACITY = 0.5
+RIGHT, WRONG, IGNORED = (46, 125, 80), (214, 39, 40), (128, 128, 128)
+
+Colours = np.ndarray  # (C, 3) uint8
+
+
+def colours_of(classes: Sequence[str], palette: Mapping[str, Sequence[int]]) -> Colours:
+    """(C, 3) uint8: the palette's colours, and those of PASCAL VOC for classes without one."""
+    own = voc_colours(len(classes))
+    for number, name in enumerate(classes):
+        if name in palette:
+            own[number] = palette[name]
+    return own
+
+
+def voc_colours(count: int) -> Colours:
+    """(count, 3) uint8, the colour map of PASCAL VOC's development kit: black, dark red, …
+
+    The bits of a number, three at a time, become the highest bits of red, green and blue.
+    """
+    numbers = np.arange(count)
+    colours = np.zeros((count, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((numbers >> (3 * bit + channel) & 1) << (7 - bit)).astype(
+                np.uint8
+            )
+    return colours
+
+
+def painted(classes: np.ndarray, colours: Colours) -> np.ndarray:
+    """(H, W) class ids -> (H, W, 3) uint8; ids without a colour (ignored pixels) are grey."""
+    table = np.concatenate([colours, np.array([IGNORED], dtype=np.uint8)])
+    return table[np.minimum(classes.astype(np.int64), len(colours))]
+
+
+def overlay(
+    image: Image.Image, classes: np.ndarray, colours: Colours, *, clear: int | None = None
+) -> np.ndarray:
+    """(H, W, 3) uint8: the picture under the classes' colours; class `clear` is left as it is."""
+    picture = np.asarray(image.convert("RGB"), dtype=np.float32)
+    mixed = (1 - OPACITY) * picture + OPACITY * painted(classes, colours)
+    if clear is not None:
+        mixed = np.where((classes == clear)[:, :, None], picture, mixed)
+    return mixed.round().astype(np.uint8)
+
+
+def errors(prediction: np.ndarray, truth: np.ndarray, ignore: int) -> np.ndarray:
+    """(H, W, 3) uint8: green where the prediction is right, red where wrong, grey where ignored."""
+    picture = np.where((prediction == truth)[:, :, None], RIGHT, WRONG)
+    return np.where((truth == ignore)[:, :, None], IGNORED, picture).astype(np.uint8)
+
+
+def write_mask(path: Path, classes: np.ndarray, colours: Colours) -> None:
+    """An indexed PNG with the classes' colours; 16-bit grey where there are more than 256."""
+    if len(colours) > 256:
+        image = Image.fromarray(classes.astype(np.uint16))
+    else:
+        image = Image.fromarray(classes.astype(np.uint8), mode="P")
+        image.putpalette(colours.tobytes())
+    write_png(path, image)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def comparison(panels: Mapping[str, np.ndarray], legend: Mapping[str, Sequence[int]]) -> bytes:
+    """PNG data: pictures of one size side by side under their names, and what the colours mean."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    height, width = next(iter(panels.values())).shape[:2]
+    side = 2.8
+    tall = min(max(side * height / width, 1.0), 6.0)
+    figure = Figure(figsize=(side * len(panels), tall + 0.65), layout="constrained", dpi=110)
+    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, picture) in zip(axes, panels.items(), strict=True):
+        axis.imshow(picture, interpolation="nearest" if height < 200 else "antialiased")
+        axis.set_title(name, fontsize=9)
+        axis.set_axis_off()
+    handles = [
+        Patch(facecolor=np.array(colour) / 255, edgecolor="0.4", linewidth=0.5, label=name)
+        for name, colour in legend.items()
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(len(handles), 8),
+        fontsize=8,
+        frameon=False,
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,289 @@
+"""Semantic segmentation: the class of every pixel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmadapters import AdapterModel
+
+from ..encoders.vision import image_preprocessing
+from ..media import read_image
+from ..task import BadRow, Column, Figure, Problem, Rows, Scores, Table, Task, TaskModel
+from . import metrics, pictures
+from .config import SegmentationConfig
+from .inference import predict_classes
+from .labels import Labels, class_names
+from .model import SegmentationModel
+from .transforms import Augmentation, crop_size, prepare
+
+
+class SegmentationTask(Task[SegmentationConfig]):
+    """Images with masks, or with COCO segments.
+
+    `state`: "classes", names by id, and "preprocessing" of the encoder.
+    """
+
+    name = "segmentation"
+    metric = "mIoU"
+    usage = "image files"
+    columns: ClassVar[Mapping[str, Column]] = {
+        "image": Column("image", description="the picture"),
+        "mask": Column("mask", required=False, description="a picture of class ids or colours"),
+        "segments": Column(
+            "segments", required=False, description="COCO annotations, instead of a mask"
+        ),
+    }
+
+    def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
+        if rows is not None and not {"mask", "segments"} & set(rows.column_names):
+            raise ValueError(
+                "the data has no column 'mask' (a picture of class ids) and none of COCO segments; "
+                f"its columns are {', '.join(rows.column_names)}: say which one it is by "
+                "data.columns: {mask: ITS_COLUMN}"
+            )
+        self.state = {
+            "classes": class_names(self.config.data, rows),
+            "preprocessing": image_preprocessing(self.config.backbone, backbone),
+        }
+
+    def build(self, encoder: AdapterModel) -> TaskModel:
+        return SegmentationModel(encoder, self.config, self.classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.state["classes"])
+
+    @cached_property
+    def labels(self) -> Labels:
+        return Labels(self.config.data, self.classes)
+
+    @cached_property
+    def augment(self) -> Augmentation:
+        preprocessing = self.state["preprocessing"]
+        return Augmentation(
+            self.config.transforms,
+            crop=crop_size(self.config.transforms, preprocessing),
+            preprocessing=preprocessing,
+            ignore=self.labels.ignore,
+        )
+
+    @cached_property
+    def colours(self) -> pictures.Colours:
+        return pictures.colours_of(self.classes, self.config.data.palette)
+
+    @property
+    def background(self) -> int | None:
+        """The class that is no object, if there is one."""
+        name = self.config.data.background
+        return self.classes.index(name) if name in self.classes else None
+
+    def example(self, row: Mapping[str, Any], *, train: bool) -> dict[str, Any]:
+        image = read_image(row["image"])
+        mask = self.labels.read(row, (image.height, image.width))
+        if train:
+            pixels, cut = self.augment(image, mask)
+            return {"pixels": pixels, "mask": cut}
+        pixels = prepare(image, self.config.transforms, self.state["preprocessing"])
+        return {"pixels": pixels, "mask": torch.from_numpy(mask)}
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Stacked where all are of one size, as in training; else lists."""
+        batch = {key: [example[key] for example in examples] for key in ("pixels", "mask")}
+        return {
+            key: torch.stack(values) if len({value.shape for value in values}) == 1 else values
+            for key, values in batch.items()
+        }
+
+    def predictions(
+        self, model: TaskModel, pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Class maps (H, W) of the original sizes, of pictures that `prepare` made."""
+        assert isinstance(model, SegmentationModel)
+        return predict_classes(model.logits, pixels, sizes, self.config.inference)
+
+    def records(self, model: TaskModel, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        masks = batch["mask"]
+        sizes = [(mask.shape[0], mask.shape[1]) for mask in masks]
+        predicted = self.predictions(model, batch["pixels"], sizes)
+        return [
+            {
+                "counts": metrics.count(
+                    prediction,
+                    mask,
+                    classes=len(self.classes),
+                    ignore=self.labels.ignore,
+                    tolerance=self.config.evaluation.boundary_tolerance,
+                )
+            }
+            for prediction, mask in zip(predicted, masks, strict=True)
+        ]
+
+    def score(self, records: Sequence[dict[str, Any]], *, bootstrap: int) -> Scores:
+        counts = [record["counts"] for record in records]
+        options: dict[str, Any] = {
+            "background": self.config.data.background,
+            "resamples": bootstrap,
+        }
+        groups: dict[str, dict[str, list]] = {}
+        for column in self.config.evaluation.groups:
+            values = [str(record["row"][column]) for record in records]
+            groups[column] = {
+                value: metrics.metrics(
+                    [part for part, own in zip(counts, values, strict=True) if own == value],
+                    self.classes,
+                    **options,
+                )
+                for value in sorted(set(values))
+            }
+        tables = [metrics.class_table(counts, self.classes, resamples=bootstrap)]
+        if len(self.classes) > 2:
+            matrix = metrics.confusion(counts, len(self.classes))
+            tables.append(metrics.confused(matrix, self.classes))
+        return Scores(metrics.metrics(counts, self.classes, **options), groups, tables)
+
+    def illustrate(
+        self,
+        model: TaskModel,
+        rows: Rows,
+        records: Sequence[dict[str, Any]],
+        *,
+        count: int,
+    ) -> list[Figure | Table]:
+        """The best, the median and the worst images: picture, truth, prediction, errors."""
+        scores = metrics.image_iou([record["counts"] for record in records], len(self.classes))
+        chosen = _best_median_worst(scores, count)
+        return [
+            self._figure(model, rows, records[place]["index"], kind, float(scores[place]))
+            for kind, place in chosen
+        ]
+
+    def _figure(self, model: TaskModel, rows: Rows, index: int, kind: str, score: float) -> Figure:
+        row = rows[index]
+        image = read_image(row["image"])
+        truth = self.labels.read(row, (image.height, image.width)).astype(np.int64)
+        prediction = self._predict_one(model, image)
+        panels = {
+            "image": np.asarray(image),
+            "truth": pictures.overlay(image, truth, self.colours, clear=self.background),
+            "prediction": pictures.overlay(image, prediction, self.colours, clear=self.background),
+            "errors": pictures.errors(prediction, truth, self.labels.ignore),
+        }
+        shown = sorted({*np.unique(truth).tolist(), *np.unique(prediction).tolist()})
+        legend = {
+            self.classes[number]: self.colours[number]
+            for number in shown
+            if number < len(self.classes) and number != self.background
+        }
+        legend |= {"right": pictures.RIGHT, "wrong": pictures.WRONG}
+        if self.labels.ignore in shown:
+            legend["ignored"] = pictures.IGNORED
+        title = f"{kind}: mIoU {100 * score:.1f} %, row {index}"
+        return Figure(title, pictures.comparison(panels, legend))
+
+    def _predict_one(self, model: TaskModel, image: Image.Image) -> np.ndarray:
+        """(H, W) int64 of one picture."""
+        pixels = prepare(image, self.config.transforms, self.state["preprocessing"])
+        with torch.no_grad():
+            size = (image.height, image.width)
+            (classes,) = self.predictions(model, [pixels.to(model.device)], [size])
+        return classes.cpu().numpy()
+
+    def predict(
+        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+    ) -> Iterator[dict[str, Any]]:
+        """The share of each class; with `out` also `<stem>_mask.png` (class ids, with a palette)
+        and `<stem>_overlay.png`."""
+        taken: Counter[str] = Counter()
+        for name in inputs:
+            try:
+                image = read_image(name)
+            except BadRow as error:
+                raise ValueError(f"{name}: {error}") from None
+            classes = self._predict_one(model, image)
+            shares = np.bincount(classes.ravel(), minlength=len(self.classes)) / classes.size
+            result: dict[str, Any] = {
+                "input": name,
+                "height": image.height,
+                "width": image.width,
+                "shares": {
+                    own: round(float(share), 6)
+                    for own, share in zip(self.classes, shares, strict=True)
+                },
+            }
+            if out is not None:
+                stem = Path(name).stem
+                taken[stem] += 1
+                # Files of one name in two folders.
+                unique = stem if taken[stem] == 1 else f"{stem}_{taken[stem]}"
+                result |= self._write(out, unique, image, classes)
+            yield result
+
+    def _write(
+        self, out: Path, stem: str, image: Image.Image, classes: np.ndarray
+    ) -> dict[str, str]:
+        mask, overlay = out / f"{stem}_mask.png", out / f"{stem}_overlay.png"
+        pictures.write_mask(mask, classes, self.colours)
+        mixed = pictures.overlay(image, classes, self.colours, clear=self.background)
+        pictures.write_png(overlay, Image.fromarray(mixed))
+        return {"mask": str(mask), "overlay": str(overlay)}
+
+    def check(self, rows: Rows) -> list[Problem]:
+        """Masks in which nothing counts."""
+        return [
+            Problem(index, "every pixel of the mask is ignored")
+            for index, mask in self._masks(rows)
+            if (mask == self.labels.ignore).all()
+        ]
+
+    def survey(self, rows: Rows) -> list[Table]:
+        """How many pixels and images hold each class."""
+        number = len(self.classes)
+        pixels, images, seen = np.zeros(number + 1, np.int64), np.zeros(number + 1, np.int64), 0
+        for _, mask in self._masks(rows):
+            # The ignore index lies above all classes.
+            found = np.bincount(np.minimum(mask.ravel(), number), minlength=number + 1)
+            pixels, images, seen = pixels + found, images + (found > 0), seen + 1
+        names = [*self.classes, "(ignored)"]
+        total = max(int(pixels.sum()), 1)
+        body = [
+            [name, int(pixels[i]), round(100 * int(pixels[i]) / total, 2), int(images[i])]
+            for i, name in enumerate(names)
+        ]
+        columns = ["class", "pixels", "% of pixels", "images"]
+        return [Table("Classes in the masks", columns, body, f"{seen} masks that can be used.")]
+
+    def _masks(self, rows: Rows) -> Iterator[tuple[int, np.ndarray]]:
+        """The number and the classes of every row that can be used."""
+        for index in range(len(rows)):
+            row = rows[index]
+            try:
+                image = read_image(row["image"])
+                yield index, self.labels.read(row, (image.height, image.width))
+            except BadRow:
+                continue
+
+
+def _best_median_worst(scores: np.ndarray, count: int) -> list[tuple[str, int]]:
+    """Places of about `count` scores, a third of each kind, none twice; NaN is left out."""
+    order = np.argsort(-scores, kind="stable")
+    order = order[~np.isnan(scores[order])]
+    count = min(count, len(order))
+    best, worst = (count + 2) // 3, (count + 1) // 3
+    middle = count - best - worst
+    rest = order[best : len(order) - worst]
+    start = (len(rest) - middle) // 2
+    parts = {
+        "best": order[:best],
+        "median": rest[start : start + middle],
+        "worst": order[len(order) - worst :],
+    }
+    return [(kind, int(place)) for kind, places in parts.items() for place in places]
