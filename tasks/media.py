@@ -128,7 +128,10 @@ def media_digest(value: Any) -> str | None:
     """A hash of the encoded picture or recording, equal for equal files; None where there is none
     to read."""
     if isinstance(value, dict) and value.get("array") is not None:
-        value = np.asarray(value["array"])
+        try:
+            value = np.asarray(value["array"])
+        except ValueError:  # lists of different lengths
+            return None
     if isinstance(value, np.ndarray):
         return hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
     try:
