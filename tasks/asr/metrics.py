@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jiwer
@@ -16,8 +16,11 @@ WORD_ERRORS, WORDS, CHARACTER_ERRORS, CHARACTERS, WRONG = range(5)
 
 
 def counts(reference: str, hypothesis: str) -> list[int]:
-    """Word errors, words, character errors, characters, and whether anything is wrong, for a
-    normalised reference that is not empty."""
+    """Word errors, words, character errors, characters, and whether anything is wrong, of
+    normalised texts."""
+    if not reference:
+        heard = len(hypothesis.split())
+        return [heard, 0, len(hypothesis), 0, int(heard > 0)]
     words = jiwer.process_words(reference, hypothesis)
     characters = jiwer.process_characters(reference, hypothesis)
     word_errors = words.substitutions + words.deletions + words.insertions
@@ -34,15 +37,24 @@ def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
     """WER, CER (errors over all words and characters, never a mean of utterances' rates) and the
     share of utterances with an error.
 
-    Where a column `speaker` names more than one, whole speakers are resampled: utterances of one
-    are no independent evidence.
+    Utterances without a word have no rate: what is heard in them is counted apart. Where a column
+    `speaker` names more than one, whole speakers are resampled: utterances of one are no
+    independent evidence.
+
+    Raises:
+        ValueError: no utterance has a word.
     """
+    silent = [record for record in records if not record["counts"][WORDS]]
+    records = [record for record in records if record["counts"][WORDS]]
+    if not records:
+        raise ValueError("no transcript has a word, so that there is no word error rate")
     statistics = np.array([record["counts"] for record in records], dtype=float)
-    speakers: list[Any] | None = [record.get("row", {}).get("speaker") for record in records]
-    if len(set(speakers or ())) < 2:
-        speakers = None
-    options = {"resamples": resamples, "clusters": speakers, "greater_is_better": False}
-    return [
+    options = {
+        "resamples": resamples,
+        "clusters": speakers(records),
+        "greater_is_better": False,
+    }
+    rates = [
         summed_metric("WER", statistics, _rate(WORD_ERRORS, WORDS), **options),
         summed_metric("CER", statistics, _rate(CHARACTER_ERRORS, CHARACTERS), **options),
         summed_metric(
@@ -52,34 +64,46 @@ def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
             **options,
         ),
     ]
+    if silent:
+        heard = np.array([[record["counts"][WORD_ERRORS], 1] for record in silent], dtype=float)
+        options["clusters"] = speakers(silent)
+        rates.append(
+            summed_metric("words heard in silence", heard, _rate(0, 1), unit="", **options)
+        )
+    return rates
+
+
+def speakers(records: Sequence[Record]) -> list[Any] | None:
+    """The speaker of each record where they are of several, else None."""
+    found = [record.get("row", {}).get("speaker") for record in records]
+    return found if len(set(found)) > 1 else None
 
 
 def improvement(before: Sequence[Record], after: Sequence[Record], *, resamples: int) -> Metric:
-    """WER before minus WER after on the same utterances, resampled in pairs."""
+    """WER before minus WER after on the same utterances in the same order, resampled in pairs."""
     pairs = np.array(
         [[*a["counts"][:2], *b["counts"][:2]] for a, b in zip(before, after, strict=True)],
         dtype=float,
     )
     first, second = _rate(0, 1), _rate(2, 3)
-    speakers: list[Any] | None = [record.get("row", {}).get("speaker") for record in before]
-    if len(set(speakers or ())) < 2:
-        speakers = None
     return summed_metric(
         "WER saved",
         pairs,
         lambda sums: first(sums) - second(sums),
         resamples=resamples,
-        clusters=speakers,
+        clusters=speakers(before),
     )
 
 
-def _rate(errors: int, of: int):  # type: ignore[no-untyped-def]
+def _rate(errors: int, of: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda sums: sums[..., errors] / sums[..., of]
 
 
 def aligned(reference: str, hypothesis: str) -> tuple[str, str]:
     """Both texts word under word: `*` marks what was put in, `-` what was left out, capitals what
     was heard as something else."""
+    if not reference:
+        return " ".join("*" * len(word) for word in hypothesis.split()), hypothesis.upper()
     out = jiwer.process_words(reference, hypothesis)
     said, heard = reference.split(), hypothesis.split()
     above: list[str] = []

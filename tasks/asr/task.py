@@ -37,6 +37,8 @@ from .metrics import counts, error_rates
 from .model import CTCModel, hop_and_field
 from .text import Vocabulary, needed_frames, normalise
 
+EMPTY = "the transcript is empty"
+
 
 class ASRTask(Task[ASRConfig]):
     name = "asr"
@@ -47,8 +49,15 @@ class ASRTask(Task[ASRConfig]):
         "text": Column("text", description="what is said in it"),
     }
     usage = "audio files, or folders of them"
+    _search: BeamSearch | None = None
 
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
+        for column in self.config.evaluation.groups:
+            if rows is not None and rows.column_names and column not in rows.column_names:
+                raise ValueError(
+                    f"evaluation.groups: there is no column {column!r}; there are "
+                    f"{', '.join(rows.column_names)}"
+                )
         if self.config.head.init == "backbone":
             vocabulary = own_vocabulary(self.config.backbone, backbone)
         elif rows is None or not hasattr(rows, "__len__"):
@@ -92,17 +101,19 @@ class ASRTask(Task[ASRConfig]):
     def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
         wave = torch.from_numpy(read_audio(row["audio"], self.state["rate"]))
         text = normalise(row["text"], self.config.text)
-        if not text:
-            raise BadRow("the transcript is empty")
-        if train:
-            wave = augmented(wave, self.config.augment, rate=self.state["rate"])
         if self._frames(len(wave)) < 1:
             raise BadRow(f"{len(wave)} samples are too few for one frame of the encoder")
         if not train:
             return {"wave": wave, "text": text}
+        if not text:
+            raise BadRow(EMPTY)
         labels = self.vocabulary.encode(text)
         if (reason := self._unfit(len(wave), labels)) is not None:
             raise BadRow(reason)
+        changed = augmented(wave, self.config.augment, rate=self.state["rate"])
+        # A speed that leaves too few frames, or too many samples, for what fits is not used.
+        if self._unfit(len(changed), labels) is None:
+            wave = changed
         return {"wave": wave, "text": text, "labels": labels}
 
     def _frames(self, samples: int) -> int:
@@ -170,9 +181,13 @@ class ASRTask(Task[ASRConfig]):
         config = self.config.decoding
         if config.method == "greedy":
             return greedy(log_probs, frames.to(log_probs.device), blank=self.vocabulary.blank)
-        model = LanguageModel.read(config.language_model) if config.language_model else None
-        search = BeamSearch(self.vocabulary, config, model, lowercase=self.config.text.lowercase)
-        return search(log_probs, frames)
+        if self._search is None:
+            lowercase = self.config.text.lowercase
+            model = None
+            if config.language_model is not None:
+                model = LanguageModel.read(config.language_model, lowercase=lowercase)
+            self._search = BeamSearch(self.vocabulary, config, model, lowercase=lowercase)
+        return self._search(log_probs, frames)
 
     def score(self, records: Sequence[Record], *, bootstrap: int) -> Scores:
         groups = {}
@@ -181,7 +196,9 @@ class ASRTask(Task[ASRConfig]):
             for record in records:
                 values.setdefault(str(record["row"][column]), []).append(record)
             groups[column] = {
-                value: error_rates(values[value], resamples=bootstrap) for value in sorted(values)
+                value: error_rates(group, resamples=bootstrap)
+                for value, group in sorted(values.items())
+                if any(record["reference"] for record in group)
             }
         return Scores(error_rates(records, resamples=bootstrap), groups)
 
@@ -198,7 +215,9 @@ class ASRTask(Task[ASRConfig]):
             except BadRow as error:
                 problems.append(Problem(index, str(error)))
                 continue
-            if samples and labels and (reason := self._unfit(samples, labels)) is not None:
+            reason = self._unfit(samples, labels) if labels else EMPTY
+            # A recording whose header cannot be read is no example, which `doctor` says by itself.
+            if samples and reason is not None:
                 problems.append(Problem(index, reason))
         return problems
 

@@ -107,7 +107,7 @@ def test_what_is_too_short_or_too_long_is_refused(family: Family) -> None:
     with pytest.raises(ValueError, match="too short for one frame"):
         tower(torch.randn(1, 100), torch.tensor([100]))
     if tower.longest is not None:
-        with pytest.raises(ValueError, match="cut it into chunks"):
+        with pytest.raises(ValueError, match="cut it up"):
             tower(torch.randn(1, tower.longest + 1), torch.tensor([tower.longest + 1]))
 
 
