@@ -80,7 +80,13 @@ def speakers(records: Sequence[Record]) -> list[Any] | None:
 
 
 def improvement(before: Sequence[Record], after: Sequence[Record], *, resamples: int) -> Metric:
-    """WER before minus WER after on the same utterances in the same order, resampled in pairs."""
+    """WER before minus WER after on the same utterances in the same order, resampled in pairs.
+
+    Raises:
+        ValueError: they are not the same utterances.
+    """
+    if [r["reference"] for r in before] != [r["reference"] for r in after]:
+        raise ValueError("before and after are not the same utterances in the same order")
     pairs = np.array(
         [[*a["counts"][:2], *b["counts"][:2]] for a, b in zip(before, after, strict=True)],
         dtype=float,
