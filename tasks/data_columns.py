@@ -7,6 +7,7 @@ done in Arrow, and columns that need nothing keep lying in the file that they ca
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -111,11 +112,11 @@ def to_roles(
 
 def _undecoded(dataset: Dataset, media: Sequence[str]) -> Dataset:
     """Nothing is decoded when a row is read. Nested media, which no task reads, are left out."""
-    import dataclasses
-
     for name, feature in dataset.features.items():
-        if getattr(feature, "decode", False) and dataclasses.is_dataclass(feature):
-            dataset = dataset.cast_column(name, dataclasses.replace(feature, decode=False))
+        if getattr(feature, "decode", False):
+            own = copy.copy(feature)
+            own.decode = False
+            dataset = dataset.cast_column(name, own)
         elif name not in media and "decode=True" in repr(feature):
             dataset = dataset.remove_columns(name)
     return dataset
@@ -223,4 +224,4 @@ def _replace(dataset: Dataset, name: str, column: Any, feature: Any = None) -> D
         features = None if feature is None else datasets.Features({name: feature})
         table = pa.table({name: column})
         return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
-    return others.add_column(name, column, feature=feature)  # type: ignore[arg-type]
+    return others.add_column(name, column, feature=feature)

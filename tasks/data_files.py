@@ -198,7 +198,7 @@ def _from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     import datasets
     import pyarrow as pa
 
-    return datasets.Dataset(pa.Table.from_pylist(rows))  # type: ignore[arg-type]
+    return datasets.Dataset(pa.Table.from_pylist(rows))
 
 
 # Tables

@@ -55,10 +55,10 @@ def read_streams(
             continue
         if count is not None:
             stream = stream.shuffle(SHUFFLED * count, config.seed)
-        few = stream.head(count)
-        if not len(few):
-            raise ValueError(f"data.source: {config.source} has no rows of {split} to use")
-        rows[split] = to_roles(few, found, roles, None)
+        try:
+            rows[split] = stream.head(count)
+        except ValueError as error:
+            raise ValueError(f"data.source: of {split} in {config.source} {error}") from None
     return rows
 
 
@@ -116,17 +116,17 @@ class Stream:
         self.column_names = [*found, *(name for name in kept if name not in found)]
 
     def __iter__(self) -> Iterator[Row]:
-        for row in self.source_rows():
+        for row in self._source_rows():
             own = {role: self._value(role, row.get(name)) for role, name in self.found.items()}
             yield {name: own[name] if name in own else row.get(name) for name in self.column_names}
 
-    def source_rows(self) -> Iterator[Row]:
+    def _source_rows(self) -> Iterator[Row]:
         """The same rows under the source's names, classes by name."""
         for row in self._rows():
             for name, names in self._classes.items():
                 index = row.get(name)
-                inside = isinstance(index, int) and 0 <= index < len(names)
-                row[name] = names[index] if inside else None
+                known = isinstance(index, int) and 0 <= index < len(names)
+                row[name] = names[index] if known else None  # type: ignore[index]
             if self.wanted(row):
                 yield row
 
@@ -144,19 +144,26 @@ class Stream:
         return Stream(shuffled, self.found, self.roles, wanted=self.wanted)
 
     def head(self, count: int | None) -> Dataset:
-        """The first rows (all: None) as a data set in memory, under the source's names."""
+        """The first rows (None: all) as a data set in memory.
+
+        Raises:
+            ValueError: there are none.
+        """
         import datasets
         import pyarrow as pa
 
-        rows = list(itertools.islice(self.source_rows(), count))
+        rows = list(itertools.islice(self._source_rows(), count))
+        if not rows:
+            raise ValueError("there are no rows")
         features = self.dataset.features
-        if not rows or features is None:
-            return datasets.Dataset(pa.Table.from_pylist(rows))
-        features = datasets.Features(
-            {n: datasets.Value("string") if n in self._classes else f for n, f in features.items()}
-        )
-        table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
-        return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+        if features is None:
+            few = datasets.Dataset(pa.Table.from_pylist(rows))
+        else:
+            features = datasets.Features(features)
+            features |= dict.fromkeys(self._classes, datasets.Value("string"))
+            table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+            few = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+        return to_roles(few, self.found, self.roles, None)
 
     def _value(self, role: str, value: Any) -> Any:
         if self.roles[role].kind != "text" or isinstance(value, list | dict):

@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.text import Text
@@ -32,7 +31,8 @@ FEW = 64  # rows that are not worth the start of processes
 READ_AT_ONCE = 16
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """A row: its number in its split and the name of its file, if it has one."""
 
     index: int
@@ -106,7 +106,10 @@ def examine(
         workers = min(os.cpu_count() or 1, 8)
     report = Report([])
     digests: dict[Split, _Digests] = {}
-    readable = {s: _Head(rows) if isinstance(rows, Stream) else rows for s, rows in data.items()}
+    readable: dict[Split, Rows] = {
+        split: rows.head(STREAMED) if isinstance(rows, Stream) else rows
+        for split, rows in data.items()
+    }
     with _progress(console, sum(len(rows) for rows in readable.values())) as advance:
         for name in (split for split in SPLITS if split in readable):
             found, digests[name] = _split(task, name, readable[name], workers, advance)
@@ -121,20 +124,6 @@ def examine(
         )
     report.warnings += _leaks(digests)
     return report
-
-
-class _Head:
-    """The first rows of a stream, as `Rows`."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.column_names = stream.column_names
-        self.rows = list(islice(stream, STREAMED))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: Any) -> Any:
-        return [row[key] for row in self.rows] if isinstance(key, str) else self.rows[key]
 
 
 @dataclass(frozen=True)
@@ -271,7 +260,7 @@ def _ignore_warnings(worker: int = 0) -> None:
 def _grouped(problems: Sequence[tuple[Place, str]]) -> list[Group]:
     """By reason, whatever numbers and names stand in it; the commonest first."""
     groups: dict[str, list[tuple[Place, str]]] = {}
-    for place, reason in sorted(problems):
+    for place, reason in sorted(problems, key=lambda problem: problem[0].index):
         groups.setdefault(_pattern(reason), []).append((place, reason))
     found = [
         Group(some[0][1], len(some), tuple(place for place, _ in some[:SHOWN]))

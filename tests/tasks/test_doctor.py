@@ -86,7 +86,7 @@ class Masks(ReadingTask):
     def check(self, rows: Rows) -> list[Problem]:
         return [
             Problem(i, "there is nothing on the mask")
-            for i, row in enumerate(rows)  # type: ignore[var-annotated, arg-type]
+            for i, row in enumerate(rows)
             if (mask := readable(row["mask"])) is not None and not mask.any()
         ]
 
@@ -337,7 +337,7 @@ def test_the_start_of_a_stream_is_read() -> None:
     texts = ({"text": "divide" if i == 5 else "a"} for i in range(3000))
     made = datasets.Dataset.from_list(list(texts), features=features).to_iterable_dataset()
     stream = data.Stream(made, {"text": "text"}, Faulty.columns)
-    report = examine(Faulty(), {"train": stream}, workers=0)  # type: ignore[dict-item]
+    report = examine(Faulty(), {"train": stream}, workers=0)
     assert report.splits[0].usable == 999
     assert "train: the first 1,000 rows, 999 usable" in printed(report)
 

@@ -211,7 +211,8 @@ def test_mask_keeps_its_indices(kind: str, tmp_path: Path) -> None:
     image = Image.fromarray(ids, kind)
     if kind == "P":
         image.putpalette([value for i in range(256) for value in (255 - i, 7, i)])
-    image.save(tmp_path / "mask.png", **({"transparency": 0} if kind == "P" else {}))
+        image.info["transparency"] = 0
+    image.save(tmp_path / "mask.png")
     mask = media.read_mask({"bytes": None, "path": str(tmp_path / "mask.png")})
     assert mask.dtype == np.int64
     np.testing.assert_array_equal(mask, ids)
