@@ -9,25 +9,35 @@ from torch import nn
 
 import mmadapters
 
+from ..config import BackboneConfig
 
-def audio_preprocessing(backbone: nn.Module) -> dict[str, int]:
-    """rate: samples per second that the encoder hears; least: samples that make one frame.
+
+def audio_preprocessing(config: BackboneConfig, backbone: nn.Module) -> dict[str, Any]:
+    """What recordings must be for the encoder, JSON-ready.
+
+    rate: samples per second; least: samples that make one frame; longest: samples that it takes,
+    None without a bound; normalise: to zero mean and unit variance.
 
     Raises:
         ValueError: it hears nothing.
     """
-    from ..encoders.speech import SpeechTower
+    from ..encoders.speech import SpeechTower, normalises
 
     model = mmadapters.init(backbone)
     try:
         tower = SpeechTower(model)
-        low, high = 0, tower.sample_rate
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if tower.frames(middle) > 0 else (middle, high)
     finally:
         model.detach()
-    return {"rate": int(tower.sample_rate), "least": high}
+    low, high = 0, tower.sample_rate
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if tower.frames(middle) > 0 else (middle, high)
+    return {
+        "rate": tower.sample_rate,
+        "least": high,
+        "longest": tower.longest,
+        "normalise": normalises(config, backbone),
+    }
 
 
 def audio_length(value: Any, rate: int) -> int:

@@ -38,6 +38,7 @@ class Classifier(TaskModel):
         weights: Tensor | None,
     ) -> None:
         super().__init__(encoder, head)
+        # transformers' Trainer takes `config` for that of one of its own models.
         self.job = config
         self.weights: Tensor | None
         self.register_buffer("weights", weights, persistent=False)
@@ -102,37 +103,70 @@ class ImageClassifier(Classifier):
 class AudioClassifier(Classifier):
     """Of recordings, whose padding never counts.
 
+    Args:
+        normalise: see `SpeechTower`.
+
     Raises:
         ValueError: the encoder hears none, or is asked for a class token.
     """
 
-    def __init__(self, encoder: AdapterModel, config: ClassificationConfig, **options: Any) -> None:
+    def __init__(
+        self,
+        encoder: AdapterModel,
+        config: ClassificationConfig,
+        *,
+        normalise: bool = False,
+        **options: Any,
+    ) -> None:
         from ..encoders.speech import SpeechTower
 
         if config.head.pooling == "cls":
             raise ValueError("speech encoders have no class token: set head.pooling to mean")
-        tower = SpeechTower(encoder)
-        blocks = encoder.sites.towers["audio"].blocks
+        tower = SpeechTower(encoder, normalise=normalise)
         head = ClassificationHead(
-            config.head, width=tower.width, layers=len(blocks) + 1, classes=options.pop("classes")
+            config.head, width=tower.width, layers=tower.depth + 1, classes=options.pop("classes")
         )
         super().__init__(encoder, head, config, **options)
         self.tower = tower
 
     def logits(self, *, waves: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
         """`waves`: (B, T) at the encoder's rate; `lengths`: (B,) samples of each."""
-        tower = self.encoder.sites.towers["audio"]
-        layers = range(len(tower.blocks)) if self.job.head.layers == "all" else ()
-        with Watch(tower, layers) as watch:
-            frames, counts = self.tower(waves, lengths)
-        states = [frames]
-        if layers:
-            assert watch.entered is not None
-            length = watch.entered.shape[1]
-            states = [watch.entered, *(watch.states[layer][:, :length] for layer in layers)]
-        length = states[0].shape[1]
-        mask = torch.arange(length, device=counts.device) < counts[:, None]
+        if self.job.head.layers == "all":
+            states = self._all_layers(waves, lengths)
+        else:
+            states = [self.tower(waves, lengths)[0]]
+        places = torch.arange(states[0].shape[1], device=lengths.device)
+        mask = places < self.tower.frames(lengths)[:, None]
         return self.head(states, mask)
+
+    def _all_layers(self, waves: Tensor, lengths: Tensor) -> list[Tensor]:
+        """(B, F, D) before the first block and after each."""
+        from ..encoders.speech import by_length
+
+        tower = self.encoder.sites.towers["audio"]
+        layers = range(len(tower.blocks))
+
+        def run(waves: Tensor, lengths: Tensor) -> list[Tensor] | None:
+            with Watch(tower, layers) as watch:
+                frames, _ = self.tower(waves, lengths)
+            assert watch.entered is not None
+            if len(watch.entered) != len(waves):
+                return None
+            states = [watch.entered, *(watch.states[layer] for layer in layers)]
+            return [state[:, : frames.shape[1]] for state in states]
+
+        found = run(waves, lengths)
+        if found is None:
+            # The encoder's blocks saw utterances of one length at a time (torchaudio's WavLM).
+            def together(part: Tensor) -> Tensor:
+                length = torch.full((len(part),), part.shape[1], device=lengths.device)
+                states = run(part, length)
+                assert states is not None
+                return torch.cat(states, dim=-1)
+
+            states = by_length(together, waves, lengths)
+            found = list(states.split(self.tower.width, dim=-1))
+        return found
 
 
 def class_weights(

@@ -32,6 +32,21 @@ def of_classes(matrix: np.ndarray, names: Sequence[str], trained: Sequence[int])
     return Table("Classes", columns, rows)
 
 
+def shares(found: Sequence[int], names: Sequence[str], rows: int) -> Table:
+    """How often each class is there.
+
+    Args:
+        found: the classes of all rows, one after another.
+        rows: how many rows there are.
+    """
+    counts = np.bincount(np.asarray(found, dtype=int), minlength=len(names))
+    lines = [
+        [name, int(count), _percent(count / max(rows, 1))]
+        for name, count in zip(names, counts, strict=True)
+    ]
+    return Table("Classes", ["class", "rows", "%"], lines)
+
+
 def confusions(matrix: np.ndarray, names: Sequence[str]) -> list[Table]:
     """The commonest mistakes, if there are any."""
     wrong = matrix - np.diag(np.diag(matrix))

@@ -43,7 +43,7 @@ class ClassificationTask(Task[ClassificationConfig]):
     """One label of several for an image or a recording, or any number of them.
 
     `state`: kind ("image" or "audio"), labels, counts and rows of the training split, and the
-    encoder's preprocessing (image: see `encoders.preprocessing`; audio: rate and least samples).
+    encoder's preprocessing (image: see `encoders.preprocessing`; audio: see `audio`).
     """
 
     name = "classification"
@@ -83,7 +83,7 @@ class ClassificationTask(Task[ClassificationConfig]):
                 preprocessing |= {"height": height, "width": width}
             self.state["preprocessing"] = preprocessing
         else:
-            self.state["preprocessing"] = audio_preprocessing(backbone)
+            self.state["preprocessing"] = audio_preprocessing(config.backbone, backbone)
         self._weights()
 
     @property
@@ -109,8 +109,14 @@ class ClassificationTask(Task[ClassificationConfig]):
         )
 
     def build(self, encoder: AdapterModel) -> TaskModel:
-        model = ImageClassifier if self.kind == "image" else AudioClassifier
-        return model(encoder, self.config, classes=len(self.labels.names), weights=self._weights())
+        options: dict[str, Any] = {
+            "classes": len(self.labels.names),
+            "weights": self._weights(),
+        }
+        if self.kind == "image":
+            return ImageClassifier(encoder, self.config, **options)
+        normalise = self.state["preprocessing"]["normalise"]
+        return AudioClassifier(encoder, self.config, normalise=normalise, **options)
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
         found = self.labels.indices(row.get("label"))
@@ -135,8 +141,11 @@ class ClassificationTask(Task[ClassificationConfig]):
             return {"pixels": self._augmenter(image) if train else to_tensor(image, how)}
         samples = torch.from_numpy(media.read_audio(value, how["rate"]))
         config = self.config.data
+        bounds = [how["longest"]] if how["longest"] is not None else []
         if config.max_seconds is not None:
-            samples = cut(samples, round(config.max_seconds * how["rate"]), train=train)
+            bounds.append(round(config.max_seconds * how["rate"]))
+        if bounds:
+            samples = cut(samples, min(bounds), train=train)
         if len(samples) < how["least"]:
             raise BadRow(
                 f"it lasts {1000 * len(samples) / how['rate']:.0f} ms; the encoder needs "
@@ -214,6 +223,17 @@ class ClassificationTask(Task[ClassificationConfig]):
             return [of_labels(truth, probabilities, names, threshold=self.config.threshold)]
         matrix = metrics.confusion(truth, probabilities.argmax(axis=1), len(names))
         return [of_classes(matrix, names, self.state["counts"]), *confusions(matrix, names)]
+
+    def survey(self, rows: Rows) -> list[Table]:
+        from .tables import shares
+
+        found = []
+        for value in rows["label"]:
+            try:
+                found += self.labels.indices(value)
+            except BadRow:
+                continue  # doctor names such rows
+        return [shares(found, self.labels.names, len(rows))]
 
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
