@@ -44,13 +44,14 @@ class ClipTowers:
         self.encoder = encoder
         backbone: Any = encoder.backbone
         self._native = _is_open_clip(backbone)
-        self.width = _width(backbone, self._native)
+        self.width: int = _width(backbone, self._native)
         self.image_width = encoder.sites.towers["vision"].width
         self.text_width = encoder.sites.towers["text"].width
 
     @property
     def logit_scale(self) -> Tensor:
-        return self.encoder.backbone.logit_scale
+        backbone: Any = self.encoder.backbone
+        return backbone.logit_scale
 
     @property
     def logit_bias(self) -> Tensor | None:

@@ -5,7 +5,7 @@ Shape legend: M images, N texts, E width of the embeddings, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,5 +118,8 @@ def _rerankings(records: Sequence[Record], first: np.ndarray) -> dict[str, Reran
     }
 
 
-def _tensors(join, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _tensors(
+    join: Callable[[Sequence[np.ndarray]], np.ndarray],
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> list[Tensor]:
     return [torch.from_numpy(join(parts)) for parts in zip(*pairs, strict=True)]

@@ -125,7 +125,7 @@ def _grid(lines: int, columns: int, widths: Sequence[float]) -> tuple[Any, np.nd
 def _write(axis: Axes, text: str, below: str) -> None:
     axis.axis("off")
     words = textwrap.fill(textwrap.shorten(text, 130, placeholder=" …"), 32)
-    box = {"transform": axis.transAxes, "color": INK, "parse_math": False}
+    box: dict[str, Any] = {"transform": axis.transAxes, "color": INK, "parse_math": False}
     axis.text(0, 0.5, words, fontsize=8, va="center", **box)
     axis.text(0, 0.08, below, fontsize=7, va="center", alpha=0.7, **box)
 

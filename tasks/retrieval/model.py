@@ -6,6 +6,8 @@ L text tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -147,13 +149,13 @@ def _head(
     if config.loss.kind == "sigmoid":
         own = getattr(towers, "logit_bias", None)
         bias = torch.tensor(config.loss.bias) if own is None else own
-    itm_head = towers.encoder.backbone.itm_head if matching else None
+    backbone: Any = towers.encoder.backbone
     return RetrievalHead(
         towers.width,
         config.head,
         logit_scale=towers.logit_scale,
         logit_bias=bias,
-        itm_head=itm_head,
+        itm_head=backbone.itm_head if matching else None,
     )
 
 

@@ -18,6 +18,8 @@ from ..task import BadRow
 from .model import RetrievalModel
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .task import RetrievalTask
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -101,7 +103,7 @@ def _embedded(
     return model.images(pixels.to(model.device))
 
 
-def _picture(path: str):  # type: ignore[no-untyped-def]
+def _picture(path: str) -> Image.Image:
     try:
         return media.read_image(path)
     except BadRow as error:

@@ -5,7 +5,7 @@ Shape legend: M images, N texts, K candidates of a query, P pairs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ def rerank(
     pairs, where = np.unique(
         np.concatenate([image_major.ravel(), text_major.ravel()]), return_inverse=True
     )
-    scores = _scores(task, model, rows, records, gallery, pairs)[where.reshape(-1)]
+    share = matching_scores(task, model, rows, records, gallery, pairs, *processes())
+    scores = _summed(share)[where.reshape(-1)]
     to_text = scores[: image_major.size].reshape(image_major.shape) + text_similarity.numpy()
     to_image = scores[image_major.size :].reshape(text_major.shape) + image_similarity.numpy()
     for image, index in enumerate(gallery.first):
@@ -45,24 +46,25 @@ def rerank(
         record["to_image"] = (images[own].numpy(), to_image[own])
 
 
-def _scores(
+def matching_scores(
     task: RetrievalTask,
     model: RetrievalModel,
     rows: Rows,
     records: list[Record],
     gallery: Gallery,
     pairs: np.ndarray,
+    rank: int,
+    world: int,
 ) -> np.ndarray:
-    """(P,) float32 logits of "matches" for sorted pairs image · N + text; images are read anew,
-    as their tokens would be too much to keep, each process some of them."""
-    rank, world = processes()
+    """(P,) float32 logits of "matches" for sorted pairs image · N + text, 0 for the pairs of other
+    processes. Images are read anew: their tokens would be too much to keep."""
     trainer = task.config.trainer
     size = trainer.eval_batch_size or trainer.batch_size
     own = np.arange(len(gallery.images))[rank::world]
     batches = [own[start : start + size] for start in range(0, len(own), size)]
     loader: DataLoader = DataLoader(
         Examples(task, rows, train=False),
-        batch_sampler=[[records[gallery.first[i]]["index"] for i in part] for part in batches],  # type: ignore[arg-type]
+        batch_sampler=[[records[gallery.first[i]]["index"] for i in part] for part in batches],
         collate_fn=Collate(task),
         num_workers=min(trainer.workers, len(batches)),
     )
@@ -81,8 +83,14 @@ def _scores(
             tokens = task.tokens([gallery.captions[text] for text in texts[some]])
             logits = model.match(image_tokens[place[some]], tokens.to(model.device))
             scores[of_part[some]] = logits[:, 1].float().cpu().numpy()
-    if world > 1:
-        parts = [np.empty(0)] * world
-        torch.distributed.all_gather_object(parts, scores)
-        scores = np.sum(parts, axis=0)
     return scores
+
+
+def _summed(share: np.ndarray) -> np.ndarray:
+    """What all processes have, added up."""
+    _, world = processes()
+    if world == 1:
+        return share
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, share)
+    return np.sum(parts, axis=0)

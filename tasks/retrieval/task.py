@@ -119,7 +119,7 @@ class RetrievalTask(Task[RetrievalConfig]):
     def collate(self, examples: Sequence[Example]) -> Batch:
         padding = self.state["text"].get("pad", 0)
         texts = [text for example in examples for text in example["tokens"]]
-        batch = {
+        batch: Batch = {
             "pixels": torch.stack([example["pixels"] for example in examples]),
             "tokens": pad_sequence(texts, batch_first=True, padding_value=padding),
             "image_ids": torch.tensor([example["image_id"] for example in examples]),
@@ -214,8 +214,9 @@ def captions_of(row: Mapping[str, Any]) -> list[str]:
     Raises:
         BadRow: there is none, or one is not text.
     """
-    single, several = row.get("caption"), row.get("captions")
-    texts = [single, *([several] if isinstance(several, str) else several or [])]
+    texts: list[Any] = []
+    for value in (row.get("caption"), row.get("captions")):
+        texts += value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise BadRow(f"a caption is {type(text).__name__} {text!r}, not text")
@@ -228,7 +229,7 @@ def captions_of(row: Mapping[str, Any]) -> list[str]:
 def image_id(row: Mapping[str, Any]) -> int:
     """Equal for rows of one image: of its `image_id`, else of the picture's bytes."""
     name = row.get("image_id")
-    if name is not None:
+    if name not in (None, ""):
         return number_of(str(name).encode())
     value = row["image"]
     digest = media.media_digest(value)
@@ -259,7 +260,7 @@ def _cropped(image: Image.Image, least: float) -> Image.Image:
     from torchvision.transforms import RandomResizedCrop
 
     top, left, height, width = RandomResizedCrop.get_params(
-        image,  # type: ignore[arg-type]
+        image,
         scale=[least, 1.0],
         ratio=[3 / 4, 4 / 3],
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import blip as blip_family
 from families.tokenizers import word_tokenizer
+from families.vision_language import CLIP_FAMILIES
 from PIL import Image
 from pydantic import ValidationError
 from torch.nn import functional as F
@@ -24,6 +25,7 @@ from mmadapters.tasks.evaluation import evaluate
 from mmadapters.tasks.retrieval.gallery import Gallery
 from mmadapters.tasks.retrieval.metrics import TO_IMAGE, TO_TEXT
 from mmadapters.tasks.retrieval.model import RetrievalModel
+from mmadapters.tasks.retrieval.reranking import matching_scores
 from mmadapters.tasks.retrieval.task import RetrievalTask, captions_of, image_id
 from mmadapters.tasks.task import BadRow, Collate, Examples
 
@@ -141,6 +143,16 @@ def test_the_sigmoid_loss_trains_with_a_bias_of_its_own(unseen: SceneRows) -> No
     assert model.head.logit_bias.item() != -10
 
 
+def test_siglip_keeps_its_own_bias_and_temperature() -> None:
+    family = next(f for f in CLIP_FAMILIES if f.name == "hf-siglip")
+    encoder = mmadapters.init(family.build())
+    own = encoder.backbone.logit_bias, encoder.backbone.logit_scale
+    head = RetrievalModel(encoder, job(loss={"kind": "sigmoid"})).head
+    assert (head.logit_bias.item(), head.logit_scale.item()) == tuple(t.item() for t in own)
+    assert head.logit_bias is not own[0]
+    assert RetrievalModel(encoder, job()).head.logit_bias is None
+
+
 def test_chunks_change_no_gradient(unseen: SceneRows) -> None:
     gradients = []
     for size in (None, 3):
@@ -182,6 +194,7 @@ def test_rows_of_one_picture_are_told_by_its_bytes_or_by_a_column(tmp_path: Path
     assert len({image_id(row) for row in same}) == 1
     assert image_id({"image": picture}) == image_id({"image": picture.copy()})
     assert image_id({"image": picture}) != image_id({"image": other})
+    assert image_id({"image": picture, "image_id": ""}) == image_id({"image": picture})
     named = [{"image": picture, "image_id": 7}, {"image": other, "image_id": "7"}]
     assert len({image_id(row) for row in named}) == 1
     assert 0 <= image_id(named[0]) < 2**63
@@ -194,6 +207,8 @@ def test_rows_of_one_picture_are_told_by_its_bytes_or_by_a_column(tmp_path: Path
         ({"captions": ["a dog", "", None, "a cat"]}, ["a dog", "a cat"]),
         ({"caption": "a dog", "captions": ["a cat"]}, ["a dog", "a cat"]),
         ({"captions": "a dog"}, ["a dog"]),
+        ({"caption": ["a dog", "a cat"]}, ["a dog", "a cat"]),
+        ({"caption": "", "captions": ["a cat"]}, ["a cat"]),
     ],
 )
 def test_captions_are_one_or_several(row: dict[str, Any], captions: list[str]) -> None:
@@ -319,8 +334,6 @@ def test_the_table_names_the_texts_that_went_worst(
 
 
 def test_adapters_where_nothing_passes_are_refused() -> None:
-    from families.vision_language import CLIP_FAMILIES
-
     coca = mmadapters.init(next(f for f in CLIP_FAMILIES if f.name == "open_clip-coca").build())
     coca.add_adapter("a", SeqBnConfig(size=4))
     with pytest.raises(ValueError, match=r"decoder, fusion of CoCa.*adapter\.sites"):
@@ -417,6 +430,20 @@ def test_blips_second_stage_scores_candidates_as_pair_by_pair(blip_folder: Path)
             assert set(chosen.tolist()) == set(similar[query].topk(4).indices.tolist())
             expected = [score(*pair(query, g)) for g in chosen.tolist()]
             np.testing.assert_allclose(reranking.scores[query], expected, atol=1e-4)
+
+
+def test_processes_share_the_second_stage(blip_folder: Path) -> None:
+    task, model = blip_task(blip_folder, evaluation={"rerank": 0})
+    model.eval()
+    rows = Colours()
+    records = records_of(task, model, rows)
+    given = (task, model, rows, records, Gallery.of(records), np.arange(0, 12 * 24, 5))
+    with torch.no_grad():
+        whole = matching_scores(*given, 0, 1)
+        shares = [matching_scores(*given, rank, 2) for rank in range(2)]
+    assert np.all(whole != 0)
+    assert all(0 < np.count_nonzero(share) < len(whole) for share in shares)
+    np.testing.assert_allclose(shares[0] + shares[1], whole, atol=1e-5)
 
 
 def test_without_reranking_blip_ranks_by_embeddings(blip_folder: Path) -> None:
