@@ -56,13 +56,13 @@ def make_backbone(config: BackboneConfig) -> nn.Module:
     backbone = mmadapters.load_backbone(
         config.name, pretrained=config.pretrained, weights=config.weights, **config.options
     )
-    settings = getattr(backbone, "config", None)
+    settings: Any = getattr(backbone, "config", None)
     if not config.layerdrop:
         if hasattr(settings, "layerdrop"):
             settings.layerdrop = 0.0
         for module in backbone.modules():
             if hasattr(module, "layer_drop"):  # torchaudio
-                module.layer_drop = 0.0
+                setattr(module, "layer_drop", 0.0)  # noqa: B010
     if not config.spec_augment and hasattr(settings, "apply_spec_augment"):
         settings.apply_spec_augment = False
     return backbone

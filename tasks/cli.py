@@ -47,6 +47,8 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError
+            raise
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             if os.environ.get(DEBUG):
                 raise
@@ -256,11 +258,12 @@ def doctor(
     from mmadapters.tasks import data as sources
     from mmadapters.tasks import doctor as doctors
     from mmadapters.tasks.config import SPLITS
+    from mmadapters.tasks.run import rows_to_fit
 
     kind = artifact.task_class(read.task)
     splits = sources.load(read.data, kind.columns, SPLITS)
     task = kind(read)
-    task.fit(splits.get("train"), artifact.make_backbone(read.backbone))
+    task.fit(rows_to_fit(splits.get("train")), artifact.make_backbone(read.backbone))
     report = doctors.examine(task, splits)
     doctors.print_report(report, Console())
     if not report.ok:

@@ -161,8 +161,9 @@ def _add_rows(task: Task, records: list[Record], rows: Rows) -> None:
 def plain_columns(task: Task, rows: Rows) -> Iterator[str]:
     """The columns that hold text or numbers."""
     media = {role for role, column in task.columns.items() if column.kind in MEDIA}
-    features = getattr(rows, "features", None) or {}
+    features = getattr(rows, "features", None)
     for name in rows.column_names:
-        dtype = getattr(features.get(name), "dtype", "string")
+        # Nested columns have no dtype.
+        dtype = "string" if features is None else getattr(features.get(name), "dtype", None)
         if name not in media and dtype not in ("binary", "large_binary", "dict", None):
             yield name

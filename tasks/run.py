@@ -33,9 +33,10 @@ from . import artifact, data
 from .config import SPLITS, JobConfig, Split
 from .evaluation import Evaluation, evaluate
 from .metrics import Metric
-from .task import Problem, Rows, Scores, Task, TaskModel
+from .task import Problem, Record, Rows, Scores, Task, TaskModel
 from .training import CHECKPOINTS, TaskTrainer, last_checkpoint
 
+STREAMED = 10_000  # rows of a stream that labels and vocabularies are taken from
 CONFIG, METRICS, REPORT = "config.yaml", "metrics.json", "report.html"
 
 
@@ -76,7 +77,7 @@ def train(
     checkpoint = prepare_folder(folder, config, resume=resume, overwrite=overwrite, write=first)
     state.wait_for_everyone()
     splits = data.load(config.data, artifact.task_class(config.task).columns, SPLITS)
-    task, model = make_model(config, splits.get("train"))
+    task, model = make_model(config, rows_to_fit(splits.get("train")))
     run = Run(folder, task, model, facts=sizes(model))
     device = "cpu" if config.trainer.device == "cpu" else artifact.default_device()
     model.to(device)
@@ -85,9 +86,11 @@ def train(
         run.before = _score(run, evaluate_split(task, model, rows), name)
     if any(parameter.requires_grad for parameter in model.parameters()):
         _fit(run, splits, checkpoint, quiet=quiet or not first)
-    records = {}
-    for name in ("validation", "test"):
-        if (rows := splits.get(name)) is not None:
+    records: dict[Split, list[Record]] = {}
+    measured: tuple[Split, ...] = ("validation", "test")
+    for name in measured:
+        if name in splits:
+            rows = splits[name]
             found = evaluate_split(task, model, rows)
             run.scores[name] = _score(run, found, name)
             records[name] = found.records
@@ -188,6 +191,11 @@ def make_model(config: JobConfig, rows: Rows | None) -> tuple[Task, TaskModel]:
     return task, model
 
 
+def rows_to_fit(rows: Any) -> Rows | None:
+    """What a task is fitted to: the training rows, or the first of a stream."""
+    return rows.head(STREAMED) if isinstance(rows, data.Stream) else rows
+
+
 def _speech(backbone: Any) -> Any:
     """The wav2vec2-like encoder inside a model with a CTC head, or the module itself."""
     prefix = getattr(backbone, "base_model_prefix", "")
@@ -282,7 +290,7 @@ def _fit(run: Run, splits: dict[Split, Rows], checkpoint: Path | None, *, quiet:
     }
 
 
-def _write(run: Run, splits: dict[Split, Rows], records: dict[str, list]) -> None:
+def _write(run: Run, splits: dict[Split, Rows], records: dict[Split, list[Record]]) -> None:
     from .reporting import write_run_report
 
     config = run.task.config

@@ -98,6 +98,7 @@ class TaskModel(nn.Module):
 
     `forward(**batch)` returns a dict whose "loss" is a scalar in float32 where the batch has
     targets. The head holds every trainable tensor that is not the adapter's: it alone is saved.
+    No attribute may be called `config`: transformers' Trainer would take it for its own.
     """
 
     def __init__(self, encoder: AdapterModel, head: nn.Module) -> None:
@@ -209,6 +210,10 @@ class Task(ABC, Generic[C]):
     def check(self, rows: Rows) -> list[Problem]:
         """What `doctor` reports beyond rows for which `example` fails, one at most for each row:
         what would train but should be known (an utterance too short for CTC, …)."""
+        return []
+
+    def survey(self, rows: Rows) -> list[Table]:
+        """What `doctor` shows of a split as a whole (how often each class is there)."""
         return []
 
 

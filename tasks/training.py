@@ -23,6 +23,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import evaluation
+from .artifact import default_device
 from .batches import EpochBatches, StreamExamples, share_of
 from .config import TrainerConfig
 from .evaluation import evaluate, processes, refuse, to_device
@@ -126,7 +127,8 @@ class TaskTrainer(Trainer):
             report_to=["wandb"] if config.wandb else [],
             run_name=self.task.config.name,
             seed=self.task.config.seed,
-            use_cpu=config.device == "cpu",
+            # Without an accelerator transformers refuses bf16 unless it is told so.
+            use_cpu="cpu" in (config.device, default_device()),
             **timing,
         )
 
@@ -253,14 +255,14 @@ class TaskTrainer(Trainer):
         # Called in every process.
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder = self.folder / CHECKPOINTS if output_dir is None else Path(output_dir)
         write_trained(self.task_model, folder / _WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir)
+            folder = self.folder / CHECKPOINTS
             (folder / f"checkpoint-{self.state.global_step}" / _WHOLE).touch()
             for other in folder.glob("best-*.safetensors"):
                 if other != self.best_file():

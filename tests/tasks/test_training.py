@@ -52,17 +52,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return figures(folder)
 
 
-@pytest.mark.parametrize("step", [12, 23], ids=["in the middle of an epoch", "twice resumed"])
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(
-    step: int, whole: dict[str, Any], tmp_path: Path
+def test_a_run_that_was_killed_twice_goes_on_to_the_same_bits(
+    whole: dict[str, Any], tmp_path: Path
 ) -> None:
-    for kill_at in (step // 2, step) if step > 20 else (step,):
+    # Once in an epoch, with dropout and augmentation drawn on, and once at its end.
+    for kill_at in (12, 24):
         killed = program(tmp_path, LONG, kill_at=kill_at)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = program(tmp_path, LONG)
     assert done.returncode == 0, done.stderr
     resumed = figures(tmp_path)
-    assert resumed.pop("resumed") == f"checkpoint-{step // 5 * 5}"
+    assert resumed.pop("resumed") == "checkpoint-20"
     assert resumed == {key: value for key, value in whole.items() if key != "resumed"}
 
 
