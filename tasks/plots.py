@@ -1,0 +1,197 @@
+"""Charts and picture grids of one style, as PNG data or as SVG that follows the page's colours.
+
+matplotlib is imported when something is drawn, without pyplot: no state is kept, no window opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .metrics import Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What a chart is drawn in."""
+
+    ink: str
+    muted: str
+    line: str
+    accent: str
+    second: str
+
+
+LIGHT = Colours(ink="#1c2330", muted="#5b6576", line="#dfe3ea", accent="#2f62d9", second="#c2410c")
+# Stand for the custom properties of the page that an SVG will stand in.
+PAGE = Colours(ink="#010101", muted="#020202", line="#030303", accent="#040404", second="#050505")
+
+
+def figure_png(figure: Figure, *, dpi: int = 160) -> bytes:
+    """PNG data of a matplotlib figure, on white."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=dpi, facecolor="white")
+    return data.getvalue()
+
+
+def figure_svg(figure: Figure, *, title: str) -> str:
+    """An `<svg>` element to stand in a page. Text stays text, and the colours of `PAGE` become the
+    page's `--ink`, `--muted`, `--line`, `--accent` and `--second`.
+
+    Args:
+        title: what the picture shows, for those who do not see it.
+    """
+    import matplotlib
+
+    data = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(data, format="svg", transparent=True)
+    written = data.getvalue()
+    box = re.search(r'viewBox="([^"]*)"', written)
+    assert box is not None
+    inside = written[written.index(">", written.index("<svg")) + 1 :]
+    for element in ("metadata", "style"):
+        inside = re.sub(rf"<{element}.*?</{element}>", "", inside, flags=re.DOTALL)
+    for name, colour in vars(PAGE).items():
+        inside = re.sub(rf"(fill|stroke): {colour}\b", rf"\1: var(--{name})", inside)
+    # Several charts share a page, and their ids must not meet.
+    prefix = "c" + hashlib.sha256((title + inside).encode()).hexdigest()[:8]
+    inside = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", inside)
+    label = html.escape(title, quote=True)
+    return f'<svg class="chart" viewBox="{box[1]}" role="img" aria-label="{label}">{inside}'
+
+
+def curve(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    xlabel: str = "step",
+    percent: bool = False,
+    mark: tuple[float, float, str] | None = None,
+    colours: Colours = LIGHT,
+) -> Figure:
+    """Lines over steps, by name.
+
+    Args:
+        points: x and y of each line; numbers that are not finite leave a gap.
+        percent: y are shares, shown as percentages.
+        mark: x, y and label of the point that is pointed out.
+    """
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(4.0, 2.5), layout="constrained")
+    axes = figure.subplots()
+    factor = 100 if percent else 1
+    for (name, (x, y)), colour in zip(
+        points.items(), (colours.accent, colours.second, colours.muted), strict=False
+    ):
+        values = factor * np.asarray(y, dtype=float)
+        marker = "o" if len(values) <= 20 else ""
+        axes.plot(x, values, color=colour, lw=1.6, marker=marker, ms=3, label=name)
+    if mark is not None:
+        x_mark, y_mark, label = mark
+        axes.plot(
+            *([x_mark], [factor * y_mark]),
+            **{"marker": "o", "ms": 8, "mfc": "none", "mec": colours.second, "mew": 1.8},
+        )
+        axes.axvline(x_mark, color=colours.second, lw=0.8, ls=(0, (3, 3)), zorder=0)
+        axes.set_title(label, loc="right", fontsize=9, color=colours.second, parse_math=False)
+    if len(points) > 1:
+        axes.legend(fontsize=8, frameon=False, labelcolor=colours.ink)
+    axes.set_title(
+        *(title + (", %" if percent else ""),),
+        **{"loc": "left", "fontsize": 10, "color": colours.ink, "parse_math": False},
+    )
+    axes.set_xlabel(xlabel, fontsize=9, color=colours.muted)
+    _style(axes, colours)
+    return figure
+
+
+def bars_with_intervals(
+    metrics: Mapping[str, Metric], *, title: str, colours: Colours = LIGHT
+) -> Figure:
+    """A bar for each name with its 95 % interval, from top to bottom, and how many it is of."""
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(7.0, 0.8 + 0.3 * len(metrics)), layout="constrained")
+    axes = figure.subplots()
+    shares = all(metric.unit == "%" for metric in metrics.values())
+    factor = 100 if shares else 1
+    for place, metric in enumerate(metrics.values()):
+        axes.barh(place, factor * metric.value, height=0.62, color=colours.accent, alpha=0.85)
+        if metric.low is not None and metric.high is not None:
+            ends = [factor * metric.low, factor * metric.high]
+            axes.plot(ends, [place, place], color=colours.ink, lw=1.5, solid_capstyle="butt")
+    names = [f"{name} (n = {metric.count:,})" for name, metric in metrics.items()]
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(left=min(0.0, *axes.get_xlim()))
+    axes.set_xlabel(title + (", %" if shares else ""), fontsize=9, color=colours.muted)
+    _style(axes, colours)
+    axes.grid(axis="x", color=colours.line, lw=0.8)
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+def grid(
+    images: Sequence[Any],
+    titles: Sequence[str],
+    columns: int,
+    *,
+    right: Sequence[bool | None] | None = None,
+) -> Figure:
+    """Pictures in rows, each over its own words.
+
+    Args:
+        images: what `imshow` takes: PIL images, (H, W, 3) or (H, W) arrays.
+        titles: lines are kept; what is too wide for a picture is wrapped, at most six lines.
+        right: frames a picture in green (True) or red (False), or leaves it without (None).
+    """
+    from matplotlib.figure import Figure as Canvas
+
+    columns = max(min(columns, len(images)), 1)
+    rows = max(-(-len(images) // columns), 1)
+    words = [_wrapped(title, 26) for title in titles]
+    tall = max((text.count("\n") + 1 for text in words if text), default=0)
+    figure = Canvas(figsize=(2.1 * columns, (2.1 + 0.16 * tall) * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    verdicts = right if right is not None else [None] * len(images)
+    for axes in places[len(images) :]:
+        axes.set_axis_off()
+    for axes, image, text, verdict in zip(places, images, words, verdicts, strict=False):
+        small = max(np.asarray(image).shape[:2]) < 128
+        axes.imshow(image, cmap="gray", interpolation="nearest" if small else "antialiased")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set(
+            visible=verdict is not None, color=RIGHT if verdict else WRONG, linewidth=2.5
+        )
+        axes.set_xlabel(text, fontsize=8, color=LIGHT.ink, parse_math=False)
+    return figure
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]]
+    return "\n".join([*lines[:5], f"{lines[5][: width - 2]} …"] if len(lines) > 6 else lines)
+
+
+def _style(axes: Axes, colours: Colours) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(colours.line)
+    axes.tick_params(colors=colours.muted, labelsize=9, length=0)
+    axes.grid(axis="y", color=colours.line, lw=0.8)
+    axes.set_axisbelow(True)
