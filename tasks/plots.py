@@ -76,7 +76,8 @@ def figure_svg(figure: Figure, *, title: str) -> str:
 
 
 def curve(
-    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x: Sequence[float],
+    y: Sequence[float],
     *,
     title: str,
     xlabel: str = "step",
@@ -84,10 +85,9 @@ def curve(
     mark: tuple[float, float, str] | None = None,
     colours: Colours = LIGHT,
 ) -> Figure:
-    """Lines over steps, by name.
+    """A line over steps; a y that is NaN leaves a gap.
 
     Args:
-        points: x and y of each line; numbers that are not finite leave a gap.
         percent: y are shares, shown as percentages.
         mark: x, y and label of the point that is pointed out.
     """
@@ -96,26 +96,15 @@ def curve(
     figure = Canvas(figsize=(4.0, 2.5), layout="constrained")
     axes = figure.subplots()
     factor = 100 if percent else 1
-    for (name, (x, y)), colour in zip(
-        points.items(), (colours.accent, colours.second, colours.muted), strict=False
-    ):
-        values = factor * np.asarray(y, dtype=float)
-        marker = "o" if len(values) <= 20 else ""
-        axes.plot(x, values, color=colour, lw=1.6, marker=marker, ms=3, label=name)
+    values = factor * np.asarray(y, dtype=float)
+    axes.plot(x, values, color=colours.accent, lw=1.6, marker="o" if len(y) <= 20 else "", ms=3)
     if mark is not None:
-        x_mark, y_mark, label = mark
-        axes.plot(
-            *([x_mark], [factor * y_mark]),
-            **{"marker": "o", "ms": 8, "mfc": "none", "mec": colours.second, "mew": 1.8},
-        )
-        axes.axvline(x_mark, color=colours.second, lw=0.8, ls=(0, (3, 3)), zorder=0)
+        at, value, label = mark
+        axes.axvline(at, color=colours.second, lw=0.8, ls=(0, (3, 3)), zorder=0)
+        axes.plot([at], [factor * value], "o", ms=8, mfc="none", mec=colours.second, mew=1.8)
         axes.set_title(label, loc="right", fontsize=9, color=colours.second, parse_math=False)
-    if len(points) > 1:
-        axes.legend(fontsize=8, frameon=False, labelcolor=colours.ink)
-    axes.set_title(
-        *(title + (", %" if percent else ""),),
-        **{"loc": "left", "fontsize": 10, "color": colours.ink, "parse_math": False},
-    )
+    name = title + (", %" if percent else "")
+    axes.set_title(name, loc="left", fontsize=10, color=colours.ink, parse_math=False)
     axes.set_xlabel(xlabel, fontsize=9, color=colours.muted)
     _style(axes, colours)
     return figure

@@ -24,14 +24,14 @@ def learning_curves(history: Entries, metric: Metric, best_step: int | None) -> 
     charts = []
     steps, loss = series(history, "loss")
     if steps:
-        figure = curve({"training loss": (steps, loss)}, title="training loss", colours=PAGE)
+        figure = curve(steps, loss, title="training loss", colours=PAGE)
         charts.append(figure_svg(figure, title=f"Training loss: {_ends(steps, loss)}"))
     steps, values = series(history, f"eval_{metric.name}")
     if steps:
         charts.append(_validation(steps, values, metric, best_step))
     steps, rates = series(history, "learning_rate")
     if steps:
-        figure = curve({"learning rate": (steps, rates)}, title="learning rate", colours=PAGE)
+        figure = curve(steps, rates, title="learning rate", colours=PAGE)
         charts.append(figure_svg(figure, title=f"Learning rate: {_ends(steps, rates)}"))
     return charts
 
@@ -47,7 +47,7 @@ def _validation(
         value = values[steps.index(best)]
         shown = f"best {100 * value:.1f} %" if percent else f"best {value:.4g}"
         mark, told = (best, value, shown), f"{title}: {shown} at step {best}"
-    figure = curve({title: (steps, values)}, title=title, percent=percent, mark=mark, colours=PAGE)
+    figure = curve(steps, values, title=title, percent=percent, mark=mark, colours=PAGE)
     return figure_svg(figure, title=told)
 
 

@@ -23,7 +23,7 @@ from mmadapters.tasks.plots import (
     grid,
 )
 
-POINTS = {"loss": ([1, 2, 3], [0.5, 0.25, 0.125])}
+POINTS = ([1, 2, 3], [0.5, 0.25, 0.125])
 
 
 def parsed(svg: str) -> ElementTree.Element:
@@ -33,14 +33,14 @@ def parsed(svg: str) -> ElementTree.Element:
 
 
 def test_a_curve_goes_through_its_points_in_percent_where_they_are_shares() -> None:
-    (axes,) = curve(POINTS, title="share", percent=True).axes
+    (axes,) = curve(*POINTS, title="share", percent=True).axes
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, 50], [2, 25], [3, 12.5]])
     assert axes.get_title(loc="left") == "share, %"
 
 
 def test_a_mark_points_out_one_point() -> None:
-    (axes,) = curve(POINTS, title="loss", mark=(2, 0.25, "best 0.25")).axes
-    np.testing.assert_array_equal(axes.lines[1].get_xydata(), [[2, 0.25]])
+    (axes,) = curve(*POINTS, title="loss", mark=(2, 0.25, "best 0.25")).axes
+    np.testing.assert_array_equal(axes.lines[2].get_xydata(), [[2, 0.25]])
     assert axes.get_title(loc="right") == "best 0.25"
 
 
@@ -81,14 +81,14 @@ def test_long_words_are_wrapped_and_cut() -> None:
 
 @pytest.mark.parametrize("dpi", [80, 160])
 def test_png_data_have_the_size_and_resolution_that_were_asked_for(dpi: int) -> None:
-    image = Image.open(io.BytesIO(figure_png(curve(POINTS, title="loss"), dpi=dpi)))
+    image = Image.open(io.BytesIO(figure_png(curve(*POINTS, title="loss"), dpi=dpi)))
     assert image.size == (4.0 * dpi, 2.5 * dpi)
     assert image.info["dpi"] == pytest.approx((dpi, dpi), abs=0.1)
 
 
 def test_svg_keeps_text_and_takes_its_colours_from_the_page() -> None:
     title = 'validation <b> & "R@1" $x_1$'
-    svg = figure_svg(curve(POINTS, title=title, colours=PAGE), title=title)
+    svg = figure_svg(curve(*POINTS, title=title, colours=PAGE), title=title)
     root = parsed(svg)
     assert title in [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert root.get("aria-label") == title
@@ -99,7 +99,7 @@ def test_svg_keeps_text_and_takes_its_colours_from_the_page() -> None:
 
 def test_svg_of_one_page_share_no_id_and_refer_to_their_own() -> None:
     charts = [
-        figure_svg(curve(POINTS, title=name, colours=LIGHT), title=name) for name in ("a", "b")
+        figure_svg(curve(*POINTS, title=name, colours=LIGHT), title=name) for name in ("a", "b")
     ]
     seen: set[str] = set()
     for chart in charts:
@@ -114,5 +114,5 @@ def test_svg_of_one_page_share_no_id_and_refer_to_their_own() -> None:
 
 
 def test_svg_of_the_same_chart_is_the_same() -> None:
-    one, two = (figure_svg(curve(POINTS, title="loss"), title="loss") for _ in range(2))
+    one, two = (figure_svg(curve(*POINTS, title="loss"), title="loss") for _ in range(2))
     assert one == two
