@@ -1,60 +1,61 @@
-"""What a report shows of speech recognition: error rates by group, and the worst utterances."""
+"""What a report shows of speech recognition: error rates by group, what is misheard, and where."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..metrics import Metric
 from ..task import Figure, Record, Table
-from .metrics import CHARACTER_ERRORS, WORD_ERRORS, WORDS, aligned
+from .metrics import CHARACTER_ERRORS, WORD_ERRORS, WORDS, aligned, misheard
 
 if TYPE_CHECKING:
     from .task import ASRTask
 
 
 def illustrate(task: ASRTask, records: Sequence[Record], *, count: int) -> list[Figure | Table]:
+    from ..plots import bars_with_intervals, figure_png
+
     shown: list[Figure | Table] = []
     scores = task.score(records, bootstrap=task.config.evaluation.bootstrap)
     for column, values in scores.groups.items():
-        rates = {value: metrics[0] for value, metrics in values.items()}
-        shown.append(Figure(f"WER by {column}", bars(rates), f"With 95 % intervals, by {column}."))
-    worst = sorted(
-        records, key=lambda r: (-r["counts"][WORD_ERRORS], -r["counts"][CHARACTER_ERRORS])
+        rates = sorted(
+            ((value, metrics[0]) for value, metrics in values.items()),
+            key=lambda item: -item[1].value,
+        )
+        chart = bars_with_intervals(dict(rates), title="word error rate")
+        caption = f"By {column}, the highest first; lines are 95 % intervals."
+        shown.append(Figure(f"WER by {column}", figure_png(chart), caption))
+    tables = (worst(records, count=count), confusions(records, count=count))
+    return [*shown, *(table for table in tables if table.rows)]
+
+
+def worst(records: Sequence[Record], *, count: int) -> Table:
+    """The utterances with most word errors, what was said above what was heard."""
+    ordered = sorted(
+        (record for record in records if record["counts"][WORD_ERRORS]),
+        key=lambda r: (-r["counts"][WORD_ERRORS], -r["counts"][CHARACTER_ERRORS]),
     )
     rows = []
-    for record in worst[:count]:
-        if not record["counts"][WORD_ERRORS]:
-            break
-        said, heard = aligned(record["reference"], record["hypothesis"])
+    for record in ordered[:count]:
         errors = f"{record['counts'][WORD_ERRORS]} of {record['counts'][WORDS]}"
-        rows.append((record["index"], errors, said, heard))
-    if rows:
-        caption = "Capitals: another word; *: nothing was said; -: nothing was heard."
-        shown.append(
-            Table("Worst utterances", ("row", "word errors", "said", "heard"), rows, caption)
-        )
-    return shown
-
-
-def bars(rates: dict[str, Metric]) -> bytes:
-    """A bar for each group, the highest rate first."""
-    from matplotlib.figure import Figure as Canvas
-
-    from ..plots import figure_png
-
-    ordered = sorted(rates.items(), key=lambda item: item[1].value)
-    figure = Canvas(figsize=(6.4, 0.8 + 0.38 * len(ordered)), layout="constrained")
-    axes = figure.add_subplot()
-    values = [100 * metric.value for _, metric in ordered]
-    axes.barh(range(len(ordered)), values, color="#4c78a8", height=0.62)
-    for row, (_, metric) in enumerate(ordered):
-        if metric.low is not None and metric.high is not None:
-            axes.plot([100 * metric.low, 100 * metric.high], [row, row], color="#222222", lw=1.4)
-    axes.set_yticks(
-        range(len(ordered)), [f"{name} (n = {metric.count})" for name, metric in ordered]
+        lines = "\n".join(aligned(record["reference"], record["hypothesis"]))
+        rows.append((record["index"], errors, lines))
+    caption = (
+        "Said above heard. Capitals: heard as another word; --- below: not heard; *** above: heard "
+        "and not said."
     )
-    axes.set_xlabel("word error rate, %")
-    axes.set_xlim(left=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure_png(figure)
+    return Table("Worst utterances", ("row", "word errors", "said and heard"), rows, caption)
+
+
+def confusions(records: Sequence[Record], *, count: int) -> Table:
+    """The errors that come most often, of those that come more than once."""
+    found = Counter(
+        pair for record in records for pair in misheard(record["reference"], record["hypothesis"])
+    )
+    rows = [
+        (said or "(nothing)", heard or "(nothing)", times)
+        for (said, heard), times in found.most_common(count)
+        if times > 1
+    ]
+    return Table("Most frequent errors", ("said", "heard", "times"), rows)

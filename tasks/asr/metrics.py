@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import jiwer
@@ -105,9 +106,22 @@ def _rate(errors: int, of: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda sums: sums[..., errors] / sums[..., of]
 
 
+def misheard(reference: str, hypothesis: str) -> Iterator[tuple[str, str]]:
+    """The word errors as (said, heard), one of them empty where a word was left out or put in."""
+    if not reference:
+        yield from (("", word) for word in hypothesis.split())
+        return
+    said, heard = reference.split(), hypothesis.split()
+    for chunk in jiwer.process_words(reference, hypothesis).alignments[0]:
+        if chunk.type != "equal":
+            left = said[chunk.ref_start_idx : chunk.ref_end_idx]
+            right = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            yield from zip_longest(left, right, fillvalue="")
+
+
 def aligned(reference: str, hypothesis: str) -> tuple[str, str]:
-    """Both texts word under word: `*` marks what was put in, `-` what was left out, capitals what
-    was heard as something else."""
+    """Both texts, word over word: `*` above stands over what was put in, `-` below stands under
+    what was left out, capitals are what was heard as something else."""
     if not reference:
         return " ".join("*" * len(word) for word in hypothesis.split()), hypothesis.upper()
     out = jiwer.process_words(reference, hypothesis)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmadapters.tasks.asr.metrics import aligned, counts, error_rates, improvement
+from mmadapters.tasks.asr.illustrate import confusions, worst
+from mmadapters.tasks.asr.metrics import aligned, counts, error_rates, improvement, misheard
 
 
 def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -147,3 +148,24 @@ def test_pairs_of_other_utterances_are_refused() -> None:
 )
 def test_alignments_stand_word_under_word(said: str, heard: str, above: str, below: str) -> None:
     assert aligned(said, heard) == (above, below)
+
+
+def test_what_is_misheard_is_counted_word_by_word() -> None:
+    assert list(misheard("the cat sat on the mat", "the bat sat the mat yes")) == [
+        ("cat", "bat"),
+        ("on", ""),
+        ("", "yes"),
+    ]
+    assert list(misheard("", "oh no")) == [("", "oh"), ("", "no")]
+    for said, heard in pairs(200):
+        assert len(list(misheard(said, heard))) == counts(said, heard)[0]
+
+
+def test_the_report_shows_the_worst_first_and_what_comes_again() -> None:
+    texts = [("one two three", "one two three"), ("one two", "won two"), ("one six", "won sick")]
+    records = [{**record(*pair), "index": 10 + i} for i, pair in enumerate(texts)]
+    table = worst(records, count=5)
+    assert [row[:2] for row in table.rows] == [(12, "2 of 2"), (11, "1 of 2")]
+    assert table.rows[0][2] == "ONE SIX\nWON SICK"
+    assert len(worst(records, count=1).rows) == 1
+    assert confusions(records, count=5).rows == [("one", "won", 2)]
