@@ -55,22 +55,33 @@ def own_vocabulary(config: BackboneConfig, backbone: Any) -> Vocabulary:
             f"{config.name} does not say the characters of its head: name a tokenizer in "
             "backbone.processor"
         )
+    # Ids that the head has and the tokenizer does not name are never part of a text.
+    tokens = [f"<{i}>" for i in range(own_head(config, backbone).out_features)]
+    tokenizer = _tokenizer(config.processor or name)
+    for token, index in tokenizer.get_vocab().items():
+        # What was added behind the head's characters (<s>, </s>) is none of them.
+        if index < len(tokens):
+            tokens[index] = "|" if token == tokenizer.word_delimiter_token else token
+    return Vocabulary(tuple(tokens), tokenizer.pad_token_id)
+
+
+def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.processor or name)
-    table = tokenizer.get_vocab()
-    delimiter = getattr(tokenizer, "word_delimiter_token", "|")
-    tokens = ["|" if token == delimiter else token for token in sorted(table, key=table.get)]
-    # Ids that the head has and the tokenizer does not name are never part of a text.
-    size = own_head(config, backbone).out_features
-    tokens += [f"<{i}>" for i in range(len(tokens), size)]
-    return Vocabulary(tuple(tokens), tokenizer.pad_token_id)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"backbone.processor: {name} has no tokenizer: {line}") from error
+    if not hasattr(tokenizer, "word_delimiter_token"):
+        raise ValueError(f"backbone.processor: the tokenizer of {name} is not one for CTC")
+    return tokenizer
 
 
 def _of_bundle(name: str) -> Vocabulary:
     import torchaudio
 
-    bundle = getattr(torchaudio.pipelines, name, None)
+    bundle: Any = getattr(torchaudio.pipelines, name, None)
     if not hasattr(bundle, "get_labels"):
         raise ValueError(f"torchaudio/{name} has no labels: set head.init to fresh")
     blank, *others = bundle.get_labels()

@@ -50,7 +50,7 @@ def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
     if not records:
         raise ValueError("no transcript has a word, so that there is no word error rate")
     statistics = np.array([record["counts"] for record in records], dtype=float)
-    options = {
+    options: dict[str, Any] = {
         "resamples": resamples,
         "clusters": speakers(records),
         "greater_is_better": False,

@@ -244,6 +244,9 @@ def test_a_hub_models_head_comes_with_its_tokenizers_characters(tmp_path: Path) 
     assert len(vocabulary.tokens) == head.out_features == 12
     assert vocabulary.encode("te et") == [6, 5, 4, 5, 6]
     assert vocabulary.decode([6, 5, 9, 3, 4, 5, 6], lowercase=True) == "te et"
+    nothing = BackboneConfig(name="hf/wav2vec2-ctc", processor=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"backbone\.processor: .*nothing has no tokenizer"):
+        own_vocabulary(nothing, backbone)
     assert torch.equal(head.weight, backbone.lm_head.weight)  # type: ignore[union-attr, arg-type]
     head.weight.data.zero_()
     assert backbone.lm_head.weight.any()  # type: ignore[union-attr, operator]

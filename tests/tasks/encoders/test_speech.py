@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import Family, families
+from families.speech import SMALL
 from torch import Tensor
 
 import mmadapters
-from mmadapters.tasks.encoders.speech import SpeechTower, conv_frames, normalised
+from mmadapters import AdapterModel
+from mmadapters.tasks.config import BackboneConfig
+from mmadapters.tasks.encoders.speech import SpeechTower, conv_frames, normalised, normalises
 
 SPEECH = {
     name: f
@@ -145,3 +150,80 @@ def test_normalisation_reads_an_utterances_own_samples() -> None:
         assert own.mean().abs() < 1e-5
         assert own.var(unbiased=False) == pytest.approx(1, abs=1e-4)
         assert not out[row, length:].any()
+
+
+def bundled() -> AdapterModel:
+    """As a bundle of torchaudio wraps the models that want normalised waveforms."""
+    from torchaudio.pipelines._wav2vec2.utils import _extend_model
+
+    wrapped = _extend_model(SPEECH["torchaudio-wav2vec2-prenorm"].build(), normalize_waveform=True)
+    return mmadapters.init(wrapped.eval())
+
+
+def test_a_bundle_that_normalises_does_so_utterance_by_utterance() -> None:
+    tower = SpeechTower(bundled())
+    batch, lengths = waves()
+    batch = 5 * batch + 1
+    with torch.no_grad():
+        frames, counts = tower(batch, lengths)
+        for row, length in enumerate(LENGTHS):
+            # torchaudio normalises whatever it is given as one: alone it is right.
+            alone = tower.encoder.backbone(batch[row : row + 1, :length])[0]
+            torch.testing.assert_close(frames[row, : counts[row]], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_the_libraries_do_with_padding_is_why() -> None:
+    """The front end with a group norm: a mask alone does not make a batch like its utterances."""
+    model = SPEECH["hf-hubert"].build()
+    batch, lengths = waves((3200, 1600))
+    mask = torch.arange(3200) < lengths[:, None]
+    batch = batch.masked_fill(~mask, 0.0)
+    with torch.no_grad():
+        padded = model(batch, attention_mask=mask.long()).last_hidden_state[1]
+        alone = model(batch[1:, :1600]).last_hidden_state[0]
+    assert (padded[: len(alone)] - alone).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["hf-wav2vec2", "hf-wavlm"])
+def test_spec_augment_acts_where_asked_and_lets_short_utterances_be(name: str) -> None:
+    model = mmadapters.init(SPEECH[name].build())
+    tower, module = SpeechTower(model), model.backbone
+    module = getattr(module, module.base_model_prefix, module)
+    batch, lengths = waves((4800, 4800))
+    with torch.no_grad():
+        still, _ = tower(batch, lengths)
+        module.training = True
+        masked, _ = tower(batch, lengths)
+        short, _ = tower(batch[:, :1500], torch.tensor([1500, 1500]))
+        module.training = False
+        kept, _ = tower(batch[:, :1500], torch.tensor([1500, 1500]))
+        again, _ = tower(batch, lengths)
+    assert torch.equal(still, again)
+    assert not torch.allclose(still, masked)
+    # Four frames are fewer than a mask has: transformers would raise.
+    assert short.shape[1] == 4
+    assert torch.equal(short, kept)
+
+
+def test_whether_waveforms_are_normalised_is_said_by_the_feature_extractor(tmp_path: Path) -> None:
+    from transformers import Wav2Vec2FeatureExtractor
+
+    backbone = SPEECH["hf-wav2vec2"].build()
+    for says in (True, False):
+        Wav2Vec2FeatureExtractor(do_normalize=says).save_pretrained(tmp_path)
+        named = BackboneConfig(name="hf/wav2vec2", processor=str(tmp_path))
+        assert normalises(named, backbone) is says
+    assert not normalises(BackboneConfig(name="nano/wav2vec2"), backbone)
+
+
+def test_an_encoder_that_hears_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="hears nothing: it has the towers vision"):
+        SpeechTower(mmadapters.init(families()["timm-vit"].build()))
+
+
+def test_convolutions_behind_the_blocks_are_refused() -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    config = Wav2Vec2Config(**SMALL, add_adapter=True, output_hidden_size=32)
+    with pytest.raises(ValueError, match="add_adapter: false"):
+        SpeechTower(mmadapters.init(Wav2Vec2Model(config)))
