@@ -1,0 +1,87 @@
+"""Questions answered by a classifier on a CLIP's two towers.
+
+Shape legend: B questions, I images, T texts, L text tokens, A answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmadapters import AdapterModel
+
+from ..encoders.clip import ClipTowers
+from ..task import TaskModel
+from .config import VQAHeadConfig
+from .heads import BilinearHead, CoAttentionHead, FusionHead
+
+
+class ClipVQA(TaskModel):
+    """`binary`: each answer is right or wrong by itself, by the sigmoid; else one of them is right,
+    by the softmax."""
+
+    def __init__(
+        self, encoder: AdapterModel, config: VQAHeadConfig, *, answers: int, binary: bool
+    ) -> None:
+        towers = ClipTowers(encoder)
+        head: nn.Module
+        if config.kind == "coattention":
+            head = CoAttentionHead(towers.image_width, towers.text_width, answers, config)
+        elif config.kind == "bilinear":
+            head = BilinearHead(towers.width, answers, config)
+        else:
+            head = FusionHead(towers.width, answers, config)
+        super().__init__(encoder, head)
+        self.towers = towers
+        self.binary = binary
+
+    def forward(
+        self,
+        pixels: Tensor,
+        tokens: Tensor,
+        image_of: Tensor,
+        text_of: Tensor,
+        targets: Tensor | None = None,
+        references: Any = None,
+    ) -> dict[str, Tensor]:
+        """Logits (B, A), and the loss of targets.
+
+        Args:
+            pixels: (I, 3, H, W), each image once.
+            tokens: (T, L), each question's text once.
+            image_of, text_of: (B,) the numbers of a question's image and text.
+            targets: (B, A), how right each answer is; all 0 where no answer is known, which no
+                softmax can learn from.
+        """
+        logits = self.logits(pixels, tokens, image_of, text_of).float()
+        if targets is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": classifier_loss(logits, targets, binary=self.binary)}
+
+    def logits(self, pixels: Tensor, tokens: Tensor, image_of: Tensor, text_of: Tensor) -> Tensor:
+        towers = self.towers
+        if isinstance(self.head, CoAttentionHead):
+            texts, mask = towers.text_tokens(tokens)
+            images = towers.image_tokens(pixels)
+            return self.head(images, texts, mask, image_of=image_of, text_of=text_of)
+        return self.head(towers.images(pixels)[image_of], towers.texts(tokens)[text_of])
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, A) logits -> how likely each answer is right."""
+        return logits.sigmoid() if self.binary else logits.softmax(dim=-1)
+
+
+def classifier_loss(logits: Tensor, targets: Tensor, *, binary: bool) -> Tensor:
+    """The mean over questions, known answers or not, so that parts of a batch add up to it.
+
+    Binary: the sum over answers of the cross-entropies with soft targets (Teney et al. 2018, §4.6).
+    Else: the cross-entropy with the targets' shares of their sum.
+    """
+    if binary:
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return losses.sum(dim=-1).mean()
+    shares = targets / targets.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(targets.dtype).tiny)
+    return -(shares * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
