@@ -19,7 +19,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     A step reads `batch_size` rows in all: cut into `accumulation` parts, and each part into one
     share for each process. A last incomplete batch is left out, as every row has its turn in
     another epoch; fewer rows than a batch are repeated to fill one. With `lengths`, rows of similar
-    lengths share a batch.
+    lengths share a batch. With `groups`, whole groups are drawn one after the other, so that a
+    batch holds few of them.
 
     Raises:
         ValueError: the batch cannot be cut so, or there are no rows.
@@ -35,6 +36,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world: int = 1,
         lengths: list[int] | None = None,
+        groups: list[int] | None = None,
     ) -> None:
         share = share_of(batch_size, accumulation, world)
         if rows < 1:
@@ -42,6 +44,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.accumulation, self.rank, self.share = accumulation, rank, share
         self.lengths = None if lengths is None else np.asarray(lengths)
+        self.groups = None if groups is None else np.asarray(groups)
         self.steps = max(rows // batch_size, 1)
         self.epoch = 0
 
@@ -62,6 +65,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def _order(self, rng: np.random.Generator) -> np.ndarray:
         """(steps, batch_size) row numbers."""
         order = rng.permutation(self.rows)
+        if self.groups is not None:
+            turn = rng.permutation(self.groups.max() + 1)[self.groups]
+            order = order[np.argsort(turn[order], kind="stable")]
         order = np.resize(order, self.steps * self.batch_size)
         if self.lengths is None:
             return order.reshape(self.steps, self.batch_size)

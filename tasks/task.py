@@ -207,6 +207,11 @@ class Task(ABC, Generic[C]):
         """The size of each row where batches should be of similar sizes, None where not."""
         return None
 
+    def groups(self, rows: Rows) -> list[int] | None:
+        """The group of each row where rows of one group should share a training batch, as they
+        share what is costly (questions about one image); None where nothing is shared."""
+        return None
+
     def check(self, rows: Rows) -> list[Problem]:
         """What `doctor` reports beyond rows for which `example` fails, one at most for each row:
         what would train but should be known (an utterance too short for CTC, …)."""

@@ -79,6 +79,7 @@ class TaskTrainer(Trainer):
                 rank=rank,
                 world=world,
                 lengths=task.lengths(train),
+                groups=task.groups(train),
             )
         super().__init__(
             model=model,
