@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from ..config import DataConfig, JobConfig, Section
 
@@ -43,6 +43,13 @@ class AugmentConfig(Section):
     gain: float = Field(default=0.0, ge=0)
     """Decibels up or down, at most."""
 
+    @field_validator("speed")
+    @classmethod
+    def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.5 <= value[0] <= value[1] <= 2.0:
+            raise ValueError("speed is a range from low to high, between 0.5 and 2")
+        return value
+
 
 class DecodingConfig(Section):
     method: Literal["greedy", "beam"] = "greedy"
@@ -56,12 +63,24 @@ class DecodingConfig(Section):
     beta: float = 1.0
     """What every word adds to the score, against the model's liking for few words."""
 
+    @model_validator(mode="after")
+    def _searched(self) -> DecodingConfig:
+        if self.language_model is not None and self.method != "beam":
+            raise ValueError("a language_model acts in the beam search alone: set method to beam")
+        return self
+
 
 class ChunkConfig(Section):
     seconds: float = Field(default=30.0, gt=0)
     """Audio longer than this is recognised in pieces of this length."""
     stride: float = Field(default=5.0, ge=0)
     """What neighbouring pieces share on each side; their characters there are left out."""
+
+    @model_validator(mode="after")
+    def _more_than_strides(self) -> ChunkConfig:
+        if 2 * self.stride >= self.seconds:
+            raise ValueError("seconds must be more than two strides, or nothing is left of a piece")
+        return self
 
 
 class ASRConfig(JobConfig):

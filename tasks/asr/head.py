@@ -25,6 +25,8 @@ def own_head(config: BackboneConfig, backbone: Any) -> nn.Linear:
     else:
         inner = getattr(backbone, "model", backbone)
         found = getattr(backbone, "lm_head", None) or getattr(inner, "aux", None)
+        if found is None and config.name.startswith("hf/") and config.pretrained:
+            found = _hub_head(config.name.removeprefix("hf/"))
     if not isinstance(found, nn.Linear):
         raise ValueError(
             f"{config.name} has no CTC head of its own: set head.init to fresh, or name a model "
@@ -34,6 +36,17 @@ def own_head(config: BackboneConfig, backbone: Any) -> nn.Linear:
     with torch.no_grad():
         copy.load_state_dict(found.state_dict())
     return copy
+
+
+def _hub_head(name: str) -> nn.Linear | None:
+    """The head of a hub model or a folder; None where its weights have none."""
+    from transformers import AutoModelForCTC
+
+    try:
+        model, info = AutoModelForCTC.from_pretrained(name, output_loading_info=True)
+    except ValueError:  # an architecture without one
+        return None
+    return None if any("lm_head" in key for key in info["missing_keys"]) else model.lm_head
 
 
 def own_vocabulary(config: BackboneConfig, backbone: Any) -> Vocabulary:

@@ -21,7 +21,7 @@ from mmadapters import AdapterModel
 
 from ..config import BackboneConfig
 
-__all__ = ["SpeechTower", "normalises"]
+__all__ = ["SpeechTower", "convolutions", "normalises"]
 
 SAMPLE_RATE = 16_000
 
@@ -134,6 +134,7 @@ class _FrontEnd:
     normalises = False
     longest: int | None = None
     layers: list[tuple[int, int]]
+    convolutions: tuple[nn.Module, ...]
 
     def run(self, waves: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
         """(B, T) zeros behind each utterance -> (B, F, D)."""
@@ -151,6 +152,7 @@ class _HuggingFace(_FrontEnd):
                 "which change the number of frames; load it with options {add_adapter: false}"
             )
         self.model, config = model, model.config
+        self.convolutions = (model.feature_extractor,)
         self.layers = list(zip(config.conv_kernel, config.conv_stride, strict=True))
         self.by_length = config.feat_extract_norm == "group"
 
@@ -178,9 +180,10 @@ class _TorchAudio(_FrontEnd):
     def __init__(self, backbone: Any) -> None:
         self.normalises = bool(getattr(backbone, "normalize_waveform", False))
         self.model = getattr(backbone, "model", backbone)
-        convolutions = self.model.feature_extractor.conv_layers
-        self.layers = [(layer.kernel_size, layer.stride) for layer in convolutions]
-        self.by_length = isinstance(convolutions[0].layer_norm, nn.GroupNorm)
+        self.convolutions = (self.model.feature_extractor,)
+        layers = self.model.feature_extractor.conv_layers
+        self.layers = [(layer.kernel_size, layer.stride) for layer in layers]
+        self.by_length = isinstance(layers[0].layer_norm, nn.GroupNorm)
         attention = self.model.encoder.transformer.layers[0].attention
         self.masks = not type(attention).__name__.startswith("WavLM")
 
@@ -203,6 +206,7 @@ class _Whisper(_FrontEnd):
         from transformers.audio_utils import mel_filter_bank
 
         self.model = getattr(getattr(backbone, "model", backbone), "encoder", backbone)
+        self.convolutions = (self.model.conv1, self.model.conv2)
         # A spectrum every HOP samples, then a convolution of stride 2.
         self.layers = [(self.HOP, self.HOP), (1, 2)]
         self.longest = self.model.max_source_positions * 2 * self.HOP
@@ -227,11 +231,12 @@ class _Whisper(_FrontEnd):
         """(B, T) -> (B, M, T / 160), as OpenAI's `log_mel_spectrogram`: decibels within 80 of the
         utterance's loudest, scaled to about −1 to 1."""
         window = torch.hann_window(self.WINDOW, device=waves.device)
-        spectrum = torch.stft(
-            waves.float(), self.WINDOW, self.HOP, window=window, return_complex=True
-        )
-        power = spectrum[..., :-1].abs().square()
-        mel = self.filters.to(waves.device).T @ power
+        with torch.autocast(waves.device.type, enabled=False):
+            spectrum = torch.stft(
+                waves.float(), self.WINDOW, self.HOP, window=window, return_complex=True
+            )
+            power = spectrum[..., :-1].abs().square()
+            mel = self.filters.to(waves.device).T @ power
         log = mel.clamp(min=1e-10).log10()
         log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8.0)
         return (log + 4.0) / 4.0
@@ -248,6 +253,15 @@ def by_length(run: Callable[[Tensor], Tensor], waves: Tensor, lengths: Tensor) -
     longest = max(part.shape[1] for part in parts)
     padded = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]
     return torch.cat(padded)[torch.cat(order).argsort()]
+
+
+def convolutions(backbone: nn.Module) -> tuple[nn.Module, ...]:
+    """The front end of a speech encoder, which usually stays frozen where all else is trained.
+
+    Raises:
+        ValueError: see `SpeechTower`.
+    """
+    return _front_end(backbone).convolutions
 
 
 def _is_whisper(backbone: nn.Module) -> bool:

@@ -160,11 +160,20 @@ def test_short_audio_in_one_piece_is_the_whole(family: Family) -> None:
 def test_every_frame_of_long_audio_is_there_once(name: str) -> None:
     _, model = task_and_model(SPEECH[name])
     for samples in (3841, 6400, 10_007):
-        for stride in (0.0, 0.02, 0.06, 9.0):
+        for stride in (0.0, 0.02, 0.06, 0.119):
             found = model.long_log_probs(
                 torch.randn(samples), ChunkConfig(seconds=0.24, stride=stride)
             )
             assert len(found) == model.tower.frames(samples)
+
+
+@torch.no_grad()
+def test_pieces_are_no_longer_than_the_encoder_takes() -> None:
+    _, model = task_and_model(SPEECH["hf-whisper"])
+    assert model.is_long(3841, ChunkConfig())
+    assert not model.is_long(3840, ChunkConfig())
+    found = model.long_log_probs(torch.randn(9000), ChunkConfig(seconds=30.0, stride=5.0))
+    assert len(found) == model.tower.frames(9000)
 
 
 @torch.no_grad()

@@ -264,6 +264,49 @@ def test_a_torchaudio_bundle_brings_its_labels() -> None:
     assert own_head(named, backbone).out_features == len(vocabulary.tokens) == 29
 
 
+def test_a_folder_with_a_ctc_model_brings_all_that_it_needs(tmp_path: Path) -> None:
+    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+
+    letters = {"<pad>": 0, "|": 1, **{letter: i for i, letter in enumerate("ABCDEFGHIJ", 2)}}
+    (tmp_path / "vocab.json").write_text(json.dumps(letters), "utf-8")
+    tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), bos_token=None, eos_token=None)
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save_pretrained(tmp_path)
+    whole = speech.hf_wav2vec2()
+    whole.save_pretrained(tmp_path)  # type: ignore[operator]
+    named = {"name": f"hf/{tmp_path}", "pretrained": True}
+    backbone = mmadapters.load_backbone(f"hf/{tmp_path}", pretrained=True)
+    assert not hasattr(backbone, "lm_head")
+    task = ASRTask(config(backbone=named, head={"init": "backbone"}))
+    task.fit(None, backbone)
+    assert task.state["normalise"] is True
+    assert task.vocabulary.tokens == tuple(letters)
+    model = task.build(mmadapters.init(backbone)).eval()
+    wave = torch.randn(1, 4000)
+    with torch.no_grad():
+        log_probs, _ = model.log_probs(3 * wave + 1, torch.tensor([4000]))
+        normal = (wave - wave.mean()) / wave.std(unbiased=False)
+        expected = whole.eval()(normal).logits.log_softmax(-1)
+    torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=1e-4)
+
+    backbone.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="has no CTC head of its own"):
+        own_head(BackboneConfig(name=f"hf/{tmp_path / 'bare'}", pretrained=True), backbone)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"decoding": {"language_model": "words.arpa"}}, "set method to beam"),
+        ({"chunks": {"seconds": 10, "stride": 5}}, "more than two strides"),
+        ({"augment": {"speed": [1.1, 0.9]}}, "a range from low to high"),
+        ({"augment": {"speed": [0.0, 1.0]}}, "between 0.5 and 2"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(section: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**section)
+
+
 @pytest.mark.parametrize("name", ["hf/hubert", "torchaudio/wav2vec2_base"])
 def test_an_encoder_without_a_head_says_so(name: str) -> None:
     family = "hf-hubert" if name.startswith("hf") else "torchaudio-hubert"

@@ -13,7 +13,13 @@ from torch import Tensor
 import mmadapters
 from mmadapters import AdapterModel
 from mmadapters.tasks.config import BackboneConfig
-from mmadapters.tasks.encoders.speech import SpeechTower, conv_frames, normalised, normalises
+from mmadapters.tasks.encoders.speech import (
+    SpeechTower,
+    conv_frames,
+    convolutions,
+    normalised,
+    normalises,
+)
 
 SPEECH = {
     name: f
@@ -139,6 +145,8 @@ def test_log_mel_is_that_of_transformers() -> None:
     expected = WhisperFeatureExtractor()(wave[0].numpy(), sampling_rate=16_000).input_features
     mel = tower._front.log_mel(wave)  # type: ignore[attr-defined]
     torch.testing.assert_close(mel[0], torch.as_tensor(expected[0]), atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tower._front.log_mel(wave), mel)  # type: ignore[attr-defined]
 
 
 def test_normalisation_reads_an_utterances_own_samples() -> None:
@@ -214,6 +222,17 @@ def test_whether_waveforms_are_normalised_is_said_by_the_feature_extractor(tmp_p
         named = BackboneConfig(name="hf/wav2vec2", processor=str(tmp_path))
         assert normalises(named, backbone) is says
     assert not normalises(BackboneConfig(name="nano/wav2vec2"), backbone)
+
+
+@every_family
+def test_the_convolutions_are_what_comes_before_the_blocks(family: Family) -> None:
+    model = mmadapters.init(family.build())
+    inside = {id(p) for block in model.sites.blocks() for p in block.module.parameters()}
+    front = [p for module in convolutions(model.backbone) for p in module.parameters()]
+    assert front
+    assert all(p.dim() <= 3 and id(p) not in inside for p in front)
+    kernels = [p for p in front if p.dim() == 3]
+    assert len(kernels) == (2 if family.name == "hf-whisper" else 7)
 
 
 def test_an_encoder_that_hears_nothing_is_refused() -> None:
