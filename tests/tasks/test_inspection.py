@@ -1,0 +1,168 @@
+"""`inspect`: what it says of sites and costs is what adding, saving and merging then give."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from torch import nn
+
+import mmadapters
+from mmadapters.methods import METHODS
+from mmadapters.tasks.inspection import Inspection, MethodRow, inspect, print_inspection
+
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
+NAME = "timm/vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def found() -> Inspection:
+    return inspect(NAME, options=SMALL_VIT)
+
+
+@pytest.fixture(scope="module")
+def without_biases() -> Inspection:
+    return inspect(NAME, options=SMALL_VIT | {"qkv_bias": False})
+
+
+@pytest.fixture(scope="module")
+def model() -> mmadapters.AdapterModel:
+    return mmadapters.init(mmadapters.load_backbone(NAME, **SMALL_VIT))
+
+
+@pytest.fixture(scope="module")
+def model_without_biases() -> mmadapters.AdapterModel:
+    return mmadapters.init(mmadapters.load_backbone(NAME, **SMALL_VIT, qkv_bias=False))
+
+
+def row(found: Inspection, method: str) -> MethodRow:
+    return next(row for row in found.methods if row.method == method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_costs_are_those_of_the_adapter_that_is_then_added(
+    found: Inspection, model: mmadapters.AdapterModel, method: str, tmp_path: Path
+) -> None:
+    told = row(found, method)
+    if told.problem is not None:
+        with pytest.raises(ValueError) as error:
+            model.add_adapter("a", method)
+        assert str(error.value) == told.problem
+        return
+    model.add_adapter("a", method)
+    (added,) = model.adapter_summary()
+    assert (told.sites, told.parameters) == (added.sites, added.parameters)
+    assert 100 * told.share == pytest.approx(added.share)
+    model.save_adapter(tmp_path / "a", "a")
+    assert told.fp32_bytes == (tmp_path / "a" / "adapter.safetensors").stat().st_size
+    assert told.identity is model.adapter("a").config.identity
+    model.delete_adapter("a")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_can_be_merged_is_what_merging_then_accepts(
+    without_biases: Inspection, model_without_biases: mmadapters.AdapterModel, method: str
+) -> None:
+    told = row(without_biases, method)
+    if told.problem is not None:
+        assert told.mergeable is False
+        return
+    model = model_without_biases
+    model.add_adapter("a", method)
+    if told.mergeable is True:
+        model.merge_adapter("a")
+        model.reset_adapter("a")
+        model.delete_adapter("a")
+        return
+    with pytest.raises(ValueError) as error:
+        model.merge_adapter("a")
+    model.delete_adapter("a")
+    assert str(error.value) == f"adapter 'a' cannot be merged: {told.mergeable}"
+
+
+def test_a_missing_bias_keeps_a_shift_from_being_merged(
+    found: Inspection, without_biases: Inspection
+) -> None:
+    assert row(found, "ssf").mergeable is True
+    assert "has no parameter to hold its shift" in str(row(without_biases, "ssf").mergeable)
+
+
+def test_half_the_bytes_in_half_precision(found: Inspection) -> None:
+    lora = row(found, "lora")
+    # Two bytes a number less; the names in the file's head are the same, up to its padding to 8.
+    assert abs(lora.fp32_bytes - lora.fp16_bytes - 2 * lora.parameters) <= 128
+
+
+def test_sites_are_all_canonical_names_with_the_shapes_of_their_weights(
+    found: Inspection, model: mmadapters.AdapterModel
+) -> None:
+    (tower,) = found.towers
+    names = [name for name in model.sites.names() if name.count(".") != 2 and name != "vision"]
+    assert [site.name for site in tower.sites] == [
+        name for name in names if not name.endswith(("blocks.0", "blocks.1", "blocks.2"))
+    ]
+    shapes = {site.name: (site.inputs, site.outputs, site.parameters) for site in tower.sites}
+    # By the layout of timm: fused q, k and v, and a feed-forward four times as wide.
+    assert shapes["vision.blocks.1.attn.k"] == (64, 64, 64 * 64 + 64)
+    assert shapes["vision.blocks.1.ffn.up"] == (64, 256, 64 * 256 + 256)
+    assert shapes["vision.blocks.1.ffn.down"] == (256, 64, 256 * 64 + 64)
+    assert shapes["vision.norm"] == (64, 64, 128)
+
+
+def test_a_tower_has_the_parameters_of_its_blocks_and_norm(found: Inspection) -> None:
+    backbone = mmadapters.load_backbone(NAME, **SMALL_VIT)
+    modules = nn.ModuleList([backbone.blocks, backbone.norm])  # type: ignore[list-item]
+    (tower,) = found.towers
+    assert tower.parameters == sum(p.numel() for p in modules.parameters())
+    assert found.parameters == sum(p.numel() for p in backbone.parameters())
+    assert (tower.depth, tower.width, tower.prompts) == (3, 64, None)
+    sublayers = [site for site in tower.sites if site.kind in ("attn", "ffn")]
+    assert sum(site.parameters for site in sublayers) + 128 == tower.parameters
+
+
+def test_it_is_ready_for_json(found: Inspection) -> None:
+    data = json.loads(json.dumps(found.as_dict()))
+    assert data["methods"][0]["method"] == next(iter(METHODS))
+    assert data["towers"][0]["sites"][0]["name"] == "vision.blocks.0.attn"
+    assert data["architecture"] == "VisionTransformer"
+
+
+def test_several_towers_each_have_their_table() -> None:
+    found = inspect("nano/clip")
+    assert [tower.name for tower in found.towers] == ["vision", "text"]
+    assert "text tower" in str(row(found, "prompt").problem)
+    text = printed(found, width=100)
+    assert "vision.blocks.[0-" in text
+    assert "text.blocks.[0-" in text
+
+
+def test_the_tables_say_every_method_and_every_reason_once(found: Inspection) -> None:
+    text = printed(found, width=100)
+    assert f"{NAME}: VisionTransformer of timm, {found.parameters:,} parameters" in text
+    assert "vision.blocks.[0-2].attn.q" in text
+    for method in found.methods:
+        assert f"│ {method.method} " in text
+    assert text.count("so no weight equals it") == 2  # bottlenecks, gates
+    assert "a ConfigUnion needs at least two methods" in text
+
+
+def test_a_narrow_terminal_loses_no_name(found: Inspection) -> None:
+    text = printed(found, width=80)
+    assert "vision.blocks.[0-2].attn.norm" in text
+    assert "double_seq_bn" in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_an_unknown_encoder_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'nano/vit'"):
+        inspect("nano/vitt")
+
+
+def printed(found: Inspection, *, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_inspection(found, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
