@@ -260,9 +260,8 @@ def doctor(
     from mmadapters.tasks.config import SPLITS
     from mmadapters.tasks.run import rows_to_fit
 
-    kind = artifact.task_class(read.task)
-    splits = sources.load(read.data, kind.columns, SPLITS)
-    task = kind(read)
+    task = artifact.task_class(read.task)(read)
+    splits = sources.load(read.data, task.columns, SPLITS)
     task.fit(rows_to_fit(splits.get("train")), artifact.make_backbone(read.backbone))
     report = doctors.examine(task, splits)
     doctors.print_report(report, Console())

@@ -67,7 +67,7 @@ def run(out: Path, tasks: Sequence[str], overrides: Sequence[str] = ()) -> list[
         ValueError: an unknown task.
         ImportError: speech synthesis or easy-VQA is not installed; says how to.
     """
-    from mmadapters.tasks.configkeys import nearest
+    from mmadapters.sites import nearest
 
     for task in tasks:
         if task not in TASKS:

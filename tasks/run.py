@@ -76,7 +76,7 @@ def train(
     first = state.is_main_process
     checkpoint = prepare_folder(folder, config, resume=resume, overwrite=overwrite, write=first)
     state.wait_for_everyone()
-    splits = data.load(config.data, artifact.task_class(config.task).columns, SPLITS)
+    splits = data.load(config.data, artifact.task_class(config.task)(config).columns, SPLITS)
     task, model = make_model(config, rows_to_fit(splits.get("train")))
     run = Run(folder, task, model, facts=sizes(model))
     device = "cpu" if config.trainer.device == "cpu" else artifact.default_device()

@@ -1,0 +1,91 @@
+"""What a run tells its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .report import Report, write_report
+from .task import Record, Rows
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def write_run_report(
+    run: Run,
+    splits: Mapping[Any, Rows],
+    records: Mapping[Any, Sequence[Record]],
+    *,
+    environment: Mapping[str, Any],
+) -> None:
+    """Writes `report.html` of a run that has been evaluated; pictures are of the split that counts.
+
+    Args:
+        records: by split, as `evaluate` gave them.
+        environment: as `metrics.json` has it.
+    """
+    from .run import REPORT
+
+    config = run.task.config
+    order = [split for split in ("test", "validation") if split in run.scores]
+    count = config.evaluation.pictures
+    figures = (
+        run.task.illustrate(run.model, splits[order[0]], records[order[0]], count=count)
+        if count and order
+        else []
+    )
+    report = Report(
+        title=config.name,
+        task=config.task,
+        metric=run.task.metric,
+        scores={split: run.scores[split] for split in order},
+        before=run.before,
+        summary=summary(run, splits),
+        facts=facts(run),
+        figures=figures,
+        history=run.history,
+        best_step=run.facts.get("best_step"),
+        problems=run.problems,
+        environment=environment,
+        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+    )
+    write_report(run.folder / REPORT, report)
+
+
+def summary(run: Run, splits: Mapping[Any, Rows]) -> list[str]:
+    """What was done, in a sentence or two."""
+    config = run.task.config
+    mode = config.trainer.mode
+    method = config.adapter.get("method") if mode == "adapter" else mode
+    ways = {
+        "full": "fine-tuned as a whole",
+        "head": "frozen, with a trained head",
+        "none": "as it is, nothing trained",
+    }
+    how = ways.get(mode, f"frozen, with {method} adapters")
+    sizes = [f"{len(rows):,} {split}" for split, rows in splits.items() if hasattr(rows, "__len__")]
+    return [
+        f"{config.backbone.name}, {how}.",
+        f"Rows: {', '.join(sizes)}. The best checkpoint was chosen on the validation split."
+        if "validation" in splits and run.history
+        else f"Rows: {', '.join(sizes)}.",
+    ]
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What is good to know at a glance."""
+    known = run.facts
+    told = {
+        "trained of the encoder": f"{100 * known['trained_share']:.2f} %",
+        "adapter": f"{known['adapter_parameters']:,} parameters",
+        "head": f"{known['head_parameters']:,} parameters",
+    }
+    if "adapter_bytes" in known:
+        told["on disk"] = f"{known['adapter_bytes'] / 1024:,.0f} kB"
+    if "train_seconds" in known:
+        told["training"] = f"{known['steps']:,} steps in {known['train_seconds']:,.0f} s"
+        told["waited for data"] = f"{100 * known['waited_for_data']:.1f} % of the time"
+    return told

@@ -1,0 +1,59 @@
+"""Jobs on real data with real weights, end to end, in as little time as shows the effect.
+
+The README's figures are of longer runs of the same configs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmadapters.tasks.configfile import read_config
+from mmadapters.tasks.run import Run, train
+
+pytestmark = pytest.mark.slow
+
+
+def job(config: str, folder: Path, *changes: str) -> Run:
+    fixed = [f"output={folder}", "trainer.tensorboard=false", "evaluation.bootstrap=200"]
+    return train(read_config(config, [*fixed, *changes]), quiet=True)
+
+
+def test_nuclei_with_a_vit_small(shared_dir: Path, tmp_path: Path) -> None:
+    short = [
+        f"data.source={shared_dir}/data/nuclei",
+        f"backbone.weights={shared_dir}/weights/vit_small_patch14_focus.safetensors",
+        *("data.limit.validation=8", "trainer.epochs=1", "trainer.batch_size=12"),
+        *("transforms.size=392", "transforms.crop=196", "trainer.learning_rate=2e-3"),
+    ]
+    adapter = job("segment_nuclei", tmp_path / "adapter", *short)
+    head = job("segment_nuclei", tmp_path / "head", *short, "trainer.mode=head")
+    assert adapter.headline.count == head.headline.count == 100
+    assert adapter.headline.value >= 0.80
+    assert adapter.headline.value > head.headline.value
+    assert adapter.facts["trained_share"] <= 0.05
+    assert not adapter.problems["test"]
+    assert (tmp_path / "adapter/report.html").stat().st_size > 50_000
+
+
+def test_spoken_digits_of_people_that_the_encoder_never_heard(
+    shared_dir: Path, tmp_path: Path
+) -> None:
+    source = f"data.source={shared_dir}/data/spoken_digits"
+    run = job("asr_digits", tmp_path / "run", source, "trainer.epochs=2", "trainer.batch_size=16")
+    assert run.before is not None
+    assert run.before["WER"].value > 0.8
+    assert run.headline.value < 0.5 * run.before["WER"].value
+    assert set(run.scores["test"].groups["accent"]) == {"Belgian-French", "German", "Greek", "USA"}
+    assert len(run.scores["test"].groups["speaker"]) == 6
+    assert run.facts["trained_share"] <= 0.05
+
+
+def test_emoji_by_name(shared_dir: Path, tmp_path: Path) -> None:
+    source = f"data.source={shared_dir}/data/emoji"
+    run = job("retrieve_emoji", tmp_path / "run", source, "trainer.epochs=4")
+    assert run.before is not None
+    name = "text-to-image R@10"
+    assert run.scores["test"][name].value > 1.5 * run.before[name].value
+    assert run.facts["trained_share"] <= 0.05
