@@ -237,7 +237,7 @@ def _method_table(rows: Iterable[MethodRow], notes: Notes) -> Any:
     from rich.table import Table
 
     table = Table(
-        *("method", "sites", "parameters", "of encoder", "fp32", "fp16", "merges"),
+        *("method", "sites", "parameters", "share", "fp32", "fp16", "merges"),
         title="Methods with their defaults",
         title_justify="left",
     )
