@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ..config import DataConfig, JobConfig, Section
 
+SPEECH = re.compile("^torchaudio/|wav2vec|hubert|wavlm|whisper")  # names of speech encoders
 MetricName = Literal["accuracy", "balanced accuracy", "macro F1", "mAP", "micro F1"]
 
 
@@ -63,14 +65,15 @@ class AudioAugmentation(Section):
 
 class ClassificationData(DataConfig):
     kind: Literal["auto", "image", "audio"] = "auto"
-    """What is classified; auto: the column that there is, image or audio."""
+    """What is classified; auto: what data.columns names, else what the backbone's name stands
+    for: audio for speech encoders, image for all others."""
     multi_label: bool = False
     """A row may have any number of labels: a list, or text with a separator."""
     separator: str = Field(default=",", min_length=1)
     """Between the labels of a text, with multi_label."""
     labels: tuple[str, ...] = ()
-    """The classes, in order; by default those of the training split, sorted. A streamed training
-    split whose column does not name its classes needs them."""
+    """The classes, in order; by default those of the training split, sorted (of its first rows, if
+    it is streamed)."""
     size: int | tuple[int, int] | None = None
     """Side, or height and width, of the images that the encoder sees; its own by default."""
     max_seconds: float | None = Field(default=None, gt=0)
@@ -141,6 +144,15 @@ class ClassificationConfig(JobConfig):
                 f"are {', '.join(known)}"
             )
         return self
+
+    @property
+    def kind(self) -> Literal["image", "audio"]:
+        """What is classified."""
+        if self.data.kind != "auto":
+            return self.data.kind
+        if ("audio" in self.data.columns) != ("image" in self.data.columns):
+            return "audio" if "audio" in self.data.columns else "image"
+        return "audio" if SPEECH.search(self.backbone.name.lower()) else "image"
 
     @property
     def deciding_metric(self) -> str:

@@ -98,23 +98,15 @@ def fit_labels(
         names: the classes, where the config gives them.
 
     Raises:
-        ValueError: there are fewer classes than a classifier needs, or they cannot be known.
+        ValueError: there are fewer classes than a classifier needs, or none of those given.
     """
     coded = coded_names(rows)
     counts: Counter[str] = Counter()
-    if hasattr(rows, "__len__"):
-        for value in rows["label"]:
-            try:
-                counts.update(set(labels_of(value, coded, separator)))
-            except BadRow:
-                continue  # counted when the row is used
-    elif not names:
-        names = coded
-        if not names:
-            raise ValueError(
-                "the classes of a streamed training split are not known before it was read; give "
-                "them as data.labels"
-            )
+    for value in rows["label"]:
+        try:
+            counts.update(set(labels_of(value, coded, separator)))
+        except BadRow:
+            continue  # counted when the row is used
     names = tuple(names) or _ordered(counts, coded)
     least = 1 if separator is not None else 2
     if len(set(names)) < least:
@@ -122,6 +114,11 @@ def fit_labels(
         raise ValueError(f"the training split has {found}; a classifier needs {least} classes")
     if len(set(names)) < len(names):
         raise ValueError("data.labels names a class twice")
+    if not any(counts[name] for name in names):
+        raise ValueError(
+            f"no training row has one of data.labels ({', '.join(names[:3])}, …); there are "
+            f"{', '.join(list(counts)[:3]) or 'no labels'}"
+        )
     return LabelMap(names, coded, separator), [counts[name] for name in names]
 
 

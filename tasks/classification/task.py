@@ -42,23 +42,24 @@ from .model import AudioClassifier, Classifier, ImageClassifier, class_weights
 class ClassificationTask(Task[ClassificationConfig]):
     """One label of several for an image or a recording, or any number of them.
 
-    `state`: kind ("image" or "audio"), labels, counts and rows of the training split, and the
-    encoder's preprocessing (image: see `encoders.preprocessing`; audio: see `audio`).
+    `state`: labels, counts and rows of the training split, and the encoder's preprocessing (of
+    images: see `encoders.preprocessing`; of recordings: see `audio`).
     """
 
     name = "classification"
     metric = "accuracy"
     columns: ClassVar[Mapping[str, Column]] = {
-        "image": Column("image", required=False, description="the picture, or"),
-        "audio": Column("audio", required=False, description="the recording"),
+        "image": Column("image", description="the picture"),
+        "audio": Column("audio", description="the recording"),
         "label": Column("label", description="its class, or its classes with data.multi_label"),
     }
     usage = "image or audio files"
 
     def __init__(self, config: ClassificationConfig, state: dict[str, Any] | None = None) -> None:
         super().__init__(config, state)
-        # Of this job; the class attribute is what it is by default.
-        self.__dict__["metric"] = config.deciding_metric
+        # Of this job; the class attributes say what there is for any.
+        own = {role: self.columns[role] for role in (config.kind, "label")}
+        self.__dict__ |= {"metric": config.deciding_metric, "columns": own}
 
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
         config = self.config
@@ -67,16 +68,19 @@ class ClassificationTask(Task[ClassificationConfig]):
                 "the classes are those of a training split, and there is none: name it in "
                 "data.splits"
             )
-        kind = _kind(rows.column_names, config.data.kind)
+        if config.kind not in rows.column_names:
+            raise ValueError(
+                f"the data has no column {config.kind}, only {', '.join(rows.column_names)}; what "
+                "is classified is said by data.kind"
+            )
         separator = config.data.separator if config.data.multi_label else None
         labels, counts = fit_labels(rows, names=config.data.labels, separator=separator)
         self.state = {
-            "kind": kind,
             "labels": labels.to_state(),
             "counts": counts,
-            "rows": len(rows) if hasattr(rows, "__len__") else 0,
+            "rows": len(rows),
         }
-        if kind == "image":
+        if self.kind == "image":
             preprocessing = image_preprocessing(config.backbone, backbone)
             if config.data.size is not None:
                 height, width = _pair(config.data.size)
@@ -88,7 +92,8 @@ class ClassificationTask(Task[ClassificationConfig]):
 
     @property
     def kind(self) -> str:
-        return self.state["kind"]
+        """What is classified: "image" or "audio"."""
+        return self.config.kind
 
     @functools.cached_property
     def labels(self) -> LabelMap:
@@ -277,29 +282,6 @@ class ClassificationTask(Task[ClassificationConfig]):
 def _parts(inputs: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     for start in range(0, len(inputs), size):
         yield inputs[start : start + size]
-
-
-def _kind(columns: Sequence[str], asked: str) -> str:
-    """What is classified.
-
-    Raises:
-        ValueError: the data has no such column, or both and nothing says which.
-    """
-    there = [kind for kind in ("image", "audio") if kind in columns]
-    if asked == "auto":
-        if len(there) == 1:
-            return there[0]
-        if there:
-            raise ValueError("the data has images and audio: say which in data.kind")
-        raise ValueError(
-            f"the data has neither a column image nor audio, only {', '.join(columns)}: map one in "
-            "data.columns"
-        )
-    if asked not in there:
-        raise ValueError(
-            f"the data has no column {asked}, only {', '.join(columns)}: map one in data.columns"
-        )
-    return asked
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

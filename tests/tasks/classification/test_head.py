@@ -116,5 +116,3 @@ def test_weights_by_name_and_what_is_wrong_with_them() -> None:
     assert class_weights("none", ["cat", "dog"], [1, 1], rows=None) is None
     with pytest.raises(ValueError, match="has 'dogg', no class; did you mean 'dog'"):
         class_weights({"dogg": 3.0}, ["cat", "dog"], [1, 1], rows=None)
-    with pytest.raises(ValueError, match="streamed training split has no counts"):
-        class_weights("balanced", ["cat", "dog"], [0, 0], rows=None)

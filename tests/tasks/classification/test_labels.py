@@ -94,6 +94,8 @@ def test_classes_given_by_the_config_come_in_its_order() -> None:
     assert counts == [1, 1, 0]
     with pytest.raises(BadRow):
         labels.indices("b")
+    with pytest.raises(ValueError, match=r"no training row has one of data\.labels \(x, y, …\)"):
+        fit(["a", "b"], names=("x", "y"))
 
 
 def test_too_few_classes_are_refused() -> None:
@@ -104,19 +106,3 @@ def test_too_few_classes_are_refused() -> None:
     with pytest.raises(ValueError, match="names a class twice"):
         fit(["a", "b"], names=("a", "b", "a"))
     assert fit([["a"], []], separator=",")[0].names == ("a",)
-
-
-def test_a_stream_needs_its_classes_named() -> None:
-    class Endless:
-        column_names = ("label",)
-        features: dict[str, Any] | None = None
-
-        def __getitem__(self, key: Any) -> Any:
-            raise AssertionError("a stream must not be read through")
-
-    with pytest.raises(ValueError, match=r"streamed .* give them as data\.labels"):
-        fit_labels(Endless(), names=(), separator=None)  # type: ignore[arg-type]
-    assert fit_labels(Endless(), names=("a", "b"), separator=None)[0].names == ("a", "b")  # type: ignore[arg-type]
-    named = Endless()
-    named.features = {"label": datasets.ClassLabel(names=["n", "m"])}
-    assert fit_labels(named, names=(), separator=None)[0].names == ("n", "m")  # type: ignore[arg-type]

@@ -193,11 +193,8 @@ def test_jobs_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"there is none: name it in data.splits"):
         ClassificationTask(config()).fit(None, backbone)
     rows = datasets.Dataset.from_dict({"label": ["a", "b"], "picture": [1, 2]})
-    with pytest.raises(ValueError, match="neither a column image nor audio, only label, picture"):
+    with pytest.raises(ValueError, match=r"no column image, only label, picture; .* data\.kind"):
         ClassificationTask(config()).fit(rows, backbone)
-    both = datasets.Dataset.from_dict({"label": ["a", "b"], "image": ["x"] * 2, "audio": ["y"] * 2})
-    with pytest.raises(ValueError, match=r"images and audio: say which in data\.kind"):
-        ClassificationTask(config()).fit(both, backbone)
     task = ClassificationTask(config(loss={"class_weights": {"gren": 2.0}}))
     with pytest.raises(ValueError, match="'gren', no class; did you mean 'green'"):
         task.fit(drawn(12), backbone)
@@ -473,6 +470,33 @@ def test_exactly_adapter_and_head_are_trained(family: Family) -> None:
     assert all(not torch.equal(p, old) for p, old in zip(wanted, start, strict=True))
     after = backbone.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "data", "kind"),
+    [
+        ("timm/vit_tiny_patch16_224", {}, "image"),
+        ("nano/wav2vec2", {}, "audio"),
+        ("hf/facebook/hubert-base-ls960", {}, "audio"),
+        ("torchaudio/WAVLM_BASE", {}, "audio"),
+        ("hf/own/model", {"columns": {"audio": "file_name"}}, "audio"),
+        ("hf/own/model", {"kind": "audio"}, "audio"),
+        ("nano/wav2vec2", {"kind": "image"}, "image"),
+    ],
+)
+def test_what_is_classified_decides_which_columns_are_read(
+    backbone: str, data: dict[str, Any], kind: str
+) -> None:
+    task = ClassificationTask(config(backbone={"name": backbone}, data={"source": "", **data}))
+    assert task.kind == kind
+    assert set(task.columns) == {kind, "label"}
+
+
+def test_doctor_sees_how_often_each_class_is_there() -> None:
+    task, _ = fitted(config(), drawn(30))
+    rows = datasets.Dataset.from_dict({"label": ["red", "red", "blue", None, "mauve"]})
+    (table,) = task.survey(rows)
+    assert table.rows == [["blue", 1, 20.0], ["green", 0, 0.0], ["red", 2, 40.0]]
 
 
 def test_a_job_says_what_its_parts_do_not_fit() -> None:
