@@ -106,6 +106,7 @@ def curve(
     name = title + (", %" if percent else "")
     axes.set_title(name, loc="left", fontsize=10, color=colours.ink, parse_math=False)
     axes.set_xlabel(xlabel, fontsize=9, color=colours.muted)
+    axes.locator_params(axis="x", integer=True)
     _style(axes, colours)
     return figure
 

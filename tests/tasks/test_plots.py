@@ -38,6 +38,11 @@ def test_a_curve_goes_through_its_points_in_percent_where_they_are_shares() -> N
     assert axes.get_title(loc="left") == "share, %"
 
 
+def test_steps_have_no_fractions() -> None:
+    (axes,) = curve([10, 20, 30], [1.0, 2.0, 3.0], title="loss").axes
+    assert {tick % 1 for tick in axes.get_xticks()} == {0}
+
+
 def test_a_mark_points_out_one_point() -> None:
     (axes,) = curve(*POINTS, title="loss", mark=(2, 0.25, "best 0.25")).axes
     np.testing.assert_array_equal(axes.lines[2].get_xydata(), [[2, 0.25]])
