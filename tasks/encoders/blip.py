@@ -187,8 +187,9 @@ class BlipMatcher:
         _require(encoder, "BlipForImageTextRetrieval", "hf/blip-retrieval")
         mend_cross_attention(encoder.backbone)
         self.encoder = encoder
+        self.backbone: Any = encoder.backbone
         self.tokens = BlipTokens.of(encoder.backbone)
-        self.width = encoder.backbone.vision_proj.out_features
+        self.width: int = self.backbone.vision_proj.out_features
         self.logit_scale = torch.tensor(-math.log(0.07))
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
@@ -201,14 +202,14 @@ class BlipMatcher:
 
     def images_of(self, image_tokens: Tensor) -> Tensor:
         """`image_tokens`' (B, N, D) -> contrastive features (B, E), not of unit length."""
-        return self.encoder.backbone.vision_proj(image_tokens[:, 0])
+        return self.backbone.vision_proj(image_tokens[:, 0])
 
     def texts(self, tokens: Tensor) -> Tensor:
         """(B, L) of `BlipTokenizer.__call__` -> contrastive features (B, E), not of unit length."""
-        states = self.encoder.backbone.text_encoder(
+        states = self.backbone.text_encoder(
             input_ids=tokens, attention_mask=_mask(tokens, self.tokens), return_dict=True
         ).last_hidden_state
-        return self.encoder.backbone.text_proj(states[:, 0])
+        return self.backbone.text_proj(states[:, 0])
 
     def match(
         self, image_tokens: Tensor, tokens: Tensor, *, itm_head: nn.Module | None = None
@@ -220,13 +221,13 @@ class BlipMatcher:
             tokens: (B, L) of `BlipTokenizer.with_image`.
             itm_head: stands in place of the encoder's own last layer.
         """
-        states = self.encoder.backbone.text_encoder(
+        states = self.backbone.text_encoder(
             input_ids=tokens,
             attention_mask=_mask(tokens, self.tokens),
             encoder_hidden_states=image_tokens,
             return_dict=True,
         ).last_hidden_state
-        return (itm_head or self.encoder.backbone.itm_head)(states[:, 0])
+        return (itm_head or self.backbone.itm_head)(states[:, 0])
 
 
 class BlipAnswerer:
@@ -243,6 +244,7 @@ class BlipAnswerer:
         _require(encoder, "BlipForQuestionAnswering", "hf/blip-vqa")
         mend_cross_attention(encoder.backbone)
         self.encoder = encoder
+        self.backbone: Any = encoder.backbone
         self.tokens = BlipTokens.of(encoder.backbone)
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
@@ -257,7 +259,7 @@ class BlipAnswerer:
             tokens: (B, L) of `BlipTokenizer.with_image`.
         """
         mask = _mask(tokens, self.tokens)
-        states = self.encoder.backbone.text_encoder(
+        states = self.backbone.text_encoder(
             input_ids=tokens,
             attention_mask=mask,
             encoder_hidden_states=image_tokens,
@@ -274,7 +276,7 @@ class BlipAnswerer:
             states, mask: (M, L, D) and (M, L) of the question of each answer.
             answers: (M, T) of `BlipTokenizer.answers`.
         """
-        decoder = self.encoder.backbone.text_decoder
+        decoder = self.backbone.text_decoder
         hidden = decoder.bert(
             input_ids=answers,
             attention_mask=_mask(answers, self.tokens),
@@ -366,7 +368,7 @@ class BlipAnswerer:
             states, mask: (B, L, D) and (B, L) of the questions.
             max_tokens: the most tokens after [DEC].
         """
-        decoder = self.encoder.backbone.text_decoder
+        decoder = self.backbone.text_decoder
         start = torch.full((len(states), 1), self.tokens.start, device=states.device)
         with _in_place_of(decoder.cls, lm_head):
             return decoder.generate(
@@ -409,7 +411,8 @@ def _require(encoder: AdapterModel, kind: str, name: str) -> None:
 
 
 def _image_tokens(encoder: AdapterModel, pixels: Tensor) -> Tensor:
-    return encoder.backbone.vision_model(pixel_values=pixels, return_dict=True).last_hidden_state
+    backbone: Any = encoder.backbone
+    return backbone.vision_model(pixel_values=pixels, return_dict=True).last_hidden_state
 
 
 def _mask(tokens: Tensor, special: BlipTokens) -> Tensor:

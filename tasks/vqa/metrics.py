@@ -99,7 +99,7 @@ def _tables(
     accuracy: np.ndarray,
     vocabulary: Vocabulary | None,
 ) -> list[Table]:
-    wrong = Counter(
+    wrong: Counter[tuple[str, ...]] = Counter(
         (right, record["prediction"])
         for record, right, value in zip(records, truths, accuracy, strict=True)
         if value == 0
@@ -110,7 +110,7 @@ def _tables(
             Table("Most frequent mistakes", ("truth", "answered", "questions"), _rows(wrong))
         )
     if vocabulary is not None:
-        unknown = Counter((t,) for t in truths if vocabulary.number(t) is None)
+        unknown: Counter[tuple[str, ...]] = Counter((t,) for t in truths if vocabulary.number(t) is None)
         if unknown:
             tables.append(
                 Table(
