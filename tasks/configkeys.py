@@ -107,7 +107,9 @@ def default_of(name: str, field: FieldInfo, instance: Section | None) -> Any:
     """What a key is without being set: as in `instance`, the default of its section, if any."""
     if instance is not None:
         return getattr(instance, name)
-    return REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+    if field.is_required():
+        return REQUIRED
+    return field.get_default(call_default_factory=True, validated_data={})  # pydantic 2.10 asks it
 
 
 def description(cls: type[Section], name: str) -> str:
