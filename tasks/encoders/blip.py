@@ -15,7 +15,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,7 @@ class BlipMatcher:
         _require(encoder, "BlipForImageTextRetrieval", "hf/blip-retrieval")
         mend_cross_attention(encoder.backbone)
         self.encoder = encoder
-        self.backbone: Any = encoder.backbone
+        self.backbone = cast(Any, encoder.backbone)
         self.tokens = BlipTokens.of(encoder.backbone)
         self.width: int = self.backbone.vision_proj.out_features
         self.logit_scale = torch.tensor(-math.log(0.07))
@@ -244,7 +244,7 @@ class BlipAnswerer:
         _require(encoder, "BlipForQuestionAnswering", "hf/blip-vqa")
         mend_cross_attention(encoder.backbone)
         self.encoder = encoder
-        self.backbone: Any = encoder.backbone
+        self.backbone = cast(Any, encoder.backbone)
         self.tokens = BlipTokens.of(encoder.backbone)
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
@@ -411,7 +411,7 @@ def _require(encoder: AdapterModel, kind: str, name: str) -> None:
 
 
 def _image_tokens(encoder: AdapterModel, pixels: Tensor) -> Tensor:
-    backbone: Any = encoder.backbone
+    backbone = cast(Any, encoder.backbone)
     return backbone.vision_model(pixel_values=pixels, return_dict=True).last_hidden_state
 
 

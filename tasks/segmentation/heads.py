@@ -8,6 +8,7 @@ h = H / patch and w = W / patch. B images, D width of the encoder, C classes, E 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,11 @@ def make_head(
     wanted = {"linear": layers, "upernet": 4, "fpn": 4}.get(config.kind, 1)
     if layers != wanted:
         raise ValueError(f"the {config.kind} head reads {wanted} blocks, head.layers has {layers}")
-    inner = {"classes": classes, "channels": config.channels, "dropout": config.dropout}
+    inner: dict[str, Any] = {
+        "classes": classes,
+        "channels": config.channels,
+        "dropout": config.dropout,
+    }
     if config.kind == "linear":
         return LinearHead(width * layers, classes=classes, dropout=config.dropout)
     if config.kind == "setr_pup":
@@ -77,6 +82,7 @@ class LinearHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.classify = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.classify.weight, std=0.01)
+        assert self.classify.bias is not None
         nn.init.zeros_(self.classify.bias)
 
     def forward(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:

@@ -135,8 +135,8 @@ def _full_size(views: Sequence[Tensor], size: Size) -> Iterator[tuple[int, Tenso
             yield start, torch.stack([part.softmax(dim=1) for part in parts]).mean(dim=0)
 
 
-def resize_logits(logits: Tensor, size: Size) -> Tensor:
+def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, h, w) -> (B, C, H, W), bilinear."""
     if logits.shape[-2:] == torch.Size(size):
         return logits
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -12,33 +13,53 @@ class BatchNorm(nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose statistics are those of all processes together.
 
     So that training with several processes, which see few images each, is that with one. torch's
-    own SyncBatchNorm does it on GPUs alone. And unlike torch's, one value per channel (the pooled
-    1×1 map of a single image) is no error: it is its own mean.
+    own SyncBatchNorm does it on GPUs alone. Two more differences: one value per channel (the pooled
+    1×1 map of a single image) is no error, but its own mean; and the first running statistics are
+    plain means of what came so far, where torch's hang on to 0 and 1 for some twenty batches.
     """
+
+    _settled = False  # whether the running statistics are past their start
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        if not self.training:
+            return super().forward(x)
         _, world = processes()
         count = x.numel() // x.shape[1] * world
-        if not self.training or (world == 1 and count > 1):
-            return super().forward(x)
+        momentum = self._next_momentum()
+        if world == 1 and count > 1:
+            return F.batch_norm(
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                training=True,
+                momentum=momentum,
+                eps=self.eps,
+            )
         values = x.float()
         total = all_reduce if world > 1 else nn.Identity()
         mean = total(values.sum(dim=(0, 2, 3))) / count
         centred = values - mean[:, None, None]
         variance = total(centred.square().sum(dim=(0, 2, 3))) / count
-        self._update(mean.detach(), variance.detach() * count / max(count - 1, 1))
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.running_mean.lerp_(mean.detach(), momentum)
+        self.running_var.lerp_(variance.detach() * count / max(count - 1, 1), momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
-    def _update(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
+    def _next_momentum(self) -> float:
+        """The share of this batch in the running statistics; counts it."""
         assert self.momentum is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        if self._settled:
+            return self.momentum
+        batches = int(self.num_batches_tracked)  # waits for the device, so only at the start
+        self._settled = batches * self.momentum > 1
+        return max(self.momentum, 1 / batches)
 
 
 def conv_norm_relu(inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1) -> nn.Sequential:

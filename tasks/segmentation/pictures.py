@@ -96,7 +96,12 @@ def comparison(panels: Mapping[str, np.ndarray], legend: Mapping[str, Sequence[i
         axis.set_title(name, fontsize=9)
         axis.set_axis_off()
     handles = [
-        Patch(facecolor=np.array(colour) / 255, edgecolor="0.4", linewidth=0.5, label=name)
+        Patch(
+            facecolor=f"#{bytes(map(int, colour)).hex()}",
+            edgecolor="0.4",
+            linewidth=0.5,
+            label=name,
+        )
         for name, colour in legend.items()
     ]
     figure.legend(

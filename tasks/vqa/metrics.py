@@ -110,7 +110,9 @@ def _tables(
             Table("Most frequent mistakes", ("truth", "answered", "questions"), _rows(wrong))
         )
     if vocabulary is not None:
-        unknown: Counter[tuple[str, ...]] = Counter((t,) for t in truths if vocabulary.number(t) is None)
+        unknown: Counter[tuple[str, ...]] = Counter(
+            (t,) for t in truths if vocabulary.number(t) is None
+        )
         if unknown:
             tables.append(
                 Table(

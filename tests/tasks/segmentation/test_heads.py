@@ -99,9 +99,9 @@ def test_heads_tell_classes_apart_that_the_maps_tell(kind: str, classes: int) ->
     maps = [codes[truth].movedim(-1, 1)] * layers
     target = truth.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
     pixels = torch.zeros(2, 3, *target.shape[1:])
-    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=5e-3)
     loss = torch.tensor(0.0)
-    for _ in range(60):
+    for _ in range(80):
         logits = F.interpolate(module(maps, pixels), size=target.shape[1:], mode="bilinear")
         loss = F.cross_entropy(logits, target)
         optimiser.zero_grad()
@@ -179,13 +179,27 @@ def test_default_layers_and_those_of_the_config() -> None:
 
 
 def test_batch_norm_is_torchs_in_one_process() -> None:
-    x = torch.randn(3, 4, 5, 6)
     ours, theirs = BatchNorm(4), nn.BatchNorm2d(4)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=0)
+    for _ in range(60):
+        x = torch.randn(3, 4, 5, 6) + 2
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+    assert int(ours.num_batches_tracked) == 60
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=0.01)
     single = torch.randn(1, 4, 1, 1)
     ours.train()
     assert (ours(single) == ours.bias[:, None, None]).all()
+
+
+def test_running_statistics_start_with_the_first_batches() -> None:
+    """torch's would have 27 % of the mean after three of them."""
+    norm = BatchNorm(4)
+    batches = [torch.randn(3, 4, 5, 6) + 2 for _ in range(3)]
+    for x in batches:
+        norm(x)
+    together = torch.stack(batches)
+    torch.testing.assert_close(norm.running_mean, together.mean(dim=(0, 1, 3, 4)))
+    variances = together.transpose(1, 2).flatten(2).var(dim=2)
+    torch.testing.assert_close(norm.running_var, variances.mean(dim=0))
 
 
 def test_batch_norm_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
