@@ -440,9 +440,9 @@ def test_exactly_adapter_and_head_are_trained(family: Family) -> None:
     rows = rows.remove_columns("label").add_column("label", labels)
     backbone = family.build()
     size = {"size": 160 if "timm_tower" in family.name else 32}
-    library = {"timm": "timm/x", "open_clip": "open_clip/x"}.get(
-        family.name.split("-")[0], "hf/vit"
-    )
+    libraries = {"timm": "timm/x", "open_clip": "open_clip/x"}
+    usual = "hf/wav2vec2" if speech else "hf/vit"
+    library = usual if speech else libraries.get(family.name.split("-")[0], usual)
     job = config(
         backbone={"name": library},
         data={"source": "none", **({} if speech else size)},
