@@ -5,21 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmadapters.tasks.console import bar, plain, print_facts, print_scores
 from mmadapters.zoo import NANO
-
-if TYPE_CHECKING:
-    from mmadapters.tasks.metrics import Metric
-    from mmadapters.tasks.task import Scores
 
 app = typer.Typer(
     name="mmadapters",
@@ -101,10 +96,10 @@ def train(
     if FIRST:
         console = Console()
         if done.before is not None:
-            _print_scores(console, done.before, "before training")
+            print_scores(console, done.before, "before training")
         for split, scores in done.scores.items():
-            _print_scores(console, scores, split)
-        _print_facts(console, done.facts)
+            print_scores(console, scores, split)
+        print_facts(console, done.facts)
         console.print(f"Report: {done.folder / runs.REPORT}", soft_wrap=True)
 
 
@@ -121,15 +116,9 @@ def _help(config: str | None) -> None:
     table.columns[0].no_wrap = True
     for key in describe_keys(task):
         table.add_row(
-            *(_plain(cell) for cell in (key.path, key.type, key.default, key.description))
+            *(plain(cell) for cell in (key.path, key.type, key.default_text, key.description))
         )
     Console().print(table)
-
-
-def _plain(cell: object) -> str:
-    from rich.markup import escape
-
-    return escape(str(cell))
 
 
 @app.command()
@@ -166,10 +155,10 @@ def evaluate(
     splits: Any = sources.load(opened.task.config.data, opened.task.columns, (split,))
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}: name it in data.splits")
-    with _bar(f"evaluating {split}", len(splits[split])) as progress:
+    with bar(f"evaluating {split}", len(splits[split])) as progress:
         found = evaluate_split(opened.task, opened.model, splits[split], progress=progress)
     scores = opened.task.score(found.records, bootstrap=opened.task.config.evaluation.bootstrap)
-    _print_scores(Console(), scores, split)
+    print_scores(Console(), scores, split)
     if found.problems:
         Console(stderr=True).print(f"{len(found.problems)} rows could not be used")
     if out is not None:
@@ -298,7 +287,9 @@ def index(
     from mmadapters.tasks.artifact import open_directory
     from mmadapters.tasks.retrieval.index import build_index
 
-    count = build_index(open_directory(directory), inputs, out=out)
+    opened = open_directory(directory)
+    with bar("encoding", 1) as progress:
+        count = build_index(opened.task, opened.model, inputs, out, progress=progress)
     Console().print(f"{count} pictures in {out}", soft_wrap=True)
 
 
@@ -315,9 +306,10 @@ def search(
     from mmadapters.tasks.artifact import open_directory
     from mmadapters.tasks.retrieval.index import search_index
 
-    table = Table("score", "picture", title=query)
-    for score, name in search_index(open_directory(directory), index, query, k=count):
-        table.add_row(f"{score:.3f}", name)
+    opened = open_directory(directory)
+    table = Table("similarity", "found", title=plain(query))
+    for found in search_index(opened.task, opened.model, index, query, count=count):
+        table.add_row(f"{found['similarity']:.3f}", plain(found[found["kind"]]))
     Console().print(table)
 
 
@@ -330,48 +322,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-@contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
-        bar = bars.add_task(title, total=total)
-        yield lambda done: bars.update(bar, completed=done)
-
-
-def _print_scores(console: Console, scores: Scores, title: str) -> None:
-    table = Table("", "value", "95 % interval", "n", title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for metric in scores.metrics:
-        table.add_row(*_cells(metric.name, metric))
-    for column_name, values in scores.groups.items():
-        table.add_section()
-        for value, metrics in values.items():
-            table.add_row(*_cells(f"{column_name} {value}: {metrics[0].name}", metrics[0]))
-    console.print(table)
-
-
-def _cells(name: str, metric: Metric) -> tuple[str, str, str, str]:
-    value, _, interval = str(metric).removesuffix(" %").partition(" [")
-    unit = " %" if metric.unit == "%" else ""
-    interval = f"{interval.removesuffix(']')}{unit}".replace(", ", " – ") if interval else ""
-    return _plain(name), f"{value}{unit}", interval, f"{metric.count:,}"
-
-
-def _print_facts(console: Console, facts: dict[str, Any]) -> None:
-    words = [
-        f"trained {100 * facts['trained_share']:.2f} % of the encoder"
-        f" ({facts['adapter_parameters']:,} in the adapter,"
-        f" {facts['head_parameters']:,} in the head)"
-    ]
-    if "train_seconds" in facts:
-        words.append(f"{facts['steps']} steps in {facts['train_seconds']:.0f} s")
-    if "adapter_bytes" in facts:
-        words.append(f"adapter directory of {facts['adapter_bytes'] / 1024:,.0f} kB")
-    console.print(", ".join(words) + ".")
 
 
 @zoo.command("list")

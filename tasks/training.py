@@ -124,7 +124,8 @@ class TaskTrainer(Trainer):
             restore_callback_states_from_checkpoint=True,
             dataloader_num_workers=config.workers,
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
+            # An encoder has parts that a task does not use (poolers, other towers).
+            ddp_find_unused_parameters=config.mode == "full",
             report_to=["wandb"] if config.wandb else [],
             run_name=self.task.config.name,
             seed=self.task.config.seed,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import mmadapters
@@ -98,17 +99,21 @@ def test_evaluate_gives_the_figures_of_the_run_again() -> None:
     )
 
 
-def test_predict_writes_a_line_for_each_file() -> None:
-    from PIL import Image
-
+def pictures(name: str) -> Path:
+    """A folder of three drawn scenes."""
     from mmadapters.tasks.synthetic import scenes
 
-    pictures = Path("pictures")
-    pictures.mkdir()
+    made = Path(name)
+    made.mkdir()
     drawn = [scenes.make_scene(seed, scenes.UNSEEN) for seed in range(3)]
     images, _ = scenes.render(drawn, scenes.UNSEEN)
     for number, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(pictures / f"{number}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(made / f"{number}.png")
+    return made
+
+
+def test_predict_writes_a_line_for_each_file() -> None:
+    pictures("pictures")
     output = ok("predict", "runs/shapes/adapter", "pictures", "--out", "predicted")
     rows = [json.loads(line) for line in output.splitlines()]
     assert [Path(row["input"]).name for row in rows] == ["0.png", "1.png", "2.png"]
@@ -218,3 +223,23 @@ def test_two_processes_give_what_one_gives() -> None:
         for name in ("one", "two")
     )
     assert two == one
+
+
+def test_pictures_are_indexed_and_searched_by_words(folder: Path) -> None:
+    pytest.importorskip("faiss")
+    retrieval = {
+        "task": "retrieval",
+        "name": "finder",
+        "output": "runs/finder",
+        "backbone": {"name": "nano/clip"},
+        "data": {"source": "builtin/scenes", "options": {"train": 16, "validation": 8, "test": 8}},
+        "trainer": {"mode": "head", "max_steps": 1, "batch_size": 8, "tensorboard": False},
+        "evaluation": {"bootstrap": 0, "pictures": 0},
+    }
+    Path("finder.yaml").write_text(yaml.safe_dump(retrieval))
+    ok("train", "finder.yaml", "--quiet")
+    assert "3 pictures in index" in ok("index", "runs/finder", str(pictures("indexed")))
+    assert "indexed/" in ok("search", "runs/finder", "index", "a large red circle", "-k", "2")
+    result = call("search", "runs/finder", "nowhere", "a circle")
+    assert result.exit_code == 1
+    assert "nowhere" in result.output
