@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,25 +129,28 @@ def show(rows: Sequence[Row], console: Console, out: Path) -> None:
     """The table, and where the reports are."""
     from rich.table import Table
 
-    columns: list[Any] = [
-        *("task", "encoder", "metric", "head only", "with adapter"),
-        *("trained", "of the encoder", "adapter and head", "seconds"),
-    ]
-    table = Table(*columns, title="Test splits, with 95 % intervals")
+    table = Table("task", title="Test splits, with 95 % intervals")
+    for column in ("head only", "with adapter", "adapter", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.task,
-            row.backbone,
-            row.adapter.name,
-            str(row.head),
-            str(row.adapter) + ("" if row.clear else " (not clear)"),
-            f"{row.parameters:,}",
-            f"{100 * row.share:.2f} %",
-            f"{row.kilobytes:,.0f} kB",
+            f"{row.task}\n{row.adapter.name}\n{row.backbone}",
+            _two_lines(row.head),
+            _two_lines(row.adapter) + ("" if row.clear else "\nnot clear"),
+            f"{row.parameters:,} trained\n{100 * row.share:.2f} % of the encoder"
+            f"\n{row.kilobytes:,.0f} kB with head",
             f"{row.head_seconds:.0f} + {row.adapter_seconds:.0f}",
         )
+        table.add_section()
     console.print(table)
     for row in rows:
         for note in row.notes:
             console.print(f"{row.task}: {note}", soft_wrap=True)
         console.print(f"{row.task}: {row.report}", soft_wrap=True)
+
+
+def _two_lines(metric: Metric) -> str:
+    """A metric with its interval below it."""
+    value, bracket, interval = str(metric).partition(" [")
+    unit = " %" if metric.unit == "%" else ""
+    return f"{value}{unit}\n[{interval.removesuffix(' %')}" if bracket else value

@@ -8,13 +8,18 @@ from typing import Any
 
 from .artifact import Opened
 
+MEDIA = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+    + (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+)
+
 
 def predict(
     opened: Opened, inputs: Sequence[str], *, out: Path | None = None
 ) -> Iterator[dict[str, Any]]:
     """A JSON-ready result for each input, as the task makes it.
 
-    A folder stands for the files in it, in order of their names.
+    A folder stands for the pictures and recordings in it, in order of their names.
 
     Raises:
         ValueError: there is no input, or one cannot be read.
@@ -29,10 +34,10 @@ def predict(
 
 
 def expand(inputs: Sequence[str]) -> Iterator[str]:
-    """The inputs, folders replaced by their files."""
+    """The inputs, folders replaced by the pictures and recordings in them."""
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            yield from (str(file) for file in sorted(path.iterdir()) if file.is_file())
+            yield from (str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in MEDIA)
         else:
             yield name

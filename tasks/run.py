@@ -31,6 +31,7 @@ from mmadapters import methods
 
 from . import artifact, data
 from .config import SPLITS, JobConfig, Split
+from .encoders.speech import convolutions
 from .evaluation import Evaluation, evaluate
 from .metrics import Metric
 from .task import Problem, Record, Rows, Scores, Task, TaskModel
@@ -186,20 +187,15 @@ def make_model(config: JobConfig, rows: Rows | None) -> tuple[Task, TaskModel]:
         model.requires_grad_(False)
     if full:
         backbone.requires_grad_(True)
-        if config.backbone.freeze_front_end and hasattr(_speech(backbone), "feature_extractor"):
-            _speech(backbone).feature_extractor.requires_grad_(False)
+        if config.backbone.freeze_front_end and "audio" in encoder.sites.towers:
+            for part in convolutions(backbone):
+                part.requires_grad_(False)
     return task, model
 
 
 def rows_to_fit(rows: Any) -> Rows | None:
     """What a task is fitted to: the training rows, or the first of a stream."""
     return rows.head(STREAMED) if isinstance(rows, data.Stream) else rows
-
-
-def _speech(backbone: Any) -> Any:
-    """The wav2vec2-like encoder inside a model with a CTC head, or the module itself."""
-    prefix = getattr(backbone, "base_model_prefix", "")
-    return getattr(backbone, prefix, backbone) if prefix else backbone
 
 
 def adapter_config(config: JobConfig) -> mmadapters.MethodConfig | None:
