@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from torch import nn
@@ -38,19 +37,3 @@ def audio_preprocessing(config: BackboneConfig, backbone: nn.Module) -> dict[str
         "longest": tower.longest,
         "normalise": normalises(config, backbone),
     }
-
-
-def audio_length(value: Any, rate: int) -> int:
-    """About how many samples a recording has at `rate`, by its header; 0 if that cannot be read."""
-    import soundfile
-
-    if isinstance(value, dict) and value.get("array") is not None:
-        return round(len(value["array"]) * rate / value["sampling_rate"])
-    if isinstance(value, dict):
-        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
-    try:
-        found = soundfile.info(value)
-    # soundfile's own error, and TypeError for what is no path.
-    except (RuntimeError, OSError, TypeError):
-        return 0
-    return round(found.frames * rate / found.samplerate)

@@ -32,7 +32,7 @@ from ..task import (
     TaskModel,
 )
 from . import metrics
-from .audio import audio_length, audio_preprocessing
+from .audio import audio_preprocessing
 from .augment import ImageAugmenter, augment_audio, cut
 from .config import ClassificationConfig
 from .labels import LabelMap, fit_labels
@@ -174,7 +174,7 @@ class ClassificationTask(Task[ClassificationConfig]):
         if self.kind == "image":
             return None
         rate = self.state["preprocessing"]["rate"]
-        return [audio_length(value, rate) for value in rows["audio"]]
+        return [media.audio_samples(value, rate) for value in rows["audio"]]
 
     def records(self, model: TaskModel, batch: Batch) -> list[Record]:
         assert isinstance(model, Classifier)
