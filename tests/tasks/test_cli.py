@@ -100,11 +100,12 @@ def test_evaluate_gives_the_figures_of_the_run_again() -> None:
 
 
 def pictures(name: str) -> Path:
-    """A folder of three drawn scenes."""
+    """A folder of three drawn scenes, and a table that is none."""
     from mmadapters.tasks.synthetic import scenes
 
     made = Path(name)
     made.mkdir()
+    (made / "metadata.csv").write_text("file_name\n")
     drawn = [scenes.make_scene(seed, scenes.UNSEEN) for seed in range(3)]
     images, _ = scenes.render(drawn, scenes.UNSEEN)
     for number, image in enumerate(images):
@@ -164,7 +165,7 @@ def test_a_run_is_not_overwritten_unasked() -> None:
             ["train", "shapes.yaml", "name=x", "backbone.name=timm/vit_smal_patch16_224"],
             "did you mean",
         ),
-        (["train", "shapes.yaml", "name=x", "data.columns.label=cuont"], "count"),
+        (["train", "shapes.yaml", "name=y", "data.columns.label=cuont"], "count"),
         (["evaluate", "nowhere"], "no adapter directory"),
         (["evaluate", "runs/shapes", "--split", "trian"], "trian"),
         (["inspect", "nano/vti"], "nano/vit"),

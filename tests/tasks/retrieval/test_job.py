@@ -65,16 +65,3 @@ def test_the_shipped_configs_are_valid(name: str) -> None:
     config = read_config(name)
     assert config.task == "retrieval"
     assert config.evaluation.before
-
-
-@pytest.mark.slow
-def test_emoji_are_found_by_their_names(shared_dir: Path, tmp_path: Path) -> None:
-    config = read_config(
-        "retrieve_emoji",
-        [f"data.source={shared_dir / 'data' / 'emoji'}", f"output={tmp_path / 'run'}"],
-    )
-    run = train(config, quiet=True)
-    assert run.before is not None
-    before, after = (s["text-to-image R@10"] for s in (run.before, run.scores["test"]))
-    assert after.low is not None
-    assert after.low > (before.high or before.value)
