@@ -232,7 +232,9 @@ def _vision_config(backbone: Any) -> Any:
 
 def _transformers(config: BackboneConfig, name: str, backbone: Any) -> Preprocessing:
     vision = _vision_config(backbone)
-    source = config.processor or _published(name)
+    source = config.processor
+    if source is None or _only_tokenizes(Path(source)):
+        source = _published(name)
     if source is not None:
         return _of_processor(_processor(source), config, vision)
     usual = next(
@@ -256,8 +258,17 @@ def _published(name: str) -> str | None:
     import transformers
 
     if Path(name).is_dir():
-        return name if (Path(name) / "preprocessor_config.json").is_file() else None
+        return name if _prepares(Path(name)) else None
     return name if "/" in name and name not in transformers.CONFIG_MAPPING else None
+
+
+def _prepares(folder: Path) -> bool:
+    return any((folder / f"{what}_config.json").is_file() for what in ("preprocessor", "processor"))
+
+
+def _only_tokenizes(folder: Path) -> bool:
+    """Whether a local folder holds a tokenizer and says nothing of pictures."""
+    return (folder / "tokenizer_config.json").is_file() and not _prepares(folder)
 
 
 def _processor(source: str) -> Any:

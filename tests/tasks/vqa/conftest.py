@@ -115,6 +115,8 @@ def made(
     encoder = mmadapters.init(backbone)
     encoder.add_adapter(config.name, method or SeqBnConfig(size=8))
     encoder.train_adapter(config.name)
+    # As `run.make_model`: a head starts from the same numbers whatever was drawn before.
+    torch.manual_seed(0)
     return task, task.build(encoder)
 
 
