@@ -82,7 +82,7 @@ def ranking(opinions: Squares, words: Path) -> tuple[VQATask, TaskModel]:
     task, model = made(blip_job(words, blip={"candidates": 7}), opinions, blip_backbone())
     before = task.score(records_of(task, model, opinions), bootstrap=0)["accuracy"].value
     trained(task, model, opinions, steps=120, rate=1e-2)
-    # Of answers and not of losses: people who disagree and smoothed labels leave a loss of their own.
+    # Not of losses: people who disagree and smoothed labels leave a loss of their own.
     after = task.score(records_of(task, model, opinions), bootstrap=0)["accuracy"].value
     assert after > max(before, 0.75)
     return task, model
