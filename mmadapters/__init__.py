@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backbones import load_backbone
-    from .composition import Stack
+    from .composition import Average, BatchSplit, Fuse, Parallel, Route, Split, Stack
     from .injectors import Architecture, LeafSpec, SublayerSpec, TowerSpec
     from .methods import (
         AdapterPlusConfig,
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
         ConfigUnion,
         DoRAConfig,
         DoubleSeqBnConfig,
+        FusionConfig,
         IA3Config,
         LoRAConfig,
         MAMConfig,
         MethodConfig,
-        Parallel,
+        ParallelPlacement,
         ParBnConfig,
         PrefixConfig,
         PromptConfig,
         SeqBnConfig,
-        Sequential,
+        SequentialPlacement,
         SSFConfig,
         UniPELTConfig,
     )
@@ -40,7 +41,15 @@ __version__ = "0.1.0"
 # Where each name lives. Importing on first use keeps `mmadapters --help` from waiting for torch.
 _HOMES = {
     "backbones": ("load_backbone",),
-    "composition": ("Stack",),
+    "composition": (
+        "Average",
+        "BatchSplit",
+        "Fuse",
+        "Parallel",
+        "Route",
+        "Split",
+        "Stack",
+    ),
     "injectors": (
         "Architecture",
         "LeafSpec",
@@ -56,17 +65,18 @@ _HOMES = {
         "ConfigUnion",
         "DoRAConfig",
         "DoubleSeqBnConfig",
+        "FusionConfig",
         "IA3Config",
         "LoRAConfig",
         "MAMConfig",
         "MethodConfig",
         "ParBnConfig",
-        "Parallel",
+        "ParallelPlacement",
         "PrefixConfig",
         "PromptConfig",
         "SSFConfig",
         "SeqBnConfig",
-        "Sequential",
+        "SequentialPlacement",
         "UniPELTConfig",
     ),
     "model": (

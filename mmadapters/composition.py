@@ -1,55 +1,358 @@
 """Values that say which adapters act on the encoder, and how.
 
-"a"              the adapter a
-Stack("a", "b")  a, then b on what a left
+    "a"                                   the adapter a
+    Stack("a", "b")                       a, then b on what a left
+    Fuse("a", "b")                        AdapterFusion: a learned attention over what a and b add
+    Average("a", "b", weights=(3, 1))     the weighted mean of their outputs
+    Split("a", "b", splits=(4,))          a on the first four tokens, b on the others
+    BatchSplit("a", "b", batch_sizes=(2, 6))   a on the first two samples, b on the next six
+    Route(("a", "b", "base", "a"))        an adapter for each sample of the batch, in any order
+    Parallel("a", "b")                    every sample once with a and once with b, in one pass
+
+They nest where that means something; a wrong nesting raises when it is written. "base" (or None) is
+the encoder without any adapter. The words are AdapterHub's (Poth et al. 2023), `Route` excepted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .sites import nearest
+
+BASE = "base"
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Adapters one after another at every site: each acts on the output of the one before it."""
+class Composition:
+    """What all compositions share. `members`: adapter names, "base" and compositions.
 
-    members: tuple[str | Stack, ...]
+    Class attributes:
+        key: its name in files; `option`: the one option that it has there, if any.
+        holds: the compositions that may stand anywhere inside it.
+        base: whether "base" may stand in it; `least`: how many members it needs.
+    """
 
-    def __init__(self, *members: str | Stack) -> None:
-        if not members:
-            raise ValueError("a Stack needs at least one adapter")
-        for member in members:
-            if not isinstance(member, (str, Stack)):
-                raise ValueError(f"a Stack holds adapter names and Stacks, not {member!r}")
-        object.__setattr__(self, "members", members)
-        names = list(self.names())
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"adapter {twice!r} stands twice in one Stack")
+    members: tuple[str | Composition, ...]
+
+    key: ClassVar[str]
+    option: ClassVar[str | None] = None
+    base: ClassVar[bool] = False
+    least: ClassVar[int] = 2
+
+    @classmethod
+    def holds(cls) -> tuple[type[Composition], ...]:
+        raise TypeError(f"{cls.__name__} does not say what it holds")
+
+    def __init__(self, *members: str | Composition | None) -> None:
+        object.__setattr__(self, "members", tuple(BASE if m is None else m for m in members))
+        name = type(self).__name__
+        if len(self.members) < self.least:
+            raise ValueError(f"{name} needs at least {_counted(self.least)}")
+        for member in self.members:
+            if not isinstance(member, (str, Composition)):
+                raise ValueError(f"{name} holds adapter names and compositions, not {member!r}")
+            if member == BASE and not self.base:
+                raise ValueError(f"'{BASE}' is the encoder without adapters: {name} cannot hold it")
+            for inner in _below(member):
+                if not isinstance(inner, self.holds()):
+                    raise ValueError(
+                        f"{type(inner).__name__} cannot stand inside {name}: {_OUTSIDE[inner.key]}"
+                    )
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError for members that do not go together."""
 
     def names(self) -> Iterator[str]:
-        """Adapter names in the order in which they act."""
+        """The names of its adapters, each once, in the order in which they are written."""
+        found: dict[str, None] = {}
         for member in self.members:
-            if isinstance(member, str):
-                yield member
-            else:
-                yield from member.names()
+            found.update(dict.fromkeys((member,) if isinstance(member, str) else member.names()))
+        found.pop(BASE, None)
+        yield from found
+
+    def to_data(self) -> Any:
+        """Plain data for YAML and JSON, which `from_data` reads."""
+        data: dict[str, Any] = {
+            self.key: [m if isinstance(m, str) else m.to_data() for m in self.members]
+        }
+        value = None if self.option is None else getattr(self, self.option)
+        if value is not None:
+            data[str(self.option)] = list(value)
+        return data
 
     def __repr__(self) -> str:
-        return f"Stack({', '.join(map(repr, self.members))})"
+        parts = [*map(repr, self.members)]
+        value = None if self.option is None else getattr(self, self.option)
+        if value is not None:
+            parts.append(f"{self.option}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _none_twice(self) -> None:
+        for index, member in enumerate(self.members):
+            if member in self.members[:index]:
+                what = f"adapter {member!r}" if isinstance(member, str) else repr(member)
+                raise ValueError(f"{what} stands twice in one {type(self).__name__}")
 
 
-Composition = Stack
-Setup = str | Stack | Iterable[str] | None
+@dataclass(frozen=True, init=False, repr=False)
+class Stack(Composition):
+    """Adapters one after another at every site: each acts on the output of the one before it."""
+
+    key: ClassVar[str] = "stack"
+    least: ClassVar[int] = 1
+
+    @classmethod
+    def holds(cls) -> tuple[type[Composition], ...]:
+        return (Stack, Fuse, Average, Split, BatchSplit, Route)
+
+    def check(self) -> None:
+        seen: set[str] = set()
+        for member in self.members:
+            own = {member} if isinstance(member, str) else set(member.names())
+            if twice := sorted(own & seen):
+                raise ValueError(f"adapter {twice[0]!r} stands twice in one Stack")
+            seen |= own
+
+    def to_data(self) -> Any:
+        only = self.members[0]
+        return only if len(self.members) == 1 and isinstance(only, str) else super().to_data()
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Fuse(Composition):
+    """AdapterFusion, Pfeiffer et al. 2021, over names and Stacks of names.
+
+    Its parameters are those that `add_adapter_fusion` made for the same members in the same order.
+    """
+
+    key: ClassVar[str] = "fuse"
+
+    @classmethod
+    def holds(cls) -> tuple[type[Composition], ...]:
+        return (Stack,)
+
+    def check(self) -> None:
+        self._none_twice()
+
+    @property
+    def name(self) -> str:
+        """What the model and files call the fusion: `a,b`, or `a,b>c` for a Stack of b and c."""
+        return ",".join(m if isinstance(m, str) else ">".join(m.names()) for m in self.members)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Average(Composition):
+    """The weighted mean of the members' outputs; `weights` are divided by their sum."""
+
+    weights: tuple[float, ...] | None = None
+
+    key: ClassVar[str] = "average"
+    option: ClassVar[str | None] = "weights"
+    base: ClassVar[bool] = True
+
+    def __init__(
+        self, *members: str | Composition | None, weights: Sequence[float] | None = None
+    ) -> None:
+        object.__setattr__(self, "weights", None if weights is None else tuple(weights))
+        super().__init__(*members)
+
+    @classmethod
+    def holds(cls) -> tuple[type[Composition], ...]:
+        return (Stack, Fuse, Average, Split)
+
+    def check(self) -> None:
+        self._none_twice()
+        if self.weights is None:
+            return
+        _check_number_of(self, "weights", self.weights, len(self.members))
+        for weight in self.weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise ValueError(f"weights must be numbers, not {weight!r}")
+            if not math.isfinite(weight):
+                raise ValueError(f"weights must be finite, not {weight!r}")
+        if abs(sum(self.weights)) < 1e-12:
+            raise ValueError(
+                "weights add up to 0, so that no mean can be taken; average_adapter adds and "
+                "subtracts adapters by any weights"
+            )
+
+    def shares(self) -> tuple[float, ...]:
+        """The weights over their sum."""
+        weights = self.weights or (1.0,) * len(self.members)
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Split(Composition):
+    """Each member on its own stretch of the tokens: `splits[i]` of them for member i.
+
+    The last one may be left out: its member takes all that remain.
+    """
+
+    splits: tuple[int, ...] = ()
+
+    key: ClassVar[str] = "split"
+    option: ClassVar[str | None] = "splits"
+    base: ClassVar[bool] = True
+
+    def __init__(self, *members: str | Composition | None, splits: Sequence[int]) -> None:
+        object.__setattr__(self, "splits", tuple(splits))
+        super().__init__(*members)
+
+    @classmethod
+    def holds(cls) -> tuple[type[Composition], ...]:
+        return (Stack, Fuse, Average)
+
+    def check(self) -> None:
+        if len(self.splits) != len(self.members) - 1:
+            _check_number_of(self, "splits", self.splits, len(self.members))
+        _check_sizes("splits", self.splits)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class BatchSplit(Composition):
+    """Each member on its own stretch of the batch: `batch_sizes[i]` samples for member i."""
+
+    batch_sizes: tuple[int, ...] = ()
+
+    key: ClassVar[str] = "batch_split"
+    option: ClassVar[str | None] = "batch_sizes"
+    base: ClassVar[bool] = True
+
+    def __init__(self, *members: str | Composition | None, batch_sizes: Sequence[int]) -> None:
+        object.__setattr__(self, "batch_sizes", tuple(batch_sizes))
+        super().__init__(*members)
+
+    @classmethod
+    def holds(cls) -> tuple[type[Composition], ...]:
+        return (Stack, Fuse, Average, Split)
+
+    def check(self) -> None:
+        _check_number_of(self, "batch_sizes", self.batch_sizes, len(self.members))
+        _check_sizes("batch_sizes", self.batch_sizes)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Route(Composition):
+    """An adapter for each sample: `Route(["fr", "base", "de", "fr"])` for a batch of four."""
+
+    key: ClassVar[str] = "route"
+    base: ClassVar[bool] = True
+    least: ClassVar[int] = 1
+
+    def __init__(self, members: Iterable[str | Composition | None]) -> None:
+        if isinstance(members, (str, Composition)):
+            raise ValueError(f"Route takes a list with a member for each sample, not {members!r}")
+        super().__init__(*members)
+
+    @classmethod
+    def holds(cls) -> tuple[type[Composition], ...]:
+        return (Stack, Fuse, Average, Split)
+
+    def __repr__(self) -> str:
+        return f"Route({list(self.members)!r})"
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Parallel(Composition):
+    """Several tasks in one pass: what comes out is (members x B, ...), member after member.
+
+    The blocks below the first adapted one run once for all members.
+    """
+
+    key: ClassVar[str] = "parallel"
+    base: ClassVar[bool] = True
+
+    @classmethod
+    def holds(cls) -> tuple[type[Composition], ...]:
+        return (Stack, Fuse, Average, Split)
+
+
+_OUTSIDE = {
+    "stack": "write its members there one by one",
+    "fuse": "it fuses what stands at one place; put a Stack or names there",
+    "average": "put it around, or use Stack",
+    "split": "splits of tokens do not nest; put it outermost, or below Stack, Average or Route",
+    "batch_split": "it deals out the batch; put it outermost, or below Stack",
+    "route": "it deals out the batch; put it outermost, or below Stack",
+    "parallel": "it multiplies the batch; put it outermost, with Stacks inside",
+}
+KINDS: dict[str, type[Composition]] = {
+    kind.key: kind for kind in (Stack, Fuse, Average, Split, BatchSplit, Route, Parallel)
+}
+Setup = str | Composition | Iterable[str] | None
 
 
 def parse(setup: Setup) -> Composition | None:
     """A composition from what a user may write: a name, several names, a composition or None."""
-    if setup is None or isinstance(setup, Stack):
+    if setup is None or isinstance(setup, Composition):
         return setup
     if isinstance(setup, str):
-        return Stack(setup)
+        return None if setup == BASE else Stack(setup)
+    if isinstance(setup, Mapping):
+        return parse(from_data(setup))
     if not isinstance(setup, Iterable):
         raise ValueError(f"adapters are given by name, not as {setup!r}")
     return Stack(*setup)
+
+
+def from_data(data: Any) -> str | Composition:
+    """What `Composition.to_data` wrote: a name, or a mapping such as {fuse: [a, {stack: [b, c]}]}.
+
+    Raises:
+        ValueError: an unknown kind or option, naming the nearest; or a wrong nesting.
+    """
+    if isinstance(data, (str, Composition)):
+        return data
+    if not isinstance(data, Mapping):
+        raise ValueError(
+            f"a composition is a name or a mapping such as {{stack: [a, b]}}, not {data!r}"
+        )
+    kinds = [key for key in data if key in KINDS]
+    if len(kinds) != 1:
+        first = next((str(key) for key in data if key not in KINDS), "")
+        raise ValueError(
+            f"a composition names one of {', '.join(KINDS)}{nearest(first, KINDS)}; "
+            f"this one has {', '.join(map(str, data)) or 'nothing'}"
+        )
+    kind = KINDS[kinds[0]]
+    members = data[kind.key]
+    options = {key: value for key, value in data.items() if key != kind.key}
+    known = [] if kind.option is None else [kind.option]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{kind.key} has no option {key!r}{nearest(str(key), known)}")
+    if isinstance(members, str) or not isinstance(members, Iterable):
+        raise ValueError(f"{kind.key} takes a list of members, not {members!r}")
+    inner = [None if member is None else from_data(member) for member in members]
+    if kind is Route:
+        return Route(inner)
+    return kind(*inner, **options)
+
+
+def _below(member: str | Composition) -> Iterator[Composition]:
+    if isinstance(member, Composition):
+        yield member
+        for inner in member.members:
+            yield from _below(inner)
+
+
+def _counted(count: int) -> str:
+    return "one adapter" if count == 1 else f"{count} members"
+
+
+def _check_number_of(node: Composition, what: str, values: Sequence[Any], count: int) -> None:
+    if len(values) != count:
+        raise ValueError(
+            f"{type(node).__name__} has {count} members and {len(values)} {what}: give one for each"
+        )
+
+
+def _check_sizes(what: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{what} must be whole numbers of at least 0, not {value!r}")

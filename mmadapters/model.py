@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from . import methods, storage
-from .adapter import Adapter, kind_of
-from .composition import Composition, Setup, parse
+from . import fusions, methods, storage
+from .adapter import Adapter
+from .arithmetic import combined
+from .composed import plan_of
+from .composition import BASE, Composition, Fuse, Setup, Stack, parse
 from .injectors import (
     NOTHING,
     Architecture,
@@ -24,12 +26,14 @@ from .injectors import (
     is_adapted,
 )
 from .merging import Merged, merged_tensors
-from .methods import AdapterModule, MethodConfig
+from .methods import AdapterModule, FusionConfig, MethodConfig
 from .selfcheck import check
 from .sites import SiteMap, nearest
 from .summary import AdapterRow, summary_table
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+@ -]*")
+# Plans are made in well under a millisecond; routes of ever new batches must not pile up.
+_KEPT = 256
 
 
 def init(
@@ -88,12 +92,15 @@ class AdapterModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.adapters = nn.Module()
+        self.fusions = nn.Module()
         self.train_trunk = train_trunk
         self._runtime = Runtime(site_map)
         self._architecture = sites
         self._example_inputs = example_inputs
         self._composition: Composition | None = None
-        self._plans: dict[Composition, Plan] = {}
+        self._drop = 0
+        self._random_drop: tuple[int, int] | None = None
+        self._plans: dict[tuple[Composition, int], Plan] = {}
         self._verified: set[tuple] = set()
         self._merged: list[Merged] = []
         self._identity: dict[str, Any] | None = None
@@ -111,6 +118,9 @@ class AdapterModel(nn.Module):
         # hooks have changed.
         if self._runtime.generation == "":
             raise RuntimeError("this model has lost its hooks")
+        if self.training and self._random_drop is not None and self._runtime.local.plan is None:
+            with self.randomly_dropped():
+                return self.backbone(*args, **kwargs)
         return self.backbone(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -173,7 +183,7 @@ class AdapterModel(nn.Module):
         above = self._runtime.local.plan
         if above is None:
             return self._composition
-        return next((known for known, plan in self._plans.items() if plan is above), None)
+        return next((known for (known, _), plan in self._plans.items() if plan is above), None)
 
     def adapter(self, name: str) -> Adapter:
         """The modules of one adapter.
@@ -212,6 +222,10 @@ class AdapterModel(nn.Module):
                 f"{name!r} cannot name an adapter: use letters, digits, '_', '-', '+', '@' and "
                 "spaces, no path separators or dots"
             )
+        if name == BASE:
+            raise ValueError(
+                f"{BASE!r} means the encoder without adapters: choose another name for this one"
+            )
         if name in self.adapter_names:
             raise ValueError(
                 f"an adapter called {name!r} is here already; delete it or choose another name"
@@ -239,9 +253,10 @@ class AdapterModel(nn.Module):
 
     def _sync(self) -> None:
         held = [self.adapter(name).plan() for name in self.adapter_names]
+        held += [fusion.plan() for fusion in self.fusions._modules.values()]  # type: ignore[union-attr, operator]
         self._runtime.sync(held)
         if self._composition is not None:
-            self._runtime.active = self._plan(self._composition)
+            self._runtime.active = self._plan(self._composition, self._drop)
 
     def _check(self, adapter: Adapter) -> None:
         """Checks the points that no earlier adapter of this model has been checked at."""
@@ -273,56 +288,249 @@ class AdapterModel(nn.Module):
             )
         return example(self.backbone)
 
-    def _plan(self, composition: Composition | None) -> Plan:
+    def _plan(self, composition: Composition | None, drop: int = 0) -> Plan:
         if composition is None:
             return NOTHING
-        if composition not in self._plans:
-            plan = Plan()
-            merged = [merge.name for merge in self._merged]
-            for name in composition.names():
-                adapter = self.adapter(name)
-                if name in merged:
-                    raise ValueError(
-                        f"adapter {name!r} is merged into the weights and would act twice; call "
-                        f"reset_adapter({name!r}) first"
-                    )
-                for site, module in adapter.entries():
-                    plan.add(kind_of(module), site, module)
-            self._plans[composition] = plan
-        return self._plans[composition]
+        known = self._plans.get((composition, drop))
+        if known is not None:
+            return known
+        self._check_drop(drop)
+        merged = [merge.name for merge in self._merged]
+        for name in composition.names():
+            self.adapter(name)
+            if name in merged:
+                raise ValueError(
+                    f"adapter {name!r} is merged into the weights and would act twice; call "
+                    f"reset_adapter({name!r}) first"
+                )
+        plan = plan_of(composition, self.sites, self.adapter, self._fusion, drop=drop)
+        if plan.copies > 1:
+            self._runtime.allow_copies()
+        while len(self._plans) >= _KEPT:
+            self._plans.pop(next(iter(self._plans)))
+        self._plans[composition, drop] = plan
+        return plan
+
+    def _check_drop(self, drop: int) -> None:
+        deepest = max(len(tower.blocks) for tower in self.sites.towers.values())
+        if isinstance(drop, bool) or not isinstance(drop, int) or not 0 <= drop <= deepest:
+            raise ValueError(f"drop must be a number of blocks from 0 to {deepest}, not {drop!r}")
 
     def _forget(self, name: str) -> list[Plan]:
         """Drops the plans in which an adapter acts, and returns them."""
-        gone = [known for known in self._plans if name in known.names()]
+        gone = [known for known in self._plans if name in known[0].names()]
         return [self._plans.pop(known) for known in gone]
 
-    def set_active_adapters(self, setup: Setup) -> None:
+    def set_active_adapters(self, setup: Setup, *, drop: int = 0) -> None:
         """Lets adapters act: a name, several names (a `Stack`), a composition, or None for none.
 
+        Args:
+            drop: leave out the adapters of the lowest `drop` blocks of each tower (AdapterDrop,
+                Rücklé et al. 2021).
+
         Raises:
-            ValueError: a name that is not here, or that is merged.
+            ValueError: a name that is not here, or that is merged; or a method that cannot take
+                part in the composition.
         """
         composition = parse(setup)
-        self._runtime.active = self._plan(composition)
-        self._composition = composition
+        self._runtime.active = self._plan(composition, drop)
+        self._composition, self._drop, self._random_drop = composition, drop, None
 
     @contextlib.contextmanager
-    def using(self, setup: Setup) -> Iterator[AdapterModel]:
+    def using(self, setup: Setup, *, drop: int = 0) -> Iterator[AdapterModel]:
         """Inside the block, in this thread alone, `setup` acts; then what acted before does again.
 
         Other threads that run the same model are not affected.
         """
-        with self._runtime.pinned(self._plan(parse(setup))):
+        with self._runtime.pinned(self._plan(parse(setup), drop)):
             yield self
 
-    def train_adapter(self, setup: Setup) -> None:
-        """Makes adapters active and trainable, all others frozen, and enters train mode."""
+    def train_adapter(self, setup: Setup, *, drop: int | tuple[int, int] = 0) -> None:
+        """Makes adapters active and trainable, all others frozen, and enters train mode.
+
+        Args:
+            drop: train without the adapters of so many of the lowest blocks, or, given as
+                (least, most), of a number that every forward pass in train mode draws anew: such an
+                adapter works with any number dropped (robust AdapterDrop, Rücklé et al. 2021).
+        """
         composition = parse(setup)
-        self.set_active_adapters(composition)
+        self._activate(composition, drop)
         wanted = set(composition.names()) if composition is not None else set()
         for name in self.adapter_names:
             self.adapter(name).requires_grad_(name in wanted)
+        self.fusions.requires_grad_(False)
         self.train()
+
+    def _activate(self, composition: Composition | None, drop: int | tuple[int, int]) -> None:
+        if not isinstance(drop, (tuple, list)):
+            self.set_active_adapters(composition, drop=drop)
+            return
+        if len(drop) != 2 or not drop[0] <= drop[1]:
+            raise ValueError(f"drop is a number or a pair (least, most), not {drop!r}")
+        for end in drop:
+            self._check_drop(end)
+        self.set_active_adapters(composition)
+        self._random_drop = (drop[0], drop[1])
+
+    @contextlib.contextmanager
+    def randomly_dropped(self) -> Iterator[int]:
+        """Inside the block, in this thread, one draw of `train_adapter`'s range of drops acts.
+
+        `model(x)` does so by itself in train mode; other entries (`model.encode_image`) need it
+        around them. Gives the number of blocks; does nothing where no range was asked for.
+        """
+        if self._random_drop is None:
+            yield self._drop
+            return
+        least, most = self._random_drop
+        drop = int(torch.randint(least, most + 1, ()))
+        with self.using(self._composition, drop=drop):
+            yield drop
+
+    def _fusion(self, members: Fuse) -> Adapter:
+        found = self.fusions._modules.get(members.name)
+        if found is None:
+            there = ", ".join(map(repr, self.fusion_names)) or "none yet"
+            raise ValueError(
+                f"there is no AdapterFusion of {members.name!r}: call "
+                f"add_adapter_fusion({members!r}) first; there are {there}"
+            )
+        assert isinstance(found, Adapter)
+        return found
+
+    @property
+    def fusion_names(self) -> tuple[str, ...]:
+        """The AdapterFusions held, by their members: `a,b` or `a,b>c`."""
+        return tuple(self.fusions._modules)
+
+    def add_adapter_fusion(
+        self, members: Fuse | Iterable[str], config: FusionConfig | None = None
+    ) -> str:
+        """Adds the attention over several adapters at every site where one of them acts.
+
+        Neither active nor trainable yet; returns its name. Fresh, it averages what they add, as
+        its queries and keys start near zero.
+
+        Raises:
+            ValueError: a name that is not here, or no bottleneck; or the fusion is here already.
+        """
+        fused = members if isinstance(members, Fuse) else Fuse(*members)
+        if fused.name in self.fusion_names:
+            raise ValueError(f"there is an AdapterFusion of {fused.name!r} already")
+        self._insert_fusion(fused, fusions.build(self, fused, config or FusionConfig()))
+        return fused.name
+
+    def _insert_fusion(self, members: Fuse, fusion: Adapter) -> None:
+        fusion.requires_grad_(False)
+        fusion.train(self.training)
+        self.fusions._modules[members.name] = fusion
+        try:
+            self._sync()
+            # Asked for once, so that what cannot be fused raises now.
+            plan_of(members, self.sites, self.adapter, self._fusion)
+        except BaseException:
+            del self.fusions._modules[members.name]
+            self._sync()
+            raise
+
+    def train_adapter_fusion(
+        self, members: Fuse | Iterable[str], *, drop: int | tuple[int, int] = 0
+    ) -> None:
+        """Makes a fusion active and it alone trainable: its members stay as they are.
+
+        Add `fusion_penalty()` to the loss.
+        """
+        fused = members if isinstance(members, Fuse) else Fuse(*members)
+        fusion = self._fusion(fused)
+        self._activate(fused, drop)
+        self.adapters.requires_grad_(False)
+        self.fusions.requires_grad_(False)
+        fusion.requires_grad_(True)
+        self.train()
+
+    def fusion_penalty(self) -> torch.Tensor:
+        """How far the value matrices of trainable fusions are from the identity, a scalar.
+
+        0.01 x ||V - I||^2 summed over sites, by each config's `regularization`.
+        """
+        return fusions.penalty(self)
+
+    def recorded_fusion(
+        self,
+    ) -> contextlib.AbstractContextManager[Mapping[str, Mapping[str, torch.Tensor]]]:
+        """Inside the block, in this thread, the attention of fusions is noted.
+
+        Gives a mapping by fusion and site of the weights (members,), the mean over all tokens seen.
+        """
+        return fusions.recorded(self)
+
+    def delete_adapter_fusion(self, name: str | Fuse) -> None:
+        """Removes a fusion, not its members; nothing acts if it was acting.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        name = name.name if isinstance(name, Fuse) else name
+        if name not in self.fusion_names:
+            hint = nearest(name, self.fusion_names)
+            raise ValueError(f"there is no AdapterFusion {name!r}{hint}")
+        del self.fusions._modules[name]
+        gone = [known for known in self._plans if name in fusions.names_in(known[0])]
+        if self._composition is not None and name in fusions.names_in(self._composition):
+            self.set_active_adapters(None)
+        for known in gone:
+            self._plans.pop(known).clear()
+        self._sync()
+
+    def save_adapter_fusion(self, directory: str | os.PathLike, name: str | Fuse) -> None:
+        """Writes a fusion with references to its members: their names and hashes.
+
+        Raises:
+            ValueError: there is none of that name, or the directory holds something else.
+        """
+        fusions.save(self, directory, name.name if isinstance(name, Fuse) else name)
+
+    def load_adapter_fusion(self, directory: str | os.PathLike) -> str:
+        """Adds the fusion of a directory, not yet active, and returns its name.
+
+        Its members must be here, under the names and with the values that they had.
+
+        Raises:
+            FileNotFoundError, ValueError: see `storage.read`; a member is missing or another; or
+                the fusion is for another encoder.
+        """
+        return fusions.load(self, directory)
+
+    def average_adapter(
+        self,
+        name: str,
+        members: Iterable[str],
+        weights: Iterable[float] | None = None,
+        *,
+        how: Literal["linear", "concat", "svd"] = "linear",
+        rank: int | None = None,
+    ) -> None:
+        """Adds an adapter whose parameters are sum_i w_i of the members', idle like a fresh one.
+
+        Args:
+            weights: equal shares by default; they need not add up to 1, so that task vectors can
+                be added and subtracted (Ilharco et al. 2023): `(1, 1, -1)`.
+            how: "linear" adds parameters of equal structure; "concat" and "svd" add what LoRAs of
+                any ranks amount to, exactly with the sum of the ranks, or as well as `rank` can.
+
+        Raises:
+            ValueError: adapters that differ in structure, with the first difference.
+        """
+        names = list(members)
+        if isinstance(members, str) or not names:
+            raise ValueError(f"members is a list of adapters, not {members!r}")
+        given = [1 / len(names)] * len(names) if weights is None else list(weights)
+        config, tensors = combined(
+            [self.adapter(member) for member in names], names, given, how=how, rank=rank
+        )
+        adapter = self._build(name, config)
+        adapter.load(tensors, f"the average of {', '.join(names)}")
+        self._insert(name, adapter)
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter and the hooks that only it needed; nothing acts if it was acting.
@@ -332,6 +540,12 @@ class AdapterModel(nn.Module):
         """
         self.adapter(name)
         self._refuse_merged(name, "deleted")
+        for fusion in self.fusion_names:
+            if name in fusions.members_of(self, fusion).names():
+                raise ValueError(
+                    f"adapter {name!r} is a member of the AdapterFusion {fusion!r}; call "
+                    f"delete_adapter_fusion({fusion!r}) first"
+                )
         if self._composition is not None and name in self._composition.names():
             self.set_active_adapters(None)
         for plan in self._forget(name):
@@ -349,6 +563,7 @@ class AdapterModel(nn.Module):
         checkpointing.disable(self._runtime)
         self._composition, self._plans = None, {}
         self.adapters._modules.clear()
+        self.fusions._modules.clear()
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, True))
         for module in self._front_ends:
@@ -376,10 +591,25 @@ class AdapterModel(nn.Module):
         self.identity()
         changes = merged_tensors(name, adapter, self.sites)
         if self._composition is not None and name in self._composition.names():
+            self._refuse_entangled(name)
             rest = [other for other in self._composition.names() if other != name]
             self.set_active_adapters(rest or None)
         self._merged.append(Merged.into_weights(name, changes))
         self._forget(name)
+
+    def _refuse_entangled(self, name: str) -> None:
+        """What is merged acts on everything: only a plain Stack may lose a member to it."""
+        active = self._composition
+        assert active is not None
+        if (
+            self._drop
+            or not isinstance(active, Stack)
+            or any(not isinstance(member, str) for member in active.members)
+        ):
+            raise ValueError(
+                f"adapter {name!r} cannot be merged while {active!r} acts: call "
+                "set_active_adapters(None) first"
+            )
 
     def reset_adapter(self, name: str) -> None:
         """Undoes `merge_adapter`: the encoder has the very bits that it had.
@@ -488,6 +718,11 @@ class AdapterModel(nn.Module):
                 encoder, or its tensors do not fit.
         """
         stored = storage.read(directory)
+        if stored.config.get("method") == FusionConfig.method:
+            raise ValueError(
+                f"{directory} holds an AdapterFusion: load it with load_adapter_fusion, after its "
+                "members"
+            )
         storage.check_backbone(
             stored.backbone, self.identity(), allow_different_weights=allow_different_weights
         )

@@ -129,7 +129,8 @@ class Tower:
     """A stack of blocks of one width that run one after another.
 
     `prompts` says whether a token may be appended to the sequence inside the blocks: None if so,
-    else the reason why not.
+    else the reason why not; `copies` the same of repeating the batch there. `batch_first`: blocks
+    take (B, N, D), not (N, B, D).
     """
 
     name: str
@@ -138,6 +139,8 @@ class Tower:
     blocks: list[Block]
     norm: Leaf | None = None
     prompts: str | None = None
+    copies: str | None = None
+    batch_first: bool = True
 
     def site_names(self) -> list[str]:
         """Every canonical name of the tower, outermost first."""

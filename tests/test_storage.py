@@ -28,7 +28,7 @@ from mmadapters import (
     IA3Config,
     LoRAConfig,
     MethodConfig,
-    Parallel,
+    ParallelPlacement,
     PrefixConfig,
     PromptConfig,
     SeqBnConfig,
@@ -129,7 +129,7 @@ def bytes_anew(directory: Path, data: bytes) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        BottleneckConfig(placement=Parallel(input="normed"), size=4, norm="before"),
+        BottleneckConfig(placement=ParallelPlacement(input="normed"), size=4, norm="before"),
         AdapterPlusConfig(),
         CompacterConfig(size=4),
         LoRAConfig(rank=2, alpha=3, targets=("k", "down")),

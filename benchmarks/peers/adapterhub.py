@@ -48,7 +48,7 @@ from mmadapters import (
     MethodConfig,
     ParBnConfig,
     SeqBnConfig,
-    Sequential,
+    SequentialPlacement,
 )
 
 THEIRS = "theirs"
@@ -97,7 +97,9 @@ METHODS = (
     Method(
         "Compacter++",
         adapters.CompacterPlusPlusConfig(reduction_factor=8),
-        CompacterConfig(reduction_factor=8, placement=Sequential(at=("ffn",), residual="after")),
+        CompacterConfig(
+            reduction_factor=8, placement=SequentialPlacement(at=("ffn",), residual="after")
+        ),
     ),
 )
 

@@ -16,6 +16,8 @@ from .spec import Architecture, Example, Row, SublayerSpec, TowerSpec, Unresolve
 from .vision import random_image, square
 
 TEXT = "the masks of its text tower have the length of the text"
+POOLED = "its text is pooled at the place that the ids of the batch as it came tell"
+IN_TURNS = "two stacks of its decoder take turns"
 TIME_FIRST = "its blocks take tokens in the first dimension and the batch in the second"
 
 
@@ -84,6 +86,7 @@ def _transformers_tower(model: nn.Module, name: str, norm: str) -> TowerSpec:
         sublayers={"attn": attn, "ffn": ffn},
         norm=norm,
         prompts=TEXT if name == "text" else None,
+        copies=POOLED if name == "text" and not hasattr(tower, "head") else None,
     )
 
 
@@ -140,6 +143,10 @@ def _residual_block(blocks: nn.Module, kind: str = "attn") -> dict[str, Sublayer
     return {kind: attention, "ffn": ffn}
 
 
+def _batch_first(blocks: nn.Module) -> bool:
+    return getattr(at(blocks, "0.attn"), "batch_first", True)
+
+
 def _open_clip_vision(model: nn.Module) -> list[TowerSpec]:
     """Candidates for the image tower.
 
@@ -149,7 +156,7 @@ def _open_clip_vision(model: nn.Module) -> list[TowerSpec]:
     found = list(nested(model, "visual.trunk", vision.ROWS, "vision"))
     blocks = at(model, "visual.transformer.resblocks")
     if blocks is not None:
-        batch_first = getattr(at(blocks, "0.attn"), "batch_first", True)
+        batch_first = _batch_first(blocks)
         found.append(
             TowerSpec(
                 name="vision",
@@ -158,6 +165,7 @@ def _open_clip_vision(model: nn.Module) -> list[TowerSpec]:
                 # Behind an attentional pooler, this norm has the pooler's width.
                 norm="visual.ln_post",
                 prompts=None if batch_first else TIME_FIRST,
+                batch_first=batch_first,
             )
         )
     if not found:
@@ -184,6 +192,8 @@ def _open_clip_text(model: nn.Module) -> list[TowerSpec]:
                 sublayers=_residual_block(blocks),
                 norm=f"{prefix}ln_final",
                 prompts=TEXT,
+                copies=POOLED,
+                batch_first=_batch_first(blocks),
             )
             return [tower]
     found = list(nested(model, "text.transformer", text.ROWS, "text"))
@@ -222,12 +232,14 @@ def _coca(model: nn.Module) -> Iterator[Architecture]:
         sublayers=_residual_block(_required(model, "text_decoder.resblocks")),
         norm="text_decoder.ln_final",
         prompts=TEXT,
+        copies=IN_TURNS,
     )
     fusion = TowerSpec(
         name="fusion",
         blocks="text_decoder.cross_attn",
         sublayers=_residual_block(_required(model, "text_decoder.cross_attn"), "cross"),
         prompts=TEXT,
+        copies=IN_TURNS,
     )
     for towers in itertools.product(_open_clip_vision(model), _open_clip_text(model)):
         yield Architecture(

@@ -247,14 +247,19 @@ class _Prefix:
 
 
 def _prefix(prefixes: Iterable[Any], x: Tensor) -> _Prefix:
-    """All active prefixes as one; x: (B, N, D), what the attention reads."""
+    """All active prefixes as one; x: (B, N, D), what the attention reads.
+
+    A gate is (B, N), the same for a whole prefix, or (B, N, P).
+    """
     parts = [adapter(x) for adapter in prefixes]
     keys = torch.cat([key.expand(x.shape[0], -1, -1) for key, _, _ in parts], dim=1)
     values = torch.cat([value.expand(x.shape[0], -1, -1) for _, value, _ in parts], dim=1)
     scores = None
     if any(gate is not None for _, _, gate in parts):
         columns = [
-            (x.new_zeros(x.shape[:2]) if gate is None else gate)[..., None].expand(
+            gate
+            if gate is not None and gate.dim() == 3
+            else (x.new_zeros(x.shape[:2]) if gate is None else gate)[..., None].expand(
                 -1, -1, key.shape[-2]
             )
             for key, _, gate in parts

@@ -33,14 +33,17 @@ class Plan:
     """The active modules by canonical site name, in the order in which they act.
 
     Of the kinds in `mmadapters.methods.base`, which injectors do not import: `Any` here.
+    `copies`: how many times the batch is repeated on entering block `starts[tower]` of a tower.
     """
 
     branch: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     delta: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     prefix: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     prompt: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    copies: int = 1
+    starts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, kind: Kind, site: str, module: nn.Module) -> None:
+    def add(self, kind: Kind, site: str, module: Any) -> None:
         table = getattr(self, kind)
         table[site] = (*table.get(site, ()), module)
 
@@ -52,8 +55,9 @@ class Plan:
 
     def clear(self) -> None:
         """Lets nothing act any more, wherever this plan is in use."""
-        for table in (self.branch, self.delta, self.prefix, self.prompt):
+        for table in (self.branch, self.delta, self.prefix, self.prompt, self.starts):
             table.clear()
+        self.copies = 1
 
     def mapped(self, change: Callable[[Kind, str, nn.Module], Any]) -> Plan:
         """A plan in which `change` stands for every module."""
@@ -88,6 +92,7 @@ class Runtime:
         self.local = _ThreadState()
         # A string: torch.compile guards it by value, so that installing hooks recompiles.
         self.generation = "0"
+        self._copies = False
         self._handles: dict[tuple[str, ...], list[RemovableHandle]] = {}
         self._raw: dict[tuple[str, ...], list[nn.Module]] = {}
         self._sublayers = {sublayer.name: sublayer for sublayer in sites.sublayers()}
@@ -116,6 +121,8 @@ class Runtime:
         for plan in plans:
             for kind, site, module in plan.entries():
                 wanted.update(dict.fromkeys(self._keys(kind, site, module)))
+        if self._copies:
+            wanted.update({("copy", block.name): None for block in self.sites.blocks()})
         for key in [key for key in {**self._handles, **self._raw} if key not in wanted]:
             self._remove(key)
         for key in wanted:
@@ -123,8 +130,17 @@ class Runtime:
                 self._install(key)
         self.generation = str(int(self.generation) + 1)
 
+    def allow_copies(self) -> None:
+        """Installs what plans with copies need, from now on."""
+        if not self._copies:
+            self._copies = True
+            for block in self.sites.blocks():
+                self._install(("copy", block.name))
+            self.generation = str(int(self.generation) + 1)
+
     def clear(self) -> None:
         """Removes every hook and gives every module its own class back."""
+        self._copies = False
         self.sync(())
         self.active = NOTHING
         self.local = _ThreadState()
@@ -180,8 +196,8 @@ class Runtime:
         if what == "capture":
             sublayer = self._sublayers[site]
             module = sublayer.residual if rest[0] == "residual" else sublayer.input
-            hook = CaptureHook(self, (site, rest[0]))
-            yield module.register_forward_pre_hook(hook, with_kwargs=True)
+            capture = CaptureHook(self, (site, rest[0]))
+            yield module.register_forward_pre_hook(capture, with_kwargs=True)
         elif what == "branch":
             sublayer = self._sublayers[site]
             yield sublayer.output.register_forward_hook(BranchHook(self, site))
@@ -191,6 +207,10 @@ class Runtime:
             leaves = self._together(self._leaves[site])
             # First of all: the leaf may end a branch (Whisper's fc2), whose hook sees its output.
             yield leaves[0].module.register_forward_hook(LeafHook(self, leaves), prepend=True)
+        elif what == "copy":
+            block, tower = self._blocks[site], self._tower(site)
+            hook = CopyHook(self, tower.name, block.index, _crossed(tower))
+            yield block.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         elif what == "prompt":
             block = self._blocks[site]
             yield block.module.register_forward_pre_hook(PromptHook(self, site), with_kwargs=True)
@@ -211,7 +231,7 @@ def is_adapted(module: nn.Module) -> bool:
     """Whether some runtime has hooks or subclasses on the module."""
     hooks = (
         *(ForwardHook, CaptureHook, BranchHook, EnterHook, LeafHook),
-        *(PromptHook, UnpromptHook),
+        *(PromptHook, UnpromptHook, CopyHook),
     )
     return any(
         raw.KEY in part.__dict__
@@ -328,6 +348,51 @@ def _changed(
     for adapter in delta.get(leaf.name, ()):
         y = adapter(y, x, leaf)
     return y
+
+
+def _crossed(tower: Tower) -> bool:
+    return any("cross" in block.sublayers for block in tower.blocks)
+
+
+@dataclass(eq=False)
+class CopyHook:
+    """Repeats the batch that enters a tower's first adapted block, and what comes with it there and
+    further up (masks, the other tower's states).
+
+    `crossed`: the tower looks at another one, whose states may have been repeated already.
+    """
+
+    runtime: Runtime
+    tower: str
+    index: int
+    crossed: bool
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        plan = self.runtime.plan()
+        start = plan.starts.get(self.tower)
+        if start is None or self.index < start:
+            return None
+        x = first_input(args, kwargs)
+        copies, batch = plan.copies, x.shape[0]
+        if self.index > start:
+            batch //= copies
+
+        def repeated(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(repeated, value))
+            if value is x:
+                return x if self.index > start else _repeated(x, copies)
+            if not isinstance(value, Tensor) or value.dim() < 3 or value.shape[0] == 1 != batch:
+                return value
+            # Masks, states and biases by sample or by sample and head; all else is shared.
+            done = self.crossed and value.shape[0] == copies * batch
+            return value if done or value.shape[0] % batch else _repeated(value, copies)
+
+        return tuple(map(repeated, args)), {k: repeated(v) for k, v in kwargs.items()}
+
+
+def _repeated(x: Tensor, copies: int) -> Tensor:
+    return x.repeat(copies, *(1,) * (x.dim() - 1))
 
 
 @dataclass(eq=False)

@@ -80,6 +80,8 @@ class TowerSpec:
     sublayers: Mapping[str, SublayerSpec]
     norm: str | None = None
     prompts: str | None = None
+    copies: str | None = None
+    batch_first: bool = True
     names: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
 
@@ -130,7 +132,16 @@ def _tower(root: nn.Module, spec: TowerSpec) -> Tower:
     norm = None
     if spec.norm is not None:
         norm = _leaf(root, f"{spec.name}.norm", spec.norm, None)
-    return Tower(spec.name, width, spec.blocks, blocks, norm, spec.prompts)
+    return Tower(
+        name=spec.name,
+        width=width,
+        path=spec.blocks,
+        blocks=blocks,
+        norm=norm,
+        prompts=spec.prompts,
+        copies=spec.copies,
+        batch_first=spec.batch_first,
+    )
 
 
 def _blocks(root: nn.Module, pattern: str) -> list[nn.Module]:

@@ -14,12 +14,13 @@ from .bottleneck import (
     AdaptFormerConfig,
     BottleneckConfig,
     DoubleSeqBnConfig,
-    Parallel,
+    ParallelPlacement,
     ParBnConfig,
     SeqBnConfig,
-    Sequential,
+    SequentialPlacement,
 )
 from .compacter import CompacterConfig
+from .fusion import FusionConfig
 from .lora import DoRAConfig, LoRAConfig
 from .prefix import PrefixConfig
 from .prompt import PromptConfig
@@ -48,7 +49,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         UniPELTConfig,
     )
 }
-_PLACEMENTS = {"sequential": Sequential, "parallel": Parallel}
+_PLACEMENTS = {"sequential": SequentialPlacement, "parallel": ParallelPlacement}
 
 
 def method_named(name: str) -> type[MethodConfig]:
@@ -73,8 +74,8 @@ def to_dict(config: MethodConfig) -> dict[str, Any]:
         return data
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, (Sequential, Parallel)):
-            kind = "sequential" if isinstance(value, Sequential) else "parallel"
+        if isinstance(value, (SequentialPlacement, ParallelPlacement)):
+            kind = "sequential" if isinstance(value, SequentialPlacement) else "parallel"
             value = {"kind": kind, **dataclasses.asdict(value)}
             value["at"] = list(value["at"])
         data[field.name] = list(value) if isinstance(value, tuple) else value
@@ -133,19 +134,20 @@ __all__ = [
     "Delta",
     "DoRAConfig",
     "DoubleSeqBnConfig",
+    "FusionConfig",
     "IA3Config",
     "LoRAConfig",
     "MAMConfig",
     "MethodConfig",
     "ParBnConfig",
-    "Parallel",
+    "ParallelPlacement",
     "Prefix",
     "PrefixConfig",
     "Prompt",
     "PromptConfig",
     "SSFConfig",
     "SeqBnConfig",
-    "Sequential",
+    "SequentialPlacement",
     "UniPELTConfig",
     "from_dict",
     "method_named",

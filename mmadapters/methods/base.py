@@ -34,6 +34,10 @@ class Branch(nn.Module):
         """All of shape (B, N, D): the branch, the residual stream x, the sublayer's own input."""
         raise TypeError(f"{type(self).__name__} does not say what it computes")
 
+    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        """What `forward` adds to the branch."""
+        return self(branch, residual=residual, input=input) - branch
+
 
 class Delta(nn.Module):
     """Changes a leaf: `forward` on activations, `effective` on the weight; both mean the same.

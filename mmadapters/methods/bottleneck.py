@@ -6,10 +6,10 @@ For a sublayer with residual stream x and branch u, whose sum is the stream's ne
 
 where h is, by the placement,
 
-    Sequential(residual="before")   u              Houlsby et al. 2019
-    Sequential(residual="after")    x + u          Pfeiffer et al. 2021
-    Parallel(input="residual")      x              He et al. 2022; AdaptFormer, Chen et al. 2022
-    Parallel(input="normed")        what the sublayer itself reads
+    SequentialPlacement(residual="before")   u        Houlsby et al. 2019
+    SequentialPlacement(residual="after")    x + u    Pfeiffer et al. 2021
+    ParallelPlacement(input="residual")      x        He et al. 2022; AdaptFormer, Chen et al. 2022
+    ParallelPlacement(input="normed")        what the sublayer itself reads
 
 D (r, D) starts as nn.Linear does and U (D, r) at zero, so that a fresh adapter is the identity;
 never both at zero, or neither would ever learn. Houlsby's near-zero start of both differs by that.
@@ -54,7 +54,7 @@ SUBLAYERS = ("attn", "cross", "ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequential:
+class SequentialPlacement:
     """After the named sublayers, on the branch (`before` the residual add) or on the sum."""
 
     at: tuple[str, ...] = SUBLAYERS
@@ -66,7 +66,7 @@ class Sequential:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
+class ParallelPlacement:
     """Beside the named sublayers, reading the un-normed residual stream or the sublayer's input."""
 
     at: tuple[str, ...] = ("ffn",)
@@ -77,7 +77,7 @@ class Parallel:
         check_choice("input", self.input, ("residual", "normed"))
 
 
-Placement = Sequential | Parallel
+Placement = SequentialPlacement | ParallelPlacement
 
 
 def _check_at(placement: Placement) -> None:
@@ -98,7 +98,7 @@ class BottleneckConfig(MethodConfig):
     scale: factor on the result; `learn_scale` makes it a parameter, one or one per channel.
     """
 
-    placement: Placement = field(default_factory=Sequential)
+    placement: Placement = field(default_factory=SequentialPlacement)
     size: int | None = None
     reduction_factor: float | None = None
     activation: str = "relu"
@@ -116,8 +116,11 @@ class BottleneckConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.placement, (Sequential, Parallel)):
-            raise ValueError(f"placement must be Sequential or Parallel, not {self.placement!r}")
+        if not isinstance(self.placement, (SequentialPlacement, ParallelPlacement)):
+            raise ValueError(
+                "placement must be SequentialPlacement or ParallelPlacement, "
+                f"not {self.placement!r}"
+            )
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("norm", self.norm, ("before", "after", None))
         check_choice("learn_scale", self.learn_scale, ("scalar", "channel", None))
@@ -154,8 +157,8 @@ class Bottleneck(Branch):
         width, like = sublayer.width, sublayer.like()
         size = bottleneck_size(sublayer, config.size, config.reduction_factor)
         placement = config.placement
-        self.parallel = isinstance(placement, Parallel)
-        if isinstance(placement, Parallel):
+        self.parallel = isinstance(placement, ParallelPlacement)
+        if isinstance(placement, ParallelPlacement):
             self.reads = frozenset({"residual" if placement.input == "residual" else "input"})
         elif placement.residual == "after":
             self.reads = frozenset({"residual"})
@@ -175,24 +178,41 @@ class Bottleneck(Branch):
             shape = (width,) if config.learn_scale == "channel" else ()
             self.scale = nn.Parameter(torch.full(shape, config.scale, **like))
 
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """Both projections, of a bottleneck whose projections are plain linear maps."""
+        assert type(self.down) is type(self.up) is nn.Linear
+        return self.down, self.up
+
     def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        # What it does not read may be given all the same, for another adapter at this site.
-        h = branch
-        if "residual" in self.reads:
-            assert residual is not None
-            h = residual if self.parallel else residual + branch
-        elif "input" in self.reads:
-            assert input is not None
-            h = input
-        if self.norm_before is not None:
-            h = self.norm_before(h)
-        h = ACTIVATIONS[self.activation](self.down(h))
-        h = self.up(F.dropout(h, self.dropout, self.training))
+        return branch + self.change(branch, residual=residual, input=input)
+
+    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        h = self.up(self.inner(branch, residual=residual, input=input))
         if self.norm_after is not None:
             h = self.norm_after(h)
         if isinstance(self.scale, Tensor) or self.scale != 1.0:
             h = h * self.scale
-        return branch + drop_path(h, self.drop_path, self.training).to(branch.dtype)
+        return drop_path(h, self.drop_path, self.training).to(branch.dtype)
+
+    def inner(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        """The bottleneck's state (B, N, r), from which the up-projection makes the change."""
+        h = self.read(branch, residual=residual, input=input)
+        if self.norm_before is not None:
+            h = self.norm_before(h)
+        h = ACTIVATIONS[self.activation](self.down(h))
+        return F.dropout(h, self.dropout, self.training)
+
+    def read(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        """h of the formula, (B, N, D), by the placement."""
+        # What it does not read may be given all the same, for another adapter at this site.
+        if "residual" in self.reads:
+            assert residual is not None
+            return residual if self.parallel else residual + branch
+        if "input" in self.reads:
+            assert input is not None
+            return input
+        return branch
 
 
 def linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
@@ -270,7 +290,9 @@ class DoubleSeqBnConfig(BottleneckConfig):
 class SeqBnConfig(BottleneckConfig):
     """Pfeiffer et al. 2021: once per block, after the feed-forward part and its residual."""
 
-    placement: Placement = field(default_factory=lambda: Sequential(at=("ffn",), residual="after"))
+    placement: Placement = field(
+        default_factory=lambda: SequentialPlacement(at=("ffn",), residual="after")
+    )
     method: ClassVar[str] = "seq_bn"
 
 
@@ -278,7 +300,7 @@ class SeqBnConfig(BottleneckConfig):
 class ParBnConfig(BottleneckConfig):
     """He et al. 2022: parallel to the feed-forward part, reading the residual stream, scaled."""
 
-    placement: Placement = field(default_factory=Parallel)
+    placement: Placement = field(default_factory=ParallelPlacement)
     scale: float = 4.0
     method: ClassVar[str] = "par_bn"
     standard = ("reduction_factor", 2)
@@ -288,7 +310,7 @@ class ParBnConfig(BottleneckConfig):
 class AdaptFormerConfig(BottleneckConfig):
     """AdaptFormer, Chen et al. 2022: parallel to the MLP on the un-normed stream, 64 wide, x0.1."""
 
-    placement: Placement = field(default_factory=Parallel)
+    placement: Placement = field(default_factory=ParallelPlacement)
     scale: float = 0.1
     dropout: float = 0.1
     method: ClassVar[str] = "adaptformer"
@@ -299,7 +321,9 @@ class AdaptFormerConfig(BottleneckConfig):
 class AdapterPlusConfig(BottleneckConfig):
     """Adapter+, Steitz and Roth 2024: after the MLP's residual, GELU, learned scale per channel."""
 
-    placement: Placement = field(default_factory=lambda: Sequential(at=("ffn",), residual="after"))
+    placement: Placement = field(
+        default_factory=lambda: SequentialPlacement(at=("ffn",), residual="after")
+    )
     activation: str = "gelu"
     learn_scale: Literal["scalar", "channel"] | None = "channel"
     drop_path: float = 0.1

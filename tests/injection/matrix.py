@@ -27,12 +27,12 @@ from mmadapters import (
     LoRAConfig,
     MAMConfig,
     MethodConfig,
-    Parallel,
+    ParallelPlacement,
     ParBnConfig,
     PrefixConfig,
     PromptConfig,
     SeqBnConfig,
-    Sequential,
+    SequentialPlacement,
     SSFConfig,
     UniPELTConfig,
 )
@@ -43,10 +43,12 @@ EVERYWHERE = ("q", "k", "v", "o", "up", "down")
 METHODS: dict[str, MethodConfig] = {
     "bottleneck": BottleneckConfig(size=8, activation="gelu", norm="after", learn_scale="scalar"),
     "bottleneck-normed": BottleneckConfig(
-        placement=Parallel(at=("attn", "cross", "ffn"), input="normed"), size=8, activation="silu"
+        placement=ParallelPlacement(at=("attn", "cross", "ffn"), input="normed"),
+        size=8,
+        activation="silu",
     ),
     "bottleneck-after": BottleneckConfig(
-        placement=Sequential(residual="after"), size=8, norm="before", dropout=0.1
+        placement=SequentialPlacement(residual="after"), size=8, norm="before", dropout=0.1
     ),
     "double_seq_bn": DoubleSeqBnConfig(reduction_factor=4),
     "seq_bn": SeqBnConfig(reduction_factor=2),

@@ -18,9 +18,9 @@ from mmadapters import (
     ConfigUnion,
     DoRAConfig,
     LoRAConfig,
-    Parallel,
+    ParallelPlacement,
     SeqBnConfig,
-    Sequential,
+    SequentialPlacement,
 )
 from mmadapters.methods import METHODS as METHOD_CLASSES
 from mmadapters.methods import from_dict
@@ -221,8 +221,8 @@ def test_speech_front_end_is_outside_of_the_graph_in_train_mode(name: str) -> No
 def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     family = FAMILIES[name]
     config = ConfigUnion(
-        BottleneckConfig(size=4, placement=Sequential(residual="after")),
-        BottleneckConfig(size=4, placement=Parallel()),
+        BottleneckConfig(size=4, placement=SequentialPlacement(residual="after")),
+        BottleneckConfig(size=4, placement=ParallelPlacement()),
         LoRAConfig(rank=2, targets=("q", "v", "o", "down")),
     )
     gradients = []

@@ -27,10 +27,10 @@ from mmadapters import (
     AdaptFormerConfig,
     BottleneckConfig,
     DoubleSeqBnConfig,
-    Parallel,
+    ParallelPlacement,
     ParBnConfig,
     SeqBnConfig,
-    Sequential,
+    SequentialPlacement,
     Stack,
     init,
 )
@@ -40,10 +40,10 @@ from mmadapters.methods.bottleneck import ACTIVATIONS as KNOWN_ACTIVATIONS
 
 SITE = "vision.blocks.0.ffn"
 PLACEMENTS = {
-    "sequential-before": Sequential(residual="before"),
-    "sequential-after": Sequential(residual="after"),
-    "parallel-residual": Parallel(at=("attn", "ffn"), input="residual"),
-    "parallel-normed": Parallel(at=("attn", "ffn"), input="normed"),
+    "sequential-before": SequentialPlacement(residual="before"),
+    "sequential-after": SequentialPlacement(residual="after"),
+    "parallel-residual": ParallelPlacement(at=("attn", "ffn"), input="residual"),
+    "parallel-normed": ParallelPlacement(at=("attn", "ffn"), input="normed"),
 }
 SCALES: dict[str, dict[str, Any]] = {
     "fixed": {"scale": 0.7},
@@ -57,7 +57,7 @@ def reference(
 ) -> Array:
     """The formula at the head of mmadapters/methods/bottleneck.py, without its random parts."""
     placement = config.placement
-    if isinstance(placement, Sequential):
+    if isinstance(placement, SequentialPlacement):
         h = u if placement.residual == "before" else x + u
     else:
         h = x if placement.input == "residual" else n
@@ -127,9 +127,9 @@ def test_activations_are_all_different() -> None:
     "options",
     [
         *({"placement": placement} for placement in PLACEMENTS.values()),
-        {"placement": Sequential(at=("attn",))},
-        {"placement": Sequential(at=("ffn",), residual="after")},
-        {"placement": Parallel(at=("attn",), input="normed")},
+        {"placement": SequentialPlacement(at=("attn",))},
+        {"placement": SequentialPlacement(at=("ffn",), residual="after")},
+        {"placement": ParallelPlacement(at=("attn",), input="normed")},
         {"norm": "before"},
         {"norm": "after"},
         {"activation": "quick_gelu"},
@@ -165,11 +165,11 @@ def test_presets_have_the_values_of_their_papers() -> None:
     def told(config: BottleneckConfig) -> tuple:
         return config.placement, config.size, config.reduction_factor, config.activation
 
-    after_ffn = Sequential(at=("ffn",), residual="after")
-    assert told(DoubleSeqBnConfig()) == (Sequential(), None, 16, "gelu")
+    after_ffn = SequentialPlacement(at=("ffn",), residual="after")
+    assert told(DoubleSeqBnConfig()) == (SequentialPlacement(), None, 16, "gelu")
     assert told(SeqBnConfig()) == (after_ffn, None, 16, "relu")
-    assert told(ParBnConfig()) == (Parallel(), None, 2, "relu")
-    assert told(AdaptFormerConfig()) == (Parallel(), 64, None, "relu")
+    assert told(ParBnConfig()) == (ParallelPlacement(), None, 2, "relu")
+    assert told(AdaptFormerConfig()) == (ParallelPlacement(), 64, None, "relu")
     assert told(AdapterPlusConfig()) == (after_ffn, 8, None, "gelu")
     assert (ParBnConfig().scale, AdaptFormerConfig().scale) == (4.0, 0.1)
     assert (AdapterPlusConfig().learn_scale, AdapterPlusConfig().drop_path) == ("channel", 0.1)
@@ -335,8 +335,11 @@ def test_two_adapters_that_read_different_things_each_read_their_own() -> None:
         ({"dropout": "0.1"}, "dropout must be"),
         ({"drop_path": 1.5}, "drop_path must be"),
         ({"drop_path": float("nan")}, "drop_path must be"),
-        ({"placement": "sequential"}, "placement must be Sequential or Parallel"),
-        ({"placement": Sequential}, "placement must be Sequential or Parallel"),
+        ({"placement": "sequential"}, "placement must be SequentialPlacement or ParallelPlacement"),
+        (
+            {"placement": SequentialPlacement},
+            "placement must be SequentialPlacement or ParallelPlacement",
+        ),
         ({"sites": "vision"}, r"sites=\('vision',\)"),
         ({"sites": ()}, "sites is empty"),
         ({"sites": (3,)}, "sites must be"),
@@ -352,13 +355,21 @@ def test_config_refuses(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("placement", "options", "message"),
     [
-        (Sequential, {"at": "ffn"}, r"at=\('ffn',\)"),
-        (Sequential, {"at": ()}, "at is empty: name at least one of attn, cross, ffn"),
-        (Sequential, {"at": ("mlp",)}, "at must be one of 'attn', 'cross', 'ffn', not 'mlp'"),
-        (Sequential, {"residual": "around"}, "residual must be one of 'before', 'after'"),
-        (Parallel, {"at": "attn"}, r"at=\('attn',\)"),
-        (Parallel, {"at": ("attn", "q")}, "at must be one of .* not 'q'"),
-        (Parallel, {"input": "raw"}, "input must be one of 'residual', 'normed', not 'raw'"),
+        (SequentialPlacement, {"at": "ffn"}, r"at=\('ffn',\)"),
+        (SequentialPlacement, {"at": ()}, "at is empty: name at least one of attn, cross, ffn"),
+        (
+            SequentialPlacement,
+            {"at": ("mlp",)},
+            "at must be one of 'attn', 'cross', 'ffn', not 'mlp'",
+        ),
+        (SequentialPlacement, {"residual": "around"}, "residual must be one of 'before', 'after'"),
+        (ParallelPlacement, {"at": "attn"}, r"at=\('attn',\)"),
+        (ParallelPlacement, {"at": ("attn", "q")}, "at must be one of .* not 'q'"),
+        (
+            ParallelPlacement,
+            {"input": "raw"},
+            "input must be one of 'residual', 'normed', not 'raw'",
+        ),
     ],
     ids=str,
 )
@@ -368,10 +379,10 @@ def test_placement_refuses(placement: Any, options: dict[str, Any], message: str
 
 
 def test_lists_of_names_are_taken_as_tuples() -> None:
-    config = BottleneckConfig(sites=["vision"], placement=Sequential(at=["ffn"]))  # type: ignore[arg-type]
-    assert config == BottleneckConfig(sites=("vision",), placement=Sequential(at=("ffn",)))
+    config = BottleneckConfig(sites=["vision"], placement=SequentialPlacement(at=["ffn"]))  # type: ignore[arg-type]
+    assert config == BottleneckConfig(sites=("vision",), placement=SequentialPlacement(at=("ffn",)))
     assert hash(config) == hash(
-        BottleneckConfig(sites=("vision",), placement=Sequential(at=("ffn",)))
+        BottleneckConfig(sites=("vision",), placement=SequentialPlacement(at=("ffn",)))
     )
 
 
@@ -385,7 +396,7 @@ def test_factor_above_the_width_is_refused_where_the_width_is_known() -> None:
 def test_sublayer_that_the_encoder_lacks_is_refused() -> None:
     model = init(tiny_vit())
     with pytest.raises(ValueError, match=r"VisionTransformer has no cross .* it has attn, ffn"):
-        model.add_adapter("a", BottleneckConfig(placement=Sequential(at=("cross",))))
+        model.add_adapter("a", BottleneckConfig(placement=SequentialPlacement(at=("cross",))))
 
 
 def test_sites_bound_where_the_adapter_stands() -> None:

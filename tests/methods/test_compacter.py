@@ -23,7 +23,7 @@ from methods.reference import (
 from torch import nn
 from torch.func import functional_call
 
-from mmadapters import CompacterConfig, Parallel, init
+from mmadapters import CompacterConfig, ParallelPlacement, init
 from mmadapters.injectors import describe
 from mmadapters.methods.compacter import KroneckerLinear
 
@@ -86,7 +86,7 @@ def test_gradients_of_input_and_parameters_are_right() -> None:
 
 def test_one_rule_serves_every_site_and_is_counted_once() -> None:
     model = init(tiny_vit())
-    model.add_adapter("a", CompacterConfig(reduction_factor=8, placement=Parallel()))
+    model.add_adapter("a", CompacterConfig(reduction_factor=8, placement=ParallelPlacement()))
     modules = [module for _, module in model.adapter("a").entries()]
     assert len({id(m.down.rule) for m in modules} | {id(m.up.rule) for m in modules}) == 1
     # Each projection has n (in/n + out/n) = in + out numbers and its bias.

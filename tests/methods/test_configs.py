@@ -22,12 +22,12 @@ from mmadapters import (
     LoRAConfig,
     MAMConfig,
     MethodConfig,
-    Parallel,
+    ParallelPlacement,
     ParBnConfig,
     PrefixConfig,
     PromptConfig,
     SeqBnConfig,
-    Sequential,
+    SequentialPlacement,
     SSFConfig,
     UniPELTConfig,
 )
@@ -39,7 +39,7 @@ CONFIGS: list[MethodConfig] = [
     BottleneckConfig(),
     BottleneckConfig(
         sites=("vision.blocks.1", "*.attn"),
-        placement=Parallel(at=("attn", "ffn"), input="normed"),
+        placement=ParallelPlacement(at=("attn", "ffn"), input="normed"),
         size=7,
         activation="silu",
         norm="before",
@@ -48,7 +48,9 @@ CONFIGS: list[MethodConfig] = [
         dropout=0.1,
         drop_path=0.2,
     ),
-    BottleneckConfig(placement=Sequential(at=("ffn",), residual="after"), reduction_factor=2.5),
+    BottleneckConfig(
+        placement=SequentialPlacement(at=("ffn",), residual="after"), reduction_factor=2.5
+    ),
     DoubleSeqBnConfig(),
     SeqBnConfig(norm="after"),
     ParBnConfig(size=9),
@@ -63,7 +65,9 @@ CONFIGS: list[MethodConfig] = [
     PrefixConfig(length=4, reparametrise=16),
     PromptConfig(length=5, deep=False),
     ConfigUnion(
-        LoRAConfig(sites=("*.0",)), SeqBnConfig(placement=Parallel(at=("attn",))), SSFConfig()
+        LoRAConfig(sites=("*.0",)),
+        SeqBnConfig(placement=ParallelPlacement(at=("attn",))),
+        SSFConfig(),
     ),
     MAMConfig(PrefixConfig(length=2), ParBnConfig(reduction_factor=4)),
     UniPELTConfig(PrefixConfig(), LoRAConfig(rank=2), AdaptFormerConfig()),
@@ -125,11 +129,11 @@ def test_reading_a_config_leaves_the_data_as_it_was() -> None:
         ({"method": "bottleneck", "placement": "parallel"}, "placement must be"),
         (
             {"method": "bottleneck", "placement": {"kind": "parallel", "residual": "after"}},
-            "Parallel has no option 'residual'",
+            "ParallelPlacement has no option 'residual'",
         ),
         (
             {"method": "bottleneck", "placement": {"kind": "sequential", "residul": "after"}},
-            "Sequential has no option 'residul'; did you mean 'residual'",
+            "SequentialPlacement has no option 'residul'; did you mean 'residual'",
         ),
         ("lora", "a config must be a mapping, not 'lora'"),
         ([1], "a config must be a mapping"),

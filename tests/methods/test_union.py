@@ -29,12 +29,12 @@ from mmadapters import (
     IA3Config,
     LoRAConfig,
     MAMConfig,
-    Parallel,
+    ParallelPlacement,
     ParBnConfig,
     PrefixConfig,
     PromptConfig,
     SeqBnConfig,
-    Sequential,
+    SequentialPlacement,
     UniPELTConfig,
     init,
 )
@@ -142,11 +142,11 @@ def test_presets_hold_the_methods_of_their_papers() -> None:
 
 @pytest.mark.parametrize(
     "placement",
-    [Sequential(), Parallel(input="residual"), Parallel(input="normed")],
+    [SequentialPlacement(), ParallelPlacement(input="residual"), ParallelPlacement(input="normed")],
     ids=["before", "residual", "normed"],
 )
 def test_gate_reads_the_input_of_the_sublayer_wherever_the_bottleneck_reads(
-    placement: Sequential | Parallel,
+    placement: SequentialPlacement | ParallelPlacement,
 ) -> None:
     config = UniPELTConfig(
         LoRAConfig(rank=2), BottleneckConfig(size=4, placement=placement, sites=("*.ffn",))
@@ -164,7 +164,7 @@ def test_gate_reads_the_input_of_the_sublayer_wherever_the_bottleneck_reads(
             if not site.endswith("ffn"):
                 return u
             h = u
-            if isinstance(placement, Parallel):
+            if isinstance(placement, ParallelPlacement):
                 h = x if placement.input == "residual" else n
             return u + self.gate(site, n) * bottleneck(self.p, f"{site}/inner.", h)
 

@@ -1,0 +1,400 @@
+"""From a composition to a plan: what acts at every site, as things that injectors can run.
+
+At a site a Stack is its members in order. Every other composition becomes one object that looks to
+an injector like a single `Branch`, `Delta` or `Prefix` of `mmadapters.methods.base`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter import Adapter, kind_of
+from .composition import (
+    BASE,
+    Average,
+    BatchSplit,
+    Composition,
+    Fuse,
+    Parallel,
+    Route,
+    Split,
+    Stack,
+)
+from .injectors import Plan
+from .injectors.runtime import Kind
+from .methods.fusion import Fused, FusionAttention
+from .routing import Index, RoutedBranch, RoutedDelta, RoutedPrefix
+from .sites import Leaf, SiteMap, Tower
+
+_BLOCK = re.compile(r"\.blocks\.(\d+)(\.|$)")
+
+
+def plan_of(
+    composition: Composition,
+    sites: SiteMap,
+    adapter: Callable[[str], Adapter],
+    fusion: Callable[[Fuse], Adapter],
+    *,
+    drop: int = 0,
+) -> Plan:
+    """What acts where. `adapter` and `fusion` give what the model holds, or raise ValueError.
+
+    `drop`: nothing acts in the lowest `drop` blocks of each tower (AdapterDrop).
+
+    Raises:
+        ValueError: a method that cannot take part in the composition, with its site.
+    """
+    builder = _Builder(composition, sites, adapter, fusion)
+    plan = Plan()
+    points: dict[tuple[Kind, str], None] = {}
+    for name in composition.names():
+        for site, module in adapter(name).entries():
+            points[kind_of(module), site] = None
+    for kind, site in points:
+        if block_of(site) < drop:
+            continue
+        for acting in builder.acting(composition, kind, site):
+            plan.add(kind, site, acting)
+    if isinstance(composition, Parallel):
+        plan.copies = len(composition.members)
+        plan.starts = _starts(sites, [site for kind, site in points if block_of(site) >= drop])
+    return plan
+
+
+def block_of(site: str) -> float:
+    """The index of the block that a site lies in; infinite for what stands behind all blocks."""
+    found = _BLOCK.search(site)
+    return float("inf") if found is None else int(found[1])
+
+
+def _starts(sites: SiteMap, used: Iterable[str]) -> dict[str, int]:
+    """Where in each tower the batch is multiplied: its first adapted block, or its first block if
+    it looks at another tower whose batch is."""
+    used = set(used)
+    starts: dict[str, int] = {}
+    for tower in sites.towers.values():
+        names = set(tower.site_names())
+        own = [block_of(site) for site in used if site in names]
+        crossed = any("cross" in block.sublayers for block in tower.blocks)
+        if crossed and starts:
+            starts[tower.name] = 0
+        elif own:
+            starts[tower.name] = int(min(*own, len(tower.blocks) - 1, float("inf")))
+        if tower.name in starts and tower.copies is not None:
+            raise ValueError(
+                f"Parallel cannot multiply the batch inside tower {tower.name!r} of "
+                f"{sites.architecture}: {tower.copies}; repeat the inputs and use BatchSplit, or "
+                "give the adapters sites in another tower"
+            )
+    return starts
+
+
+@dataclass(frozen=True)
+class _Builder:
+    composition: Composition
+    sites: SiteMap
+    adapter: Callable[[str], Adapter]
+    fusion: Callable[[Fuse], Adapter]
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Leaf]:
+        return {leaf.name: leaf for leaf in self.sites.leaves()}
+
+    def acting(self, node: str | Composition, kind: Kind, site: str) -> list[Any]:
+        """What acts for `node` at a site, in order; nothing for "base"."""
+        if isinstance(node, str):
+            if node == BASE:
+                return []
+            found = [m for where, m in self.adapter(node).entries() if where == site]
+            return [module for module in found if kind_of(module) == kind]
+        if isinstance(node, Stack):
+            return [act for member in node.members for act in self.acting(member, kind, site)]
+        members = [self.acting(member, kind, site) for member in node.members]
+        if not any(members):
+            return []
+        if kind == "prompt":
+            raise ValueError(
+                f"{type(node).__name__} cannot hold the prompts of {self._culprit(node, kind)!r}: "
+                "they lengthen the sequence for the whole batch; use Stack"
+            )
+        if isinstance(node, (Split, Route, BatchSplit, Parallel)):
+            self._check_axes(node, site)
+        if isinstance(node, Fuse):
+            return [self._fused(node, kind, site, members)]
+        if isinstance(node, (Route, BatchSplit, Parallel)):
+            return [self._routed(node, kind, site, members)]
+        if kind == "prefix":
+            raise ValueError(
+                f"{type(node).__name__} cannot hold the prefix of {self._culprit(node, kind)!r}: "
+                "keys and values can be put one after another (Stack) or dealt out by sample "
+                "(Route), not mixed"
+            )
+        if isinstance(node, Average):
+            shares = zip(node.shares(), members, strict=True)
+            if kind == "branch":
+                return [AveragedBranch([(w, Chain(m)) for w, m in shares if m])]
+            return [AveragedDelta([(w, DeltaChain(m)) for w, m in shares])]
+        assert isinstance(node, Split)
+        if kind == "branch":
+            return [SplitBranch(site, node.splits, [Chain(member) for member in members])]
+        self._check_called(node, site)
+        return [SplitDelta(site, node.splits, [DeltaChain(member) for member in members])]
+
+    def _culprit(self, node: Composition, kind: Kind) -> str:
+        for name in node.names():
+            if any(kind_of(module) == kind for _, module in self.adapter(name).entries()):
+                return name
+        raise AssertionError(kind)
+
+    def _fused(self, node: Fuse, kind: Kind, site: str, members: list[list[Any]]) -> Fused:
+        if kind != "branch":
+            name = self._culprit(node, kind)
+            raise ValueError(
+                f"Fuse cannot hold {name!r}, a {self.adapter(name).config.method}: AdapterFusion "
+                "attends over what bottleneck adapters add to a sublayer; use Average or Stack"
+            )
+        attention = dict(self.fusion(node).entries())[site]
+        assert isinstance(attention, FusionAttention)
+        present = [m[0] if len(m) == 1 else Chain(m) for m in members if m]
+        return Fused(attention, present)
+
+    def _routed(self, node: Composition, kind: Kind, site: str, members: list[list[Any]]) -> Any:
+        if isinstance(node, Route):
+            # Samples with equal members share one.
+            unique = list(dict.fromkeys(node.members))
+            first = {member: place for place, member in enumerate(unique)}
+            members = [members[node.members.index(member)] for member in unique]
+            index: Index = _Listed(site, [first[member] for member in node.members], "Route")
+        elif isinstance(node, BatchSplit):
+            owner = [i for i, size in enumerate(node.batch_sizes) for _ in range(size)]
+            index = _Listed(site, owner, "BatchSplit")
+        else:
+            index = _Even(len(members))
+        if kind == "branch":
+            return RoutedBranch(site, members, index)
+        if kind == "prefix":
+            return RoutedPrefix(site, members, index)
+        self._check_called(node, site)
+        return RoutedDelta(site, members, index)
+
+    def _check_axes(self, node: Composition, site: str) -> None:
+        tower: Tower = next(t for t in self.sites.towers.values() if site in t.site_names())
+        if not tower.batch_first:
+            raise ValueError(
+                f"{type(node).__name__} cannot act at {site} of {self.sites.architecture}: its "
+                "blocks take tokens first and the batch second; build it with batch_first=True"
+            )
+
+    def _check_called(self, node: Composition, site: str) -> None:
+        leaf = self.leaves[site]
+        if leaf.raw and not isinstance(leaf.owner, nn.MultiheadAttention):
+            raise ValueError(
+                f"{type(node).__name__} cannot act at {site}: {self.sites.architecture} reads this "
+                "weight itself, so that all samples and tokens share it"
+            )
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The owners of samples as they were written."""
+
+    site: str
+    owners: list[int]
+    what: str
+
+    def __call__(self, batch: int) -> list[int]:
+        if batch != len(self.owners):
+            raise ValueError(
+                f"{self.what} deals out {len(self.owners)} samples, but {batch} reached "
+                f"{self.site}: write one member for each sample of the batch"
+            )
+        return self.owners
+
+
+@dataclass(frozen=True)
+class _Even:
+    """The same number of samples for each of `count` members, one member after another."""
+
+    count: int
+
+    def __call__(self, batch: int) -> list[int]:
+        each = batch // self.count
+        return [row // each for row in range(batch)]
+
+
+@dataclass(eq=False)
+class Chain:
+    """Branches one after another, as one."""
+
+    members: list[Any]
+
+    def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        for member in self.members:
+            branch = member(branch, residual=residual, input=input)
+        return branch
+
+    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        if len(self.members) == 1:
+            return self.members[0].change(branch, residual=residual, input=input)
+        return self(branch, residual=residual, input=input) - branch
+
+
+@dataclass(eq=False)
+class AveragedBranch:
+    """branch + sum_i w_i change_i."""
+
+    members: list[tuple[float, Chain]]
+
+    def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        return branch + self.change(branch, residual=residual, input=input)
+
+    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        changes = [w * m.change(branch, residual=residual, input=input) for w, m in self.members]
+        return functools.reduce(torch.add, changes)
+
+
+@dataclass(eq=False)
+class SplitBranch:
+    """Each member on its tokens, axis 1 of (B, N, D)."""
+
+    site: str
+    splits: tuple[int, ...]
+    members: list[Chain]
+
+    def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        sizes = token_sizes(self.site, self.splits, len(self.members), branch)
+        parts = [_pieces(x, sizes) for x in (branch, residual, input)]
+        return torch.cat(
+            [
+                member(own, residual=res, input=read)
+                for member, own, res, read in zip(self.members, *parts, strict=True)
+            ],
+            dim=1,
+        )
+
+    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        return self(branch, residual=residual, input=input) - branch
+
+
+def _pieces(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if x is None else x.split(list(sizes), dim=1)
+
+
+def token_sizes(site: str, splits: tuple[int, ...], members: int, x: Tensor) -> list[int]:
+    """The tokens of each member.
+
+    Raises:
+        ValueError: x has no token axis, or another number of tokens.
+    """
+    if x.dim() < 3:
+        raise ValueError(
+            f"Split cannot act at {site}, which sees one pooled token for each sample: leave it "
+            "out of the adapters with sites=..."
+        )
+    tokens, given = x.shape[1], sum(splits)
+    rest = [tokens - given] if len(splits) < members else []
+    if given > tokens or (not rest and given != tokens):
+        raise ValueError(
+            f"Split deals out {given} tokens, but {tokens} reached {site}; leave the last number "
+            "out and its member takes the rest"
+        )
+    return [*splits, *rest]
+
+
+@dataclass(eq=False)
+class DeltaChain:
+    """Deltas on one leaf one after another, as one; those that scale the input come first."""
+
+    members: list[Any]
+
+    @property
+    def scales_input(self) -> bool:
+        return any(member.scales_input for member in self.members)
+
+    @property
+    def as_weight(self) -> bool:
+        return all(member.as_weight for member in self.members)
+
+    def enter(self, x: Tensor) -> Tensor:
+        for member in self.members:
+            x = member.enter(x) if member.scales_input else x
+        return x
+
+    def __call__(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        for member in self.members:
+            y = member(y, x, leaf)
+        return y
+
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
+        for member in sorted(self.members, key=lambda member: member.scales_input):
+            weight, bias = member.effective(weight, bias, leaf)
+        return weight, bias
+
+
+@dataclass(eq=False)
+class AveragedDelta:
+    """sum_i w_i y_i, y_i what the leaf gives with member i; sum_i w_i = 1.
+
+    What scales the input acts in here, on what it would have changed: W (l x) = W x + W (l x - x).
+    """
+
+    members: list[tuple[float, DeltaChain]]
+
+    scales_input = False
+
+    @property
+    def as_weight(self) -> bool:
+        return all(member.as_weight for _, member in self.members)
+
+    def __call__(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        outputs = []
+        for weight, member in self.members:
+            own, read = y, x
+            if member.scales_input:
+                assert leaf.weight is not None
+                read = member.enter(x)
+                own = y + F.linear((read - x).to(leaf.weight.dtype), leaf.weight).to(y.dtype)
+            outputs.append(weight * (member(own, read, leaf) - y))
+        return y + functools.reduce(torch.add, outputs)
+
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
+        found = [(share, *member.effective(weight, bias, leaf)) for share, member in self.members]
+        mixed = functools.reduce(torch.add, [share * (w - weight) for share, w, _ in found])
+        shifts = [share * b for share, _, b in found if b is not None]
+        return weight + mixed, functools.reduce(torch.add, shifts) if shifts else None
+
+
+@dataclass(eq=False)
+class SplitDelta:
+    """Deltas of one leaf, each on its tokens; no one weight says what they do."""
+
+    site: str
+    splits: tuple[int, ...]
+    members: list[DeltaChain]
+
+    as_weight = False
+
+    @property
+    def scales_input(self) -> bool:
+        return any(member.scales_input for member in self.members)
+
+    def enter(self, x: Tensor) -> Tensor:
+        pieces = x.split(token_sizes(self.site, self.splits, len(self.members), x), dim=1)
+        return torch.cat([m.enter(p) for m, p in zip(self.members, pieces, strict=True)], dim=1)
+
+    def __call__(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        sizes = token_sizes(self.site, self.splits, len(self.members), y)
+        pieces = zip(self.members, y.split(sizes, dim=1), x.split(sizes, dim=1), strict=True)
+        return torch.cat([member(own, read, leaf) for member, own, read in pieces], dim=1)

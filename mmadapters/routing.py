@@ -1,0 +1,440 @@
+"""An adapter for each sample of one batch, in one vectorised pass.
+
+`Rows` stands at a site for the modules of several adapters and an index that says which sample
+belongs to which. Modules of one kind are stacked: their parameters (K, ...) are gathered by sample
+to (B, ...) and multiplied batch by batch, so that no Python loop runs over samples. Samples that no
+adapter acts on get the neutral parameters (zeros; ones for scales), which leave every bit. What
+cannot be stacked acts on its own rows and is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .methods.base import drop_path
+from .methods.bitfit import BiasDelta
+from .methods.bottleneck import ACTIVATIONS, Bottleneck
+from .methods.lora import LoRA
+from .methods.scaling import InputScale, OutputScale, ScaleShift
+from .sites import Leaf
+
+Index = Callable[[int], list[int]]
+
+
+@dataclass(eq=False)
+class Rows:
+    """Members (each what acts on its samples, in order) and which member each sample has.
+
+    `index(batch)` gives a member for every sample, -1 for none.
+
+    Raises, when it runs:
+        ValueError: the batch has another length than the composition.
+    """
+
+    site: str
+    members: list[list[Any]]
+    index: Index
+    groups: list[_Group] = field(init=False)
+    _rows: dict[tuple[int, torch.device], list[_Placed]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.groups = _grouped(self.members)
+
+    def placed(self, batch: int, device: torch.device) -> list[_Placed]:
+        """Each group with the rows that it acts on and, for these, the place in its stack."""
+        key = (batch, device)
+        if key not in self._rows:
+            owner = self.index(batch)
+            found = []
+            for group in self.groups:
+                own = [row for row, member in enumerate(owner) if member in group.places]
+                if not own:
+                    continue
+                others = any(
+                    member >= 0 and self.members[member] and member not in group.places
+                    for member in owner
+                )
+                whole = group.stack is not None and not others
+                rows = list(range(batch)) if whole else own
+                places = [group.places.get(owner[row], len(group.modules)) for row in rows]
+                found.append(
+                    _Placed(
+                        group,
+                        None if whole or len(rows) == batch else _tensor(rows, device),
+                        _tensor(places, device),
+                    )
+                )
+            self._rows[key] = found
+        return self._rows[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": {}}
+
+
+def _tensor(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
+
+
+@dataclass(eq=False)
+class _Placed:
+    """`rows`: None for the whole batch. `places`: (rows,) into the stack; its end is neutral."""
+
+    group: _Group
+    rows: Tensor | None
+    places: Tensor
+
+    def take(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or self.rows is None else x.index_select(0, self.rows)
+
+    def put(self, x: Tensor, changed: Tensor) -> Tensor:
+        return changed if self.rows is None else x.index_copy(0, self.rows, changed.to(x.dtype))
+
+
+@dataclass(eq=False)
+class _Group:
+    """Members that one stack serves, or one member that acts by itself (`stack` is None)."""
+
+    places: dict[int, int]
+    modules: list[Any]
+    stack: _Stack | None
+
+
+def _grouped(members: list[list[Any]]) -> list[_Group]:
+    groups: dict[Any, _Group] = {}
+    for index, modules in enumerate(members):
+        if not modules:
+            continue
+        kind = _stack_kind(modules)
+        key = ("alone", index) if kind is None else kind
+        if key not in groups:
+            groups[key] = _Group({}, [], None)
+        group = groups[key]
+        same = [place for place, known in enumerate(group.modules) if known is modules[0]]
+        group.places[index] = same[0] if same and kind is not None else len(group.modules)
+        if kind is None:
+            group.modules = modules
+        elif not same:
+            group.modules.append(modules[0])
+    for key, group in groups.items():
+        if key[0] != "alone":
+            group.stack = key[0](group.modules)
+    return list(groups.values())
+
+
+def _stack_kind(modules: list[Any]) -> tuple | None:
+    """The stack that can take a member, and what all that share it must agree in."""
+    if len(modules) != 1:
+        return None
+    module = modules[0]
+    kind = type(module)
+    if kind is Bottleneck and type(module.down) is type(module.up) is nn.Linear:
+        return (
+            _Bottlenecks,
+            *(module.reads, module.parallel, module.activation, module.dropout, module.drop_path),
+            *(_epsilon(module.norm_before), _epsilon(module.norm_after)),
+        )
+    if kind is LoRA:
+        return (_LoRAs, module.dropout)
+    stacks = {
+        OutputScale: _OutputScales,
+        InputScale: _InputScales,
+        ScaleShift: _ScaleShifts,
+        BiasDelta: _Biases,
+    }
+    return (stacks[kind],) if kind in stacks else None
+
+
+def _epsilon(norm: nn.LayerNorm | None) -> float | None:
+    return None if norm is None else norm.eps
+
+
+class _Stack:
+    """Parameters of several modules of one kind as one tensor each, the last entry neutral."""
+
+    def __init__(self, modules: list[Any]) -> None:
+        self.modules = modules
+        self._kept: tuple[tuple[int, ...], dict[str, Tensor]] | None = None
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """By name, the tensor of each module."""
+        raise TypeError(f"{type(self).__name__} does not say what it stacks")
+
+    def neutral(self, name: str) -> float:
+        return 0.0
+
+    def stacked(self) -> dict[str, Tensor]:
+        """(K + 1, ...) by name; kept between calls while no gradient is asked for."""
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return self._make()
+        parameters = [p for module in self.modules for p in module.parameters()]
+        version = tuple(key for p in parameters for key in (p.data_ptr(), p._version))
+        if self._kept is None or self._kept[0] != version:
+            self._kept = (version, self._make())
+        return self._kept[1]
+
+    def _make(self) -> dict[str, Tensor]:
+        made = {}
+        for name, tensors in self.tensors().items():
+            shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+            neutral = tensors[0].new_full(shape, self.neutral(name))
+            made[name] = torch.stack([*(_padded(t, shape) for t in tensors), neutral])
+        return made
+
+    def gathered(self, places: Tensor, *names: str) -> list[Tensor]:
+        """(rows, ...) for each name."""
+        stacked = self.stacked()
+        return [stacked[name].index_select(0, places) for name in names]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros behind the end of every axis: a wider bottleneck or rank that adds nothing."""
+    if list(tensor.shape) == list(shape):
+        return tensor
+    pads: list[int] = []
+    for have, want in zip(reversed(tensor.shape), reversed(shape), strict=True):
+        pads += [0, want - have]
+    return F.pad(tensor, pads)
+
+
+def _by_token(parameter: Tensor, like: Tensor) -> Tensor:
+    """(rows, D) with axes of 1 for what lies between, so that it fits `like` (rows, ..., D)."""
+    return parameter.reshape(len(parameter), *(1,) * (like.dim() - 2), -1)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (rows, ..., in) by its own weight (rows, out, in) and bias (rows, out)."""
+    flat = x.reshape(len(x), -1, x.shape[-1])
+    weight = weight.transpose(1, 2)
+    if bias is None:
+        out = torch.bmm(flat, weight)
+    else:
+        out = torch.baddbmm(bias[:, None], flat, weight)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+class _Bottlenecks(_Stack):
+    modules: list[Bottleneck]
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        downs, ups = zip(*(m.linears for m in self.modules), strict=True)
+        found: dict[str, list[Tensor]] = {
+            "down": [down.weight for down in downs],
+            "down_bias": [down.bias for down in downs],
+            "up": [up.weight for up in ups],
+            "up_bias": [up.bias for up in ups],
+        }
+        if any(isinstance(m.scale, Tensor) or m.scale != 1.0 for m in self.modules):
+            like = ups[0].bias
+            found["scale"] = [
+                torch.as_tensor(m.scale, dtype=like.dtype, device=like.device).expand_as(like)
+                for m in self.modules
+            ]
+        for name in ("norm_before", "norm_after"):
+            norms = [getattr(m, name) for m in self.modules]
+            if norms[0] is not None:
+                found[f"{name}.weight"] = [norm.weight for norm in norms]
+                found[f"{name}.bias"] = [norm.bias for norm in norms]
+        return found
+
+    def __call__(
+        self, places: Tensor, branch: Tensor, *, residual: Tensor | None, input: Tensor | None
+    ) -> Tensor:
+        one = self.modules[0]
+        h = one.read(branch, residual=residual, input=input)
+        h = self._normed(h, "norm_before", one.norm_before, places)
+        down, down_bias, up, up_bias = self.gathered(places, "down", "down_bias", "up", "up_bias")
+        h = ACTIVATIONS[one.activation](_linear(h, down, down_bias))
+        h = _linear(F.dropout(h, one.dropout, one.training), up, up_bias)
+        h = self._normed(h, "norm_after", one.norm_after, places)
+        if "scale" in self.stacked():
+            (scale,) = self.gathered(places, "scale")
+            h = h * _by_token(scale, h)
+        return branch + drop_path(h, one.drop_path, one.training).to(branch.dtype)
+
+    def _normed(self, h: Tensor, name: str, norm: nn.LayerNorm | None, places: Tensor) -> Tensor:
+        if norm is None:
+            return h
+        weight, bias = self.gathered(places, f"{name}.weight", f"{name}.bias")
+        plain = F.layer_norm(h, norm.normalized_shape, eps=norm.eps)
+        return plain * _by_token(weight, h) + _by_token(bias, h)
+
+
+class _LoRAs(_Stack):
+    modules: list[LoRA]
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return {
+            "a": [m.a for m in self.modules],
+            "b": [m.b * m.scaling for m in self.modules],
+        }
+
+    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        one = self.modules[0]
+        a, b = self.gathered(places, "a", "b")
+        x = F.dropout(x, one.dropout, one.training).to(a.dtype)
+        return y + _linear(_linear(x, a), b).to(y.dtype)
+
+
+class _OutputScales(_Stack):
+    modules: list[OutputScale]
+
+    def neutral(self, name: str) -> float:
+        return 1.0 if name == "scale" else 0.0
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return {"scale": [m.scale for m in self.modules]}
+
+    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        (scale,) = self.gathered(places, "scale")
+        return y * _by_token(scale, y).to(y.dtype)
+
+
+class _InputScales(_OutputScales):
+    modules: list[InputScale]  # type: ignore[assignment]
+
+    def enter(self, places: Tensor, x: Tensor) -> Tensor:
+        (scale,) = self.gathered(places, "scale")
+        return x * _by_token(scale, x).to(x.dtype)
+
+    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        return y
+
+
+class _ScaleShifts(_OutputScales):
+    modules: list[ScaleShift]  # type: ignore[assignment]
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return {**super().tensors(), "shift": [m.shift for m in self.modules]}
+
+    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        scale, shift = self.gathered(places, "scale", "shift")
+        return y * _by_token(scale, y).to(y.dtype) + _by_token(shift, y).to(y.dtype)
+
+
+class _Biases(_Stack):
+    modules: list[BiasDelta]
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return {"bias": [m.bias for m in self.modules]}
+
+    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        (bias,) = self.gathered(places, "bias")
+        return y + _by_token(bias, y).to(y.dtype)
+
+
+class RoutedBranch(Rows):
+    """`Branch` modules, each on its samples."""
+
+    def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        for placed in self.placed(len(branch), branch.device):
+            own = placed.take(branch)
+            assert own is not None
+            reads = {"residual": placed.take(residual), "input": placed.take(input)}
+            if placed.group.stack is not None:
+                own = placed.group.stack(placed.places, own, **reads)  # type: ignore[operator]
+            else:
+                for module in placed.group.modules:
+                    own = module(own, **reads)
+            branch = placed.put(branch, own)
+        return branch
+
+    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        return self(branch, residual=residual, input=input) - branch
+
+
+class RoutedDelta(Rows):
+    """`Delta` modules, each on its samples; no one weight says what they do."""
+
+    as_weight = False
+
+    @property
+    def scales_input(self) -> bool:
+        return any(module.scales_input for modules in self.members for module in modules)
+
+    def enter(self, x: Tensor) -> Tensor:
+        for placed in self.placed(len(x), x.device):
+            if not any(module.scales_input for module in placed.group.modules):
+                continue
+            own = placed.take(x)
+            assert own is not None
+            if placed.group.stack is not None:
+                own = placed.group.stack.enter(placed.places, own)  # type: ignore[attr-defined]
+            else:
+                for module in placed.group.modules:
+                    own = module.enter(own) if module.scales_input else own
+            x = placed.put(x, own)
+        return x
+
+    def __call__(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+        for placed in self.placed(len(y), y.device):
+            own, read = placed.take(y), placed.take(x)
+            assert own is not None
+            if placed.group.stack is not None:
+                own = placed.group.stack(placed.places, own, read, leaf)  # type: ignore[operator]
+            else:
+                for module in placed.group.modules:
+                    own = module(own, read, leaf)
+            y = placed.put(y, own)
+        return y
+
+
+class RoutedPrefix(Rows):
+    """`Prefix` modules, each for its samples: shorter prefixes are filled up and hidden."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, D) -> keys and values (B, P, D), and what is added to the scores (B, N, P)."""
+        batch, tokens, _ = x.shape
+        given = [self._of(modules, x) for modules in self.members]
+        length = max(keys.shape[-2] for keys, _, _ in filter(None, given))
+        width = next(keys for keys, _, _ in filter(None, given)).shape[-1]
+        keys, values = x.new_zeros(batch, length, width), x.new_zeros(batch, length, width)
+        scores = x.new_full((batch, tokens, length), -torch.inf)
+        owner = self.index(batch)
+        for member, parts in enumerate(given):
+            rows = [row for row, other in enumerate(owner) if other == member]
+            if parts is None or not rows:
+                continue
+            at = _tensor(rows, x.device)
+            own = parts[0].shape[-2]
+            picked = [part if len(part) == 1 else part.index_select(0, at) for part in parts]
+            pad = (0, 0, 0, length - own)
+            fill = [F.pad(part.expand(len(rows), -1, -1), pad) for part in picked[:2]]
+            keys = keys.index_copy(0, at, fill[0].to(keys.dtype))
+            values = values.index_copy(0, at, fill[1].to(values.dtype))
+            shown = picked[2].expand(len(rows), tokens, -1)
+            shown = F.pad(shown, (0, length - own), value=-torch.inf)
+            scores = scores.index_copy(0, at, shown.to(scores.dtype))
+        return keys, values, scores
+
+    @staticmethod
+    def _of(modules: list[Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys, values (1 or B, P, D) and scores (1 or B, 1 or N, P) of one member's prefixes."""
+        if not modules:
+            return None
+        parts = [module(x) for module in modules]
+        keys, values, scores = [], [], []
+        for key, value, gate in parts:
+            key, value = (t if t.dim() == 3 else t[None] for t in (key, value))
+            keys.append(key)
+            values.append(value)
+            if gate is None:
+                gate = x.new_zeros(1, 1, key.shape[-2])
+            elif gate.dim() == 2:
+                gate = gate[..., None].expand(-1, -1, key.shape[-2])
+            scores.append(gate)
+        count = max(map(len, scores))
+        tokens = max(score.shape[1] for score in scores)
+        return (
+            torch.cat(keys, dim=1),
+            torch.cat(values, dim=1),
+            torch.cat([score.expand(count, tokens, -1) for score in scores], dim=-1),
+        )
