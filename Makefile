@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 OLDEST_READY := $(OLDEST)/.ready
 INSTALLED_FROM := pyproject.toml setup.py
 
-.PHONY: setup lint test test-oldest demo peers constraints clean
+.PHONY: setup lint test test-oldest demo peers serving constraints clean
 
 setup: $(READY)
 
@@ -35,6 +35,9 @@ test-oldest: $(OLDEST_READY)
 
 demo: $(READY)
 	$(VENV)/bin/mmadapters demo
+
+serving: $(READY)
+	$(VENV)/bin/python benchmarks/serving/run.py
 
 peers: $(READY)
 	$(VENV)/bin/python benchmarks/peers/run.py

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backbones import load_backbone
     from .composition import Average, BatchSplit, Fuse, Parallel, Route, Split, Stack
+    from .heads import RoutedHeads
     from .injectors import Architecture, LeafSpec, SublayerSpec, TowerSpec
     from .methods import (
         AdapterPlusConfig,
@@ -50,6 +51,7 @@ _HOMES = {
         "Split",
         "Stack",
     ),
+    "heads": ("RoutedHeads",),
     "injectors": (
         "Architecture",
         "LeafSpec",

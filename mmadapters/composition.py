@@ -326,6 +326,10 @@ def from_data(data: Any) -> str | Composition:
     for key in options:
         if key not in known:
             raise ValueError(f"{kind.key} has no option {key!r}{nearest(str(key), known)}")
+        if isinstance(options[key], str) or not isinstance(options[key], Iterable):
+            raise ValueError(f"{key} takes a list of numbers, not {options[key]!r}")
+    if kind in (Split, BatchSplit) and not options:
+        raise ValueError(f"{kind.key} needs {kind.option}, a list with a number for each member")
     if isinstance(members, str) or not isinstance(members, Iterable):
         raise ValueError(f"{kind.key} takes a list of members, not {members!r}")
     inner = [None if member is None else from_data(member) for member in members]

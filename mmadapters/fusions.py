@@ -140,21 +140,36 @@ def fingerprint(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def save(model: AdapterModel, directory: str | os.PathLike, name: str) -> None:
-    """See `AdapterModel.save_adapter_fusion`."""
-    fusion = of(model, name)
+def described(fusion: Fusion) -> dict[str, Any]:
+    """What it fuses and its options, as plain data that `config_of` reads."""
     assert isinstance(fusion.config, FusionConfig)
-    identity = model.identity()
-    config = {
-        "method": FusionConfig.method,
+    return {
         "composition": fusion.members.to_data(),
-        "members": {
-            member: fingerprint(model.adapter(member)) for member in fusion.members.names()
-        },
         "dropout": fusion.config.dropout,
         "regularization": fusion.config.regularization,
     }
-    stored = storage.Stored(name=name, config=config, backbone=identity, tensors=fusion.tensors())
+
+
+def config_of(description: Mapping[str, Any]) -> FusionConfig:
+    """The config of a fusion that `described` wrote down."""
+    return FusionConfig(
+        dropout=description["dropout"], regularization=description["regularization"]
+    )
+
+
+def save(model: AdapterModel, directory: str | os.PathLike, name: str) -> None:
+    """See `AdapterModel.save_adapter_fusion`."""
+    fusion = of(model, name)
+    config = {
+        "method": FusionConfig.method,
+        "members": {
+            member: fingerprint(model.adapter(member)) for member in fusion.members.names()
+        },
+        **described(fusion),
+    }
+    stored = storage.Stored(
+        name=name, config=config, backbone=model.identity(), tensors=fusion.tensors()
+    )
     storage.write(directory, stored)
 
 
@@ -181,8 +196,7 @@ def load(model: AdapterModel, directory: str | os.PathLike) -> str:
             )
     if members.name in model.fusion_names:
         raise ValueError(f"there is an AdapterFusion of {members.name!r} already")
-    options = {key: config[key] for key in ("dropout", "regularization")}
-    fusion = build(model, members, FusionConfig(**options))
+    fusion = build(model, members, config_of(config))
     fusion.load(stored.tensors, directory)
     model._insert_fusion(members, fusion)
     return members.name

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from . import fusions, methods, storage
+from . import bundles, fusions, methods, storage
 from .adapter import Adapter
 from .arithmetic import combined
 from .composed import plan_of
@@ -365,10 +365,10 @@ class AdapterModel(nn.Module):
         if not isinstance(drop, (tuple, list)):
             self.set_active_adapters(composition, drop=drop)
             return
-        if len(drop) != 2 or not drop[0] <= drop[1]:
-            raise ValueError(f"drop is a number or a pair (least, most), not {drop!r}")
         for end in drop:
             self._check_drop(end)
+        if len(drop) != 2 or not drop[0] <= drop[1]:
+            raise ValueError(f"drop is a number or a pair (least, most), not {drop!r}")
         self.set_active_adapters(composition)
         self._random_drop = (drop[0], drop[1])
 
@@ -500,6 +500,33 @@ class AdapterModel(nn.Module):
                 the fusion is for another encoder.
         """
         return fusions.load(self, directory)
+
+    def save_composition(
+        self,
+        directory: str | os.PathLike,
+        setup: Setup,
+        *,
+        head: nn.Module | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes a composition with all its adapters and fusions, a task's head and metadata.
+
+        Raises:
+            ValueError: a name that is not here, or the directory holds something else.
+        """
+        bundles.save(self, directory, setup, head=head, metadata=metadata)
+
+    def load_composition(
+        self, directory: str | os.PathLike, *, allow_different_weights: bool = False
+    ) -> tuple[Composition, storage.Stored]:
+        """Adds the adapters and fusions of a directory, under the names that they have there.
+
+        Returns the composition, not yet active, and what the directory holds.
+
+        Raises:
+            FileNotFoundError, ValueError: see `load_adapter`; a name is taken already.
+        """
+        return bundles.load(self, directory, allow_different_weights=allow_different_weights)
 
     def average_adapter(
         self,
@@ -723,6 +750,8 @@ class AdapterModel(nn.Module):
                 f"{directory} holds an AdapterFusion: load it with load_adapter_fusion, after its "
                 "members"
             )
+        if stored.config.get("method") == bundles.METHOD:
+            raise ValueError(f"{directory} holds a composition: load it with load_composition")
         storage.check_backbone(
             stored.backbone, self.identity(), allow_different_weights=allow_different_weights
         )

@@ -159,7 +159,6 @@ class _Stack:
 
     def __init__(self, modules: list[Any]) -> None:
         self.modules = modules
-        self._kept: tuple[tuple[int, ...], dict[str, Tensor]] | None = None
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """By name, the tensor of each module."""
@@ -169,16 +168,7 @@ class _Stack:
         return 0.0
 
     def stacked(self) -> dict[str, Tensor]:
-        """(K + 1, ...) by name; kept between calls while no gradient is asked for."""
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return self._make()
-        parameters = [p for module in self.modules for p in module.parameters()]
-        version = tuple(key for p in parameters for key in (p.data_ptr(), p._version))
-        if self._kept is None or self._kept[0] != version:
-            self._kept = (version, self._make())
-        return self._kept[1]
-
-    def _make(self) -> dict[str, Tensor]:
+        """(K + 1, ...) by name. Made anew each time: kept ones would miss a write to `.data`."""
         made = {}
         for name, tensors in self.tensors().items():
             shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
@@ -186,13 +176,9 @@ class _Stack:
             made[name] = torch.stack([*(_padded(t, shape) for t in tensors), neutral])
         return made
 
-    def gathered(self, places: Tensor, *names: str) -> list[Tensor]:
-        """(rows, ...) for each name."""
-        stacked = self.stacked()
-        return [stacked[name].index_select(0, places) for name in names]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+    def gathered(self, places: Tensor) -> dict[str, Tensor]:
+        """(rows, ...) by name."""
+        return {name: t.index_select(0, places) for name, t in self.stacked().items()}
 
 
 def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -248,24 +234,22 @@ class _Bottlenecks(_Stack):
     def __call__(
         self, places: Tensor, branch: Tensor, *, residual: Tensor | None, input: Tensor | None
     ) -> Tensor:
-        one = self.modules[0]
+        one, own = self.modules[0], self.gathered(places)
         h = one.read(branch, residual=residual, input=input)
-        h = self._normed(h, "norm_before", one.norm_before, places)
-        down, down_bias, up, up_bias = self.gathered(places, "down", "down_bias", "up", "up_bias")
-        h = ACTIVATIONS[one.activation](_linear(h, down, down_bias))
-        h = _linear(F.dropout(h, one.dropout, one.training), up, up_bias)
-        h = self._normed(h, "norm_after", one.norm_after, places)
-        if "scale" in self.stacked():
-            (scale,) = self.gathered(places, "scale")
-            h = h * _by_token(scale, h)
+        h = _normed(h, "norm_before", one.norm_before, own)
+        h = ACTIVATIONS[one.activation](_linear(h, own["down"], own["down_bias"]))
+        h = _linear(F.dropout(h, one.dropout, one.training), own["up"], own["up_bias"])
+        h = _normed(h, "norm_after", one.norm_after, own)
+        if "scale" in own:
+            h = h * _by_token(own["scale"], h)
         return branch + drop_path(h, one.drop_path, one.training).to(branch.dtype)
 
-    def _normed(self, h: Tensor, name: str, norm: nn.LayerNorm | None, places: Tensor) -> Tensor:
-        if norm is None:
-            return h
-        weight, bias = self.gathered(places, f"{name}.weight", f"{name}.bias")
-        plain = F.layer_norm(h, norm.normalized_shape, eps=norm.eps)
-        return plain * _by_token(weight, h) + _by_token(bias, h)
+
+def _normed(h: Tensor, name: str, norm: nn.LayerNorm | None, own: dict[str, Tensor]) -> Tensor:
+    if norm is None:
+        return h
+    plain = F.layer_norm(h, norm.normalized_shape, eps=norm.eps)
+    return plain * _by_token(own[f"{name}.weight"], h) + _by_token(own[f"{name}.bias"], h)
 
 
 class _LoRAs(_Stack):
@@ -278,10 +262,9 @@ class _LoRAs(_Stack):
         }
 
     def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
-        one = self.modules[0]
-        a, b = self.gathered(places, "a", "b")
-        x = F.dropout(x, one.dropout, one.training).to(a.dtype)
-        return y + _linear(_linear(x, a), b).to(y.dtype)
+        one, own = self.modules[0], self.gathered(places)
+        x = F.dropout(x, one.dropout, one.training).to(own["a"].dtype)
+        return y + _linear(_linear(x, own["a"]), own["b"]).to(y.dtype)
 
 
 class _OutputScales(_Stack):
@@ -294,16 +277,14 @@ class _OutputScales(_Stack):
         return {"scale": [m.scale for m in self.modules]}
 
     def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
-        (scale,) = self.gathered(places, "scale")
-        return y * _by_token(scale, y).to(y.dtype)
+        return y * _by_token(self.gathered(places)["scale"], y).to(y.dtype)
 
 
 class _InputScales(_OutputScales):
     modules: list[InputScale]  # type: ignore[assignment]
 
     def enter(self, places: Tensor, x: Tensor) -> Tensor:
-        (scale,) = self.gathered(places, "scale")
-        return x * _by_token(scale, x).to(x.dtype)
+        return x * _by_token(self.gathered(places)["scale"], x).to(x.dtype)
 
     def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         return y
@@ -316,8 +297,8 @@ class _ScaleShifts(_OutputScales):
         return {**super().tensors(), "shift": [m.shift for m in self.modules]}
 
     def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
-        scale, shift = self.gathered(places, "scale", "shift")
-        return y * _by_token(scale, y).to(y.dtype) + _by_token(shift, y).to(y.dtype)
+        own = self.gathered(places)
+        return y * _by_token(own["scale"], y).to(y.dtype) + _by_token(own["shift"], y).to(y.dtype)
 
 
 class _Biases(_Stack):
@@ -327,8 +308,7 @@ class _Biases(_Stack):
         return {"bias": [m.bias for m in self.modules]}
 
     def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
-        (bias,) = self.gathered(places, "bias")
-        return y + _by_token(bias, y).to(y.dtype)
+        return y + _by_token(self.gathered(places)["bias"], y).to(y.dtype)
 
 
 class RoutedBranch(Rows):

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 import mmadapters
-from mmadapters import AdapterModel, storage
+from mmadapters import AdapterModel, bundles, storage
+from mmadapters.composition import parse
 
 from .config import BackboneConfig, JobConfig
 from .task import Task, TaskModel
@@ -100,6 +101,14 @@ def save(
         "metrics": metrics,
     }
     name = task.config.name
+    if (composition := parse(task.config.composition)) is not None:
+        if mode == "full":
+            raise ValueError(
+                "an encoder trained as a whole is not saved with a composition of adapters: take "
+                "composition out of the config"
+            )
+        encoder.save_composition(directory, composition, head=model.head, metadata=metadata)
+        return
     if name in encoder.adapter_names:
         encoder.save_adapter(directory, name, head=model.head, metadata=metadata)
         return
@@ -159,9 +168,13 @@ def open_directory(
     config: JobConfig = from_data(metadata["job"], overrides, source=str(directory))
     task = task_class(config.task)(config, metadata["state"])
     encoder = mmadapters.init(make_backbone(config.backbone))
-    if stored.config:
+    drop = blocks_dropped(config)
+    if stored.config.get("method") == bundles.METHOD:
+        composition, _ = encoder.load_composition(directory)
+        encoder.set_active_adapters(composition, drop=drop)
+    elif stored.config:
         encoder.load_adapter(directory)
-        encoder.set_active_adapters(stored.name)
+        encoder.set_active_adapters(stored.name, drop=drop)
     else:
         storage.check_backbone(stored.backbone, encoder.identity(), allow_different_weights=False)
     if metadata["mode"] == "full":
@@ -169,6 +182,27 @@ def open_directory(
     model = task.build(encoder)
     model.head.load_state_dict(stored.head)
     return Opened(task, model.to(device or default_device()).eval(), metadata)
+
+
+def blocks_dropped(config: JobConfig) -> int:
+    """In how many of the lowest blocks no adapter acts, outside training."""
+    drop = config.trainer.adapter_drop
+    trained = 0 if isinstance(drop, tuple) else drop
+    return trained if config.evaluation.adapter_drop is None else config.evaluation.adapter_drop
+
+
+def load_member(encoder: AdapterModel, name: str, path: str | os.PathLike) -> None:
+    """Adds the adapter of a run or directory under another name.
+
+    Raises:
+        FileNotFoundError, ValueError: see `AdapterModel.load_adapter`; or the run trained none.
+    """
+    directory = adapter_directory(path)
+    config = storage.read(directory).config
+    if not config or config.get("method") == bundles.METHOD:
+        held = "a composition of adapters" if config else "a head without an adapter"
+        raise ValueError(f"members.{name}: {directory} holds {held}; name the run of one adapter")
+    encoder.load_adapter(directory, name)
 
 
 def _restore(encoder: AdapterModel, stored: storage.Stored, directory: Path) -> None:

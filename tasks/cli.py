@@ -125,12 +125,44 @@ def _help(config: str | None) -> None:
 @friendly
 def configs() -> None:
     """The configs that ship, by name."""
-    from mmadapters.tasks.configfile import config_names
+    from mmadapters.tasks.configfile import KINDS, config_names
 
     table = Table("name", "what")
-    for name, summary in config_names().items():
-        table.add_row(name, summary)
+    for kind in KINDS:
+        for name, summary in config_names(kind).items():
+            table.add_row(name, summary)
+        table.add_section()
     Console().print(table)
+
+
+@app.command()
+@friendly
+def continual(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that ships.")],
+    overrides: Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is there.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Learn several jobs in turn on one encoder, and measure what is left of each."""
+    from mmadapters.tasks.continual_config import read_continual, read_jobs
+
+    read = read_continual(config, overrides or [])
+    jobs = read_jobs(read)
+    _quiet_libraries()
+    from mmadapters.tasks import continual as learning
+    from mmadapters.tasks import run as runs
+    from mmadapters.tasks.continual_report import show
+
+    def tell(text: str) -> None:
+        if FIRST and not quiet:
+            Console(stderr=True).print(plain(text))
+
+    with runs.processes(jobs[0]):
+        done = learning.learn(read, overwrite=overwrite, quiet=quiet, tell=tell)
+    if FIRST:
+        show(done, Console())
 
 
 @app.command()

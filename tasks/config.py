@@ -89,8 +89,20 @@ class DataConfig(Section):
 
 class TrainerConfig(Section):
     mode: str = "adapter"
-    """adapter (as the section says), full, head, none (evaluate the encoder as it is), or the name
-    of a method for its defaults: bitfit, lora, …"""
+    """adapter (as the section says), full, head, none (evaluate the encoder as it is), fusion (the
+    attention over the members of `composition`), or the name of a method for its defaults: bitfit,
+    lora, …"""
+    adapter_drop: int | tuple[int, int] = 0
+    """AdapterDrop: no adapters in so many of the lowest blocks; [least, most]: drawn every step."""
+
+    @field_validator("adapter_drop")
+    @classmethod
+    def _adapter_drop(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = value if isinstance(value, tuple) else (value, value)
+        if not 0 <= least <= most:
+            raise ValueError("give a number of blocks, or a pair [least, most]")
+        return value
+
     epochs: float = Field(default=10.0, gt=0)
     """Passes over the training split."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -149,6 +161,8 @@ class EvaluationConfig(Section):
     """Columns by whose values every metric is broken down (accent, speaker)."""
     pictures: int = Field(default=12, ge=0)
     """Examples shown in the report."""
+    adapter_drop: int | None = Field(default=None, ge=0)
+    """Blocks without adapters when evaluating and predicting; those of training by default."""
 
 
 class JobConfig(Section):
@@ -165,6 +179,21 @@ class JobConfig(Section):
     backbone: BackboneConfig
     adapter: dict[str, Any] = Field(default_factory=lambda: {"method": "double_seq_bn"})
     """A method and its options: {method: lora, rank: 8, sites: ["vision.blocks.[6-9].*"]}."""
+    members: dict[str, str] = Field(default_factory=dict)
+    """Further adapters by name, from the directories of earlier runs; they stay as they are."""
+    composition: Any = None
+    """What acts: a name, or e.g. {fuse: [usa, german]}, {stack: [german, ${name}]}; by default the
+    adapter of this run alone."""
     data: DataConfig
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("composition")
+    @classmethod
+    def _composition(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        from mmadapters.composition import parse
+
+        composition = parse(value)
+        return None if composition is None else composition.to_data()

@@ -23,7 +23,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from .config import JobConfig
+from .config import JobConfig, Section
 from .configkeys import (
     TASKS,
     Key,
@@ -34,7 +34,7 @@ from .configkeys import (
     sections_at,
     with_defaults,
 )
-from .configproblems import ConfigError, Place, Source, dotted, validate
+from .configproblems import ConfigError, Place, S, Source, dotted, validate
 
 __all__ = [
     "TASKS",
@@ -44,8 +44,12 @@ __all__ = [
     "config_names",
     "describe_keys",
     "from_data",
+    "read_as",
     "read_config",
 ]
+
+# What a file of each kind says at its top; `mmadapters train` and `continual` read one each.
+KINDS = {"job": "task", "continual": "jobs"}
 
 
 def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -59,6 +63,16 @@ def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> JobConfig:
         ValueError: everything that is wrong, one sentence a line, with file and line or override.
     """
     return _read(_open(name_or_path), overrides)
+
+
+def read_as(cls: type[S], name_or_path: str, overrides: Sequence[str] = ()) -> S:
+    """`read_config` of a file of another kind, which `cls` describes.
+
+    Raises:
+        ValueError: as `read_config`.
+    """
+    source = _open(name_or_path)
+    return _finish(source, _parse(source), overrides, cls)
 
 
 def from_data(
@@ -86,19 +100,29 @@ def _literal(data: Any) -> Any:
 def _read(source: Source, overrides: Sequence[str]) -> JobConfig:
     tree = _parse(source)
     task = _task(source, tree, overrides)
-    cls = config_class(task)
+    return _finish(source, tree, overrides, config_class(task))
+
+
+def _finish(source: Source, tree: DictConfig, overrides: Sequence[str], cls: type[S]) -> S:
     for override in overrides:
         _override(source, tree, override, cls)
     data = _resolve(source, OmegaConf.create(with_defaults(cls, _plain(tree))))
     return validate(source, cls, data)
 
 
-def config_names() -> dict[str, str]:
-    """The configs that ship with the package, by name, each with its first comment line."""
+def config_names(kind: str = "job") -> dict[str, str]:
+    """The configs of a kind that ship with the package, each with its first comment line."""
+    head = re.compile(rf"^{KINDS[kind]}:", re.MULTILINE)
+    texts = _shipped()
+    return {name: _summary(text) for name, text in texts.items() if head.search(text)}
+
+
+def _shipped() -> dict[str, str]:
+    """The texts of all configs that ship with the package, by name."""
     folder = resources.files("mmadapters.configs")
     files = sorted((file for file in folder.iterdir()), key=lambda file: file.name)
     return {
-        file.name.removesuffix(".yaml"): _summary(file.read_text("utf-8"))
+        file.name.removesuffix(".yaml"): file.read_text("utf-8")
         for file in files
         if file.name.endswith(".yaml")
     }
@@ -120,11 +144,10 @@ def _open(name_or_path: str) -> Source:
             raise ConfigError(f"{name_or_path} is not a text file in UTF-8") from None
         except OSError as error:
             raise ConfigError(f"{name_or_path} cannot be read: {error.strerror}") from None
-    names = config_names()
+    names = _shipped()
     name = name_or_path.removesuffix(".yaml")
     if name in names:
-        file = resources.files("mmadapters.configs") / f"{name}.yaml"
-        return Source(f"{name}.yaml", file.read_text("utf-8"))
+        return Source(f"{name}.yaml", names[name])
     if name in TASKS:
         raise ConfigError(
             f"{name!r} is a task, not a config: give a YAML file that says `task: {name}`, or one "
@@ -217,6 +240,10 @@ def _task(source: Source, tree: DictConfig, overrides: Sequence[str]) -> str:
         key, value = _split(override)
         if key == ("task",):
             task, place = value, _override_place(override)
+    if task is None and KINDS["continual"] in tree:
+        raise ConfigError(
+            f"{source.name} lists jobs to be learned in turn: give it to mmadapters continual"
+        )
     if task is None:
         raise ConfigError(
             f"{source.name}: there is no key 'task', which says what kind of job this is; "
@@ -250,13 +277,18 @@ def _split(override: str) -> tuple[Place, Any]:
     raise ConfigError(f"{_override_place(override)}: {problem}")
 
 
-def _override(source: Source, tree: DictConfig, override: str, cls: type[JobConfig]) -> None:
-    path, value = _split(override)
+def _override(source: Source, tree: DictConfig, override: str, cls: type[Section]) -> None:
+    for path, value in _leaves(*_split(override), cls):
+        _set(source, tree, path, value, _override_place(override))
+
+
+def _leaves(path: Place, value: Any, cls: type[Section]) -> Iterator[tuple[Place, Any]]:
+    """The values that a mapping sets, in the sections below it too."""
     if isinstance(value, Mapping) and sections_at(cls, path):
         for key, inner in value.items():
-            _set(source, tree, (*path, str(key)), inner, _override_place(override))
+            yield from _leaves((*path, str(key)), inner, cls)
     else:
-        _set(source, tree, path, value, _override_place(override))
+        yield path, value
 
 
 def _set(source: Source, tree: DictConfig, path: Place, value: Any, place: str) -> None:

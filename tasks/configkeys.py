@@ -71,9 +71,14 @@ def describe_keys(task: str) -> list[Key]:
     Raises:
         ValueError: there is no task of that name; names the nearest.
     """
+    return keys_of(config_class(task))
+
+
+def keys_of(cls: type[Section]) -> list[Key]:
+    """Every key of a class of configs in its order, those of sections included."""
     # Members of a union of sections (one for each kind of head) share some of their keys.
     found: dict[str, Key] = {}
-    for key in _keys(config_class(task), "", None):
+    for key in _keys(cls, "", None):
         found.setdefault(key.path, key)
     return list(found.values())
 
@@ -155,15 +160,21 @@ def field_at(cls: type[Section], path: Sequence[str]) -> FieldInfo | None:
 
 def sections_at(cls: type[Section], path: Sequence[str]) -> list[type[Section]]:
     """The section that a path names: several where a union of sections stands there."""
-    found = [cls]
+    found, listed = [cls], list[type[Section]]()
     for step in path:
+        if listed and step.isdigit():
+            found, listed = listed, []
+            continue
         fields = [section.model_fields[step] for section in found if step in section.model_fields]
-        found = [
-            inner
-            for field in fields
-            if not container(field.annotation)
-            for inner in sections(field.annotation)
-        ]
+        found, listed = (
+            [
+                inner
+                for field in fields
+                if container(field.annotation) == inside
+                for inner in sections(field.annotation)
+            ]
+            for inside in (False, True)
+        )
     return found
 
 

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from .config import JobConfig
+from .config import Section
 from .configkeys import (
-    describe_keys,
     description,
     field_at,
+    keys_of,
     nearest,
     sections,
     sections_at,
     type_text,
 )
 
-MODES = ("adapter", "full", "head", "none")
+MODES = ("adapter", "full", "head", "none", "fusion")
 
 Place = tuple[str, ...]
+S = TypeVar("S", bound=Section)
 
 
 class ConfigError(ValueError):
@@ -60,7 +61,7 @@ class Source:
         self.origins[path] = place
 
 
-def validate(source: Source, cls: type[JobConfig], data: dict[str, Any]) -> JobConfig:
+def validate(source: Source, cls: type[S], data: dict[str, Any]) -> S:
     """The config that plain data make.
 
     Raises:
@@ -82,7 +83,7 @@ def validate(source: Source, cls: type[JobConfig], data: dict[str, Any]) -> JobC
 
 
 def _pydantic_problems(
-    source: Source, cls: type[JobConfig], data: dict[str, Any], error: ValidationError
+    source: Source, cls: type[Section], data: dict[str, Any], error: ValidationError
 ) -> Iterator[str]:
     # A value that fits no member of a union has an error for each of them.
     by_path: dict[Place, list[Any]] = {}
@@ -112,7 +113,7 @@ def _data_path(data: Any, steps: Sequence[Any], *, absent: bool) -> Place:
     return tuple(path)
 
 
-def _sentence(cls: type[JobConfig], data: dict[str, Any], path: Place, item: Any) -> str:
+def _sentence(cls: type[Section], data: dict[str, Any], path: Place, item: Any) -> str:
     kind, context = item["type"], item.get("ctx", {})
     name, value = dotted(path), _value(data, path)
     found = field_at(cls, path) if path else None
@@ -161,7 +162,7 @@ def _article(words: str) -> str:
     )
 
 
-def _missing(cls: type[JobConfig], path: Place) -> str:
+def _missing(cls: type[Section], path: Place) -> str:
     found = field_at(cls, path)
     above = f"{dotted(path[:-1])} needs" if path[:-1] else "a config needs"
     inner = sections(found.annotation) if found is not None else []
@@ -173,7 +174,7 @@ def _missing(cls: type[JobConfig], path: Place) -> str:
     return f"{above} a key {path[-1]!r}{f' ({about})' if about else ''}"
 
 
-def _unknown(cls: type[JobConfig], path: Place) -> str:
+def _unknown(cls: type[Section], path: Place) -> str:
     *above, key = path
     where = dotted(above) or "a config"
     if "." in key and field_at(cls, (*above, *key.split("."))) is not None:
@@ -181,7 +182,7 @@ def _unknown(cls: type[JobConfig], path: Place) -> str:
         return f"{where} has no key {key!r}; write {last!r} below a section {section!r}"
     valid = [name for section in sections_at(cls, above) for name in section.model_fields]
     hint = nearest(key, valid)
-    keys = [known.path for known in describe_keys(cls.model_fields["task"].default)]
+    keys = [known.path for known in keys_of(cls)]
     # The key of another section, written in the wrong one.
     elsewhere = [known for known in keys if known.rpartition(".")[2] == key]
     if elsewhere:
@@ -189,7 +190,7 @@ def _unknown(cls: type[JobConfig], path: Place) -> str:
     return f"{where} has no key {key!r}{hint or '; it has ' + ', '.join(dict.fromkeys(valid))}"
 
 
-def _booleans(source: Source, cls: type[JobConfig], given: Any, path: Place = ()) -> Iterator[str]:
+def _booleans(source: Source, cls: type[Section], given: Any, path: Place = ()) -> Iterator[str]:
     """true and false where a number is wanted, which pydantic takes for 1 and 0."""
     if isinstance(given, Mapping):
         for key, value in given.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import html
 import io
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -172,6 +173,76 @@ def grid(
         )
         axes.set_xlabel(text, fontsize=8, color=LIGHT.ink, parse_math=False)
     return figure
+
+
+def heat_maps(
+    maps: Mapping[str, Sequence[Sequence[Metric | None]]], *, rows: str, columns: Sequence[str]
+) -> Figure:
+    """Square tables of metrics side by side, a row for each column's name; the darker the better.
+
+    Shares are shaded from 0 to 1, other figures by the greatest in their column.
+
+    Args:
+        maps: title -> cells; None leaves one empty.
+        rows: what stands before a column's name to name a row ("after").
+    """
+    from matplotlib.figure import Figure as Canvas
+
+    wide = max(3.2, 0.9 * len(columns) + 1.4)
+    figure = Canvas(figsize=(wide * len(maps), 0.62 * wide + 0.5), layout="constrained")
+    places = figure.subplots(1, len(maps), squeeze=False).flatten()
+    top = [
+        max((abs(c.value) for m in maps.values() for row in m if (c := row[place])), default=1.0)
+        for place in range(len(columns))
+    ]
+    for axes, (title, cells) in zip(places, maps.items(), strict=True):
+        shades = np.array([[_shade(cell, top[x]) for x, cell in enumerate(row)] for row in cells])
+        axes.imshow(shades, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+        for y, row in enumerate(cells):
+            for x, cell in enumerate(row):
+                ink = "white" if shades[y, x] > 0.7 else LIGHT.ink
+                text = "" if cell is None else str(cell).partition(" [")[0].removesuffix(" %")
+                axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=11)
+        axes.set_title(title, loc="left", fontsize=10, color=LIGHT.ink, parse_math=False)
+        axes.set_xticks(range(len(columns)), columns, parse_math=False)
+        axes.set_yticks(range(len(cells)), [f"{rows} {name}" for name in columns], parse_math=False)
+        axes.tick_params(colors=LIGHT.muted, labelsize=9, length=0, top=False, bottom=False)
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def fusion_map(sites: Mapping[str, Sequence[float]], *, members: Sequence[str]) -> Figure:
+    """The attention of an AdapterFusion: a row for each site, a column for each member.
+
+    Args:
+        sites: site -> the mean weight of each member, NaN where it has no adapter.
+    """
+    from matplotlib.figure import Figure as Canvas
+
+    size = (1.1 * len(members) + 2.6, 0.8 + 0.26 * len(sites))
+    figure = Canvas(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    weights = np.array(list(sites.values()), dtype=float)
+    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+    for y, row in enumerate(weights):
+        for x, weight in enumerate(row):
+            ink = "white" if weight > 0.7 else LIGHT.ink
+            text = "" if math.isnan(weight) else f"{100 * weight:.0f}"
+            axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=9)
+    axes.set_title("attention, %", loc="left", fontsize=10, color=LIGHT.ink)
+    axes.set_xticks(range(len(members)), members, parse_math=False)
+    axes.set_yticks(range(len(sites)), list(sites), parse_math=False)
+    axes.tick_params(colors=LIGHT.muted, labelsize=8, length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _shade(metric: Metric | None, top: float) -> float:
+    if metric is None:
+        return math.nan
+    share = metric.value if metric.unit == "%" else abs(metric.value) / (top or 1.0)
+    share = min(max(share, 0.0), 1.0)
+    return share if metric.greater_is_better else 1 - share
 
 
 def _wrapped(text: str, width: int) -> str:

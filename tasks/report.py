@@ -14,12 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .metrics import Metric
 from .report_charts import learning_curves
 from .report_tables import group_table, metric_named, metric_rows
 from .task import Figure, Problem, Scores, Table
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATES = Path(__file__).parent / "templates"
 REASONS = 12  # kinds of skipped rows that are listed for a split
@@ -76,12 +79,28 @@ def write_report(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page as text; raises as `write_report`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     split, scores = next(iter(report.scores.items()), ("", Scores([])))
     headline = metric_named(scores, report.metric)
     if headline is None:
         raise ValueError(f"a report needs the deciding metric, {report.metric}, on a split")
+    return template("report.html.j2").render(
+        report=report,
+        split=split,
+        headline=headline,
+        before=metric_named(report.before, report.metric),
+        rows=metric_rows(report.metric, report.scores, report.before),
+        groups=[group_table(column, scores, report.before) for column in scores.groups],
+        charts=learning_curves(report.history, headline, report.best_step),
+        extras=[*report.figures, *scores.tables],
+        problems={name: reasons(found) for name, found in report.problems.items() if found},
+        created=report.created or datetime.now().astimezone(),
+    )
+
+
+def template(name: str) -> Template:
+    """A page of `templates/`, whose filters show metrics, cells and pictures."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -96,18 +115,7 @@ def render(report: Report) -> str:
         numeric=lambda value: isinstance(value, (int, float, Metric)),
         picture=lambda value: isinstance(value, Figure),
     )
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        split=split,
-        headline=headline,
-        before=metric_named(report.before, report.metric),
-        rows=metric_rows(report.metric, report.scores, report.before),
-        groups=[group_table(column, scores, report.before) for column in scores.groups],
-        charts=learning_curves(report.history, headline, report.best_step),
-        extras=[*report.figures, *scores.tables],
-        problems={name: reasons(found) for name, found in report.problems.items() if found},
-        created=report.created or datetime.now().astimezone(),
-    )
+    return environment.get_template(name)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from . import plots
 from .report import Report, write_report
-from .task import Record, Rows
+from .task import Figure, Record, Rows
 
 if TYPE_CHECKING:
     from .run import Run
@@ -33,10 +34,19 @@ def write_run_report(
     order = [split for split in ("test", "validation") if split in run.scores]
     count = config.evaluation.pictures
     figures = (
-        run.task.illustrate(run.model, splits[order[0]], records[order[0]], count=count)
+        [*run.task.illustrate(run.model, splits[order[0]], records[order[0]], count=count)]
         if count and order
         else []
     )
+    figures += [
+        Figure(
+            title=f"Who contributes where: AdapterFusion of {name}",
+            image=plots.figure_png(plots.fusion_map(sites, members=name.split(","))),
+            caption="The mean attention on each member at each site, over all tokens of "
+            f"{order[0]}; rows add up to 100 %.",
+        )
+        for name, sites in run.attention.items()
+    ]
     report = Report(
         title=config.name,
         task=config.task,
@@ -64,6 +74,7 @@ def summary(run: Run, splits: Mapping[Any, Rows]) -> list[str]:
         "full": "fine-tuned as a whole",
         "head": "frozen, with a trained head",
         "none": "as it is, nothing trained",
+        "fusion": f"frozen, with a fusion of {', '.join(config.members)}",
     }
     how = ways.get(mode, f"frozen, with {method} adapters")
     sizes = [f"{len(rows):,} {split}" for split, rows in splits.items() if hasattr(rows, "__len__")]

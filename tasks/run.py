@@ -27,10 +27,11 @@ from torch import nn
 from transformers import set_seed
 
 import mmadapters
-from mmadapters import methods
+from mmadapters import AdapterModel, Fuse, methods
+from mmadapters.composition import parse
 
 from . import artifact, data
-from .config import SPLITS, JobConfig, Split
+from .config import SPLITS, JobConfig, Section, Split
 from .encoders.speech import convolutions
 from .evaluation import Evaluation, evaluate
 from .metrics import Metric
@@ -43,7 +44,9 @@ CONFIG, METRICS, REPORT = "config.yaml", "metrics.json", "report.html"
 
 @dataclass
 class Run:
-    """What came out. `scores` and `problems` by split; `history` as transformers logs it."""
+    """What came out. `scores` and `problems` by split; `history` as transformers logs it;
+    `attention`: by fusion and site the mean weight of each member on the split that was measured
+    last."""
 
     folder: Path
     task: Task
@@ -53,6 +56,7 @@ class Run:
     problems: dict[str, list[Problem]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
     def headline(self) -> Metric:
@@ -72,27 +76,51 @@ def train(
     Raises:
         ValueError: the data, the encoder or the run directory does not fit the config.
     """
-    state = _state(config)
+    state = process_state(config)
     folder = Path(config.output)
     first = state.is_main_process
     checkpoint = prepare_folder(folder, config, resume=resume, overwrite=overwrite, write=first)
     state.wait_for_everyone()
     splits = data.load(config.data, artifact.task_class(config.task)(config).columns, SPLITS)
     task, model = make_model(config, rows_to_fit(splits.get("train")))
-    run = Run(folder, task, model, facts=sizes(model))
-    device = "cpu" if config.trainer.device == "cpu" else artifact.default_device()
-    model.to(device)
+    return train_model(task, model, splits, checkpoint=checkpoint, quiet=quiet)
+
+
+def train_model(
+    task: Task,
+    model: TaskModel,
+    splits: dict[Split, Rows],
+    *,
+    checkpoint: Path | None = None,
+    quiet: bool = False,
+) -> Run:
+    """`train` of a model that is there, in a run directory that `prepare_folder` has made.
+
+    Raises:
+        ValueError: there is no split to train on, or none to evaluate.
+    """
+    config = task.config
+    state = process_state(config)
+    first = state.is_main_process
+    run = Run(Path(config.output), task, model, facts=sizes(model, config.name))
+    model.to(device_of(config))
     if config.evaluation.before:
-        name, rows = _measured(splits)
+        name, rows = measured_split(splits)
         run.before = _score(run, evaluate_split(task, model, rows), name)
     if any(parameter.requires_grad for parameter in model.parameters()):
         _fit(run, splits, checkpoint, quiet=quiet or not first)
+    model.eval()  # pictures are drawn with it too, and must not move a head's running statistics
     records: dict[Split, list[Record]] = {}
     measured: tuple[Split, ...] = ("validation", "test")
     for name in measured:
         if name in splits:
             rows = splits[name]
-            found = evaluate_split(task, model, rows)
+            with model.encoder.recorded_fusion() as attention:
+                found = evaluate_split(task, model, rows)
+            run.attention = {
+                fusion: {site: weights.tolist() for site, weights in sites.items()}
+                for fusion, sites in attention.items()
+            }
             run.scores[name] = _score(run, found, name)
             records[name] = found.records
     if first:
@@ -104,18 +132,24 @@ def train(
 @contextlib.contextmanager
 def processes(config: JobConfig) -> Iterator[None]:
     """The group of processes that torchrun or accelerate launch started, left in good order."""
-    state = _state(config)
+    state = process_state(config)
     yield
     state.wait_for_everyone()
     state.destroy_process_group()
 
 
-def _state(config: JobConfig) -> PartialState:
-    return PartialState(cpu=config.trainer.device == "cpu")
+def process_state(config: JobConfig) -> PartialState:
+    """The processes of the group that this one is in, which is made where it is not there yet."""
+    return PartialState(cpu=device_of(config) == "cpu")
+
+
+def device_of(config: JobConfig) -> str:
+    """Where a job runs."""
+    return "cpu" if config.trainer.device == "cpu" else artifact.default_device()
 
 
 def prepare_folder(
-    folder: Path, config: JobConfig, *, resume: bool, overwrite: bool, write: bool
+    folder: Path, config: Section, *, resume: bool, overwrite: bool, write: bool
 ) -> Path | None:
     """Makes the run directory and returns the checkpoint to go on from, if there is one.
 
@@ -164,25 +198,32 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
 
 def make_model(config: JobConfig, rows: Rows | None) -> tuple[Task, TaskModel]:
     """The task, fitted to the training rows, and its model: trainable is what the mode says."""
-    trainer = config.trainer
-    full = trainer.mode == "full"
     set_seed(config.seed)
     backbone = artifact.make_backbone(config.backbone)
     task = artifact.task_class(config.task)(config)
     task.fit(rows, backbone)
-    dropout = full if trainer.trunk_dropout is None else trainer.trunk_dropout
-    encoder = mmadapters.init(backbone, train_trunk=dropout)
+    return task, build_model(task, make_encoder(backbone))
+
+
+def make_encoder(backbone: nn.Module) -> AdapterModel:
+    """The encoder that a model is built on, or several models in turn."""
+    encoder = mmadapters.init(backbone)
     encoder.identity()  # of the weights as they came, whatever training does to them
-    adapter = adapter_config(config)
-    if adapter is not None:
-        encoder.add_adapter(config.name, adapter)
-        encoder.train_adapter(config.name)
+    return encoder
+
+
+def build_model(task: Task, encoder: AdapterModel) -> TaskModel:
+    """A fitted task's model: its own adapter and head are new, other adapters neither act nor
+    train; trainable is what the mode says."""
+    config, trainer, backbone = task.config, task.config.trainer, encoder.backbone
+    full = trainer.mode == "full"
+    encoder.train_trunk = full if trainer.trunk_dropout is None else trainer.trunk_dropout
+    add_adapters(config, encoder)
     # A head starts from the same numbers in every mode, so that modes can be compared.
     set_seed(config.seed)
     model = task.build(encoder)
     model.awake = artifact.awake_modules(config.backbone, backbone)
-    if trainer.gradient_checkpointing:
-        encoder.gradient_checkpointing_enable()
+    encoder.set_grad_checkpointing(trainer.gradient_checkpointing)
     if trainer.mode == "none":
         model.requires_grad_(False)
     if full:
@@ -190,7 +231,40 @@ def make_model(config: JobConfig, rows: Rows | None) -> tuple[Task, TaskModel]:
         if config.backbone.freeze_front_end and "audio" in encoder.sites.towers:
             for part in convolutions(backbone):
                 part.requires_grad_(False)
-    return task, model
+    return model
+
+
+def add_adapters(config: JobConfig, encoder: AdapterModel) -> None:
+    """Loads the members, adds this run's own adapter or fusion and lets the composition act; only
+    what is new is trainable.
+
+    Raises:
+        ValueError: members without a composition, or mode fusion without a `fuse`.
+    """
+    for name, directory in config.members.items():
+        artifact.load_member(encoder, name, directory)
+    adapter, drop = adapter_config(config), config.trainer.adapter_drop
+    composition = parse(config.composition)
+    if config.members and composition is None:
+        raise ValueError(
+            "members are loaded but composition does not say how they act: write, for instance, "
+            f"composition: {{stack: [{next(iter(config.members))}, {config.name}]}}"
+        )
+    if config.trainer.mode == "fusion":
+        if not isinstance(composition, Fuse):
+            raise ValueError(
+                "mode fusion trains the attention over several members: write composition: "
+                "{fuse: [one, another]}"
+            )
+        encoder.add_adapter_fusion(composition)
+        encoder.train_adapter_fusion(composition, drop=drop)
+    elif adapter is None:
+        encoder.set_active_adapters(composition, drop=0 if isinstance(drop, tuple) else drop)
+    else:
+        encoder.add_adapter(config.name, adapter)
+        encoder.train_adapter(composition or config.name, drop=drop)
+        for name in encoder.adapter_names:
+            encoder.adapter(name).requires_grad_(name == config.name)
 
 
 def rows_to_fit(rows: Any) -> Rows | None:
@@ -201,21 +275,29 @@ def rows_to_fit(rows: Any) -> Rows | None:
 def adapter_config(config: JobConfig) -> mmadapters.MethodConfig | None:
     """What `trainer.mode` inserts: None in the modes without an adapter."""
     mode = config.trainer.mode
-    if mode in ("full", "head", "none"):
+    if mode in ("full", "head", "none", "fusion"):
         return None
     if mode == "adapter":
         return methods.from_dict(config.adapter)
     return methods.method_named(mode)()
 
 
-def sizes(model: TaskModel) -> dict[str, Any]:
-    """Parameters of the encoder, the adapter and the head, and what is trained of the encoder."""
+def sizes(model: TaskModel, name: str) -> dict[str, Any]:
+    """Parameters of the encoder, of the adapters that act (or of `name`) with a trained fusion, and
+    of the head; and what is trained of the encoder."""
 
     def count(module: nn.Module, *, trained: bool = False) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
     encoder = count(model.encoder.backbone)
-    adapter = count(model.encoder.adapters)
+    acting = model.encoder.active_adapters
+    names = [name] if acting is None else [*acting.names()]
+    adapter = sum(
+        count(model.encoder.adapter(other))
+        for other in names
+        if other in model.encoder.adapter_names
+    )
+    adapter += count(model.encoder.fusions, trained=True)
     trained = count(model.encoder, trained=True)
     return {
         "encoder_parameters": encoder,
@@ -245,7 +327,12 @@ def evaluate_split(
     )
 
 
-def _measured(splits: dict[Split, Rows]) -> tuple[Split, Rows]:
+def measured_split(splits: dict[Split, Rows]) -> tuple[Split, Rows]:
+    """The split that a run's figure is of: test, or else validation.
+
+    Raises:
+        ValueError: there is neither.
+    """
     for name in ("test", "validation"):
         if name in splits:
             return name, splits[name]
@@ -319,6 +406,7 @@ def metrics_of(run: Run) -> dict[str, Any]:
         **run.facts,
         "splits": {name: figures(scores) for name, scores in run.scores.items()},
         "before": None if run.before is None else figures(run.before),
+        **({"fusion_attention": run.attention} if run.attention else {}),
         "skipped": {split: len(problems) for split, problems in run.problems.items()},
         "environment": environment(),
     }

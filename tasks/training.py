@@ -125,7 +125,8 @@ class TaskTrainer(Trainer):
             dataloader_num_workers=config.workers,
             remove_unused_columns=False,
             # An encoder has parts that a task does not use (poolers, other towers).
-            ddp_find_unused_parameters=config.mode == "full",
+            ddp_find_unused_parameters=config.mode == "full"
+            or isinstance(config.adapter_drop, tuple),
             report_to=["wandb"] if config.wandb else [],
             run_name=self.task.config.name,
             seed=self.task.config.seed,
@@ -194,6 +195,16 @@ class TaskTrainer(Trainer):
             parts.append(loaded.batch)
         self.waited += time.perf_counter() - started
         return parts, None
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The task's loss, and the penalty of a fusion that is trained; AdapterDrop draws here."""
+        encoder = self.task_model.encoder
+        with encoder.randomly_dropped():
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.task.config.trainer.mode != "fusion":
+            return loss
+        assert isinstance(loss, Tensor)
+        return loss + encoder.fusion_penalty()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return to_device(inputs, self.args.device)
@@ -307,7 +318,7 @@ def parameter_groups(model: nn.Module, config: TrainerConfig) -> list[dict[str, 
 
 def trained_tensors(model: TaskModel) -> dict[str, Tensor]:
     """What training changes: trainable parameters, and buffers beside them; shared ones once."""
-    parts = ["head.", "encoder.adapters."]
+    parts = ["head.", "encoder.adapters.", "encoder.fusions."]
     if any(parameter.requires_grad for parameter in model.encoder.backbone.parameters()):
         parts.append("encoder.backbone.")
     tensors = {n: p.data for n, p in model.named_parameters() if p.requires_grad}

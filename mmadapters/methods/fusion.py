@@ -78,7 +78,8 @@ class FusionAttention(Branch):
 
     def weights(self, scores: Tensor) -> Tensor:
         """Scores (B, N, n) -> attention weights, which `recorded` notes."""
-        weights = scores.float().softmax(dim=-1).to(scores.dtype)
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(dim=-1, dtype=dtype).to(scores.dtype)
         if not torch.compiler.is_compiling() and _recording.table is not None:
             _recording.table.setdefault(self, []).append(weights.detach().float().mean((0, 1)))
         return F.dropout(weights, self.dropout, self.training)
@@ -115,7 +116,6 @@ class Fused:
     def __init__(self, attention: FusionAttention, members: Sequence[Any]) -> None:
         self.attention, self.members = attention, tuple(members)
         self.foldable = _foldable(self.members)
-        self._folded: tuple[tuple[int, ...], _Folded] | None = None
 
     def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
         return branch + self.change(branch, residual=residual, input=input)
@@ -125,7 +125,8 @@ class Fused:
         assert residual is not None
         state = residual + branch
         if self.foldable and not torch.is_grad_enabled() and not self.attention.training:
-            folded = self._fold()
+            # Made anew each time, a few D x D x r products: kept, it would miss writes to `.data`.
+            folded = _Folded.of(self.attention, self.members)
             inner = folded.inner(self.members, branch, residual, input)
             return folded(self.attention, inner, state)
         changes = [m.change(branch, residual=residual, input=input) for m in self.members]
@@ -139,21 +140,6 @@ class Fused:
         )
         assert isinstance(mixed, Tensor)
         return self.attention.value(mixed).to(branch.dtype)
-
-    def _fold(self) -> _Folded:
-        """The folded matrices, made anew when a parameter has changed."""
-        parameters = [*self.attention.parameters()]
-        for member in self.members:
-            parameters.extend(member.parameters())
-        if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
-            return _Folded.of(self.attention, self.members)
-        version = tuple(key for p in parameters for key in (p.data_ptr(), p._version))
-        if self._folded is None or self._folded[0] != version:
-            self._folded = (version, _Folded.of(self.attention, self.members))
-        return self._folded[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}
 
 
 def _foldable(members: Sequence[Any]) -> bool:

@@ -7,10 +7,11 @@ h = H / patch and w = W / patch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mmadapters import AdapterModel
@@ -18,7 +19,7 @@ from mmadapters.sites import Tower
 
 from .positions import Grid, Kept, Lock, open_clip_at, timm_at
 from .preprocessing import image_preprocessing, normalised, to_tensor
-from .watch import Reached, Watch
+from .watch import Change, Reached, Watch
 
 __all__ = ["ImageStates", "ImageTower", "image_preprocessing", "normalised", "to_tensor"]
 
@@ -90,7 +91,12 @@ class ImageTower:
         self._token_norm, self._pool_norm = _norms(encoder, tower)
 
     def __call__(
-        self, pixels: Tensor, layers: Sequence[int] = (-1,), *, norm: bool = True
+        self,
+        pixels: Tensor,
+        layers: Sequence[int] = (-1,),
+        *,
+        norm: bool = True,
+        between: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> ImageStates:
         """The states after some blocks; blocks above the last of them do not run.
 
@@ -98,20 +104,25 @@ class ImageTower:
             pixels: (B, 3, H, W), multiples of the patch.
             layers: blocks counted from 0, or from the end by negative numbers.
             norm: whether the encoder's final norm is applied, to every layer alike.
+            between: by the number of a block, from 0: from the patches (B, h·w, D) that would enter
+                it to those that do. In this call and this thread alone.
 
         Raises:
             ValueError: a size that the encoder does not take, or a layer that it does not have.
         """
         grid = self._grid(pixels)
         layers = self._layers(layers)
-        with Watch(self._tower, layers, stop=True) as watch, contextlib.suppress(Reached):
+        changes = {layer: _on_patches(grid, change) for layer, change in (between or {}).items()}
+        watch = Watch(self._tower, layers, stop=True, changes=changes)
+        with watch, contextlib.suppress(Reached):
             self._front.run(pixels, grid)
         assert watch.entered is not None
         length = watch.entered.shape[1]
-        states = [self._tokens(watch.states[layer], grid, length) for layer in layers]
-        prefix = length - grid[0] * grid[1]
-        if norm and self._token_norm is not None:
-            states = [self._token_norm(tokens) for tokens in states]
+        prefix = _prefix(length, grid)
+        # Prompts stand behind the tokens that entered the first block.
+        states = [watch.states[layer][:, :length] for layer in layers]
+        if norm:
+            states = [self.normed(tokens) for tokens in states]
         maps = [tokens[:, prefix:].transpose(1, 2).unflatten(2, grid) for tokens in states]
         cls = states[-1][:, 0] if self.has_class_token else None
         pooled = cls
@@ -139,14 +150,30 @@ class ImageTower:
             )
         return [layer % self.depth for layer in layers]
 
-    def _tokens(self, tokens: Tensor, grid: Grid, length: int) -> Tensor:
-        """The tokens (B, N, D) that entered the first block; prompts stand behind them."""
-        if length < grid[0] * grid[1]:
-            raise ValueError(
-                f"{length} tokens came out of {grid[0]}×{grid[1]} patches: the encoder drops "
-                "patches in training, which leaves holes in its maps; set its patch dropout to 0"
-            )
-        return tokens[:, :length]
+    def normed(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) as the encoder's final norm leaves them, where it has one of every token."""
+        return tokens if self._token_norm is None else self._token_norm(tokens)
+
+
+def _prefix(length: int, grid: Grid) -> int:
+    """How many of the tokens that entered the first block stand before the patches."""
+    if length < grid[0] * grid[1]:
+        raise ValueError(
+            f"{length} tokens came out of {grid[0]}×{grid[1]} patches: the encoder drops patches "
+            "in training, which leaves holes in its maps; set its patch dropout to 0"
+        )
+    return length - grid[0] * grid[1]
+
+
+def _on_patches(grid: Grid, change: Callable[[Tensor], Tensor]) -> Change:
+    """A change of patches as one of all tokens."""
+
+    def on_tokens(tokens: Tensor, length: int) -> Tensor:
+        start = _prefix(length, grid)
+        changed = change(tokens[:, start:length])
+        return torch.cat([tokens[:, :start], changed, tokens[:, length:]], dim=1)
+
+    return on_tokens
 
 
 def _norms(encoder: AdapterModel, tower: Tower) -> tuple[nn.Module | None, nn.Module | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from mmadapters.sites import Tower
 
 class Reached(Exception):
     """All requested states are there; nothing behind them needs to run."""
+
+
+# From the tokens that a block was given (B, N, D), and how many of them are no prompts, to others.
+Change = Callable[[Tensor, int], Tensor]
 
 
 class Watch:
@@ -27,11 +31,23 @@ class Watch:
         states: what each requested block gave, by its number.
     """
 
-    def __init__(self, tower: Tower, layers: Sequence[int], *, stop: bool = False) -> None:
-        """`stop`: raise `Reached` after the last of the requested blocks."""
+    def __init__(
+        self,
+        tower: Tower,
+        layers: Sequence[int],
+        *,
+        stop: bool = False,
+        changes: Mapping[int, Change] | None = None,
+    ) -> None:
+        """
+        Args:
+            stop: raise `Reached` after the last of the requested blocks.
+            changes: of what is given to blocks, by their number.
+        """
         self.blocks = tower.blocks
         self.layers = layers
         self.stop = stop
+        self.changes = changes or {}
         self.entered: Tensor | None = None
         self.states: dict[int, Tensor] = {}
         self._thread = threading.get_ident()
@@ -39,7 +55,13 @@ class Watch:
 
     def __enter__(self) -> Watch:
         first = self.blocks[0].module
-        # Before the hook that appends prompts.
+        for layer, change in self.changes.items():
+            self._handles.append(
+                self.blocks[layer].module.register_forward_pre_hook(
+                    self._changed(change), prepend=True, with_kwargs=True
+                )
+            )
+        # Before the hook that appends prompts, and before that of a change.
         self._handles.append(
             first.register_forward_pre_hook(self._enters, prepend=True, with_kwargs=True)
         )
@@ -54,6 +76,18 @@ class Watch:
     def _enters(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == self._thread:
             self.entered = args[0] if args else kwargs["hidden_states"]
+
+    def _changed(self, change: Change) -> Callable[[nn.Module, tuple, dict[str, Any]], Any]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if threading.get_ident() != self._thread:
+                return None
+            assert self.entered is not None
+            length = self.entered.shape[1]
+            if args:
+                return (change(args[0], length), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"], length)}
+
+        return hook
 
     def _note(self, layer: int) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:

@@ -162,7 +162,8 @@ def _head(
 def _refuse_unused(encoder: AdapterModel, *, matching: bool) -> None:
     """Raises a ValueError for an adapter in a tower through which no embedding passes."""
     used = {"vision", "text", *(["fusion"] if matching else [])}
-    for name in encoder.adapter_names:
+    acting = encoder.active_adapters
+    for name in () if acting is None else acting.names():
         towers = {site.partition(".")[0] for site, _ in encoder.adapter(name).entries()}
         if unused := sorted(towers - used):
             raise ValueError(

@@ -70,16 +70,44 @@ class SegmentationDataConfig(DataConfig):
         return self
 
 
+class ViTAdapterConfig(Section):
+    mode: Literal["frozen", "full"] = "frozen"
+    """frozen: the neck reads the encoder's states, and none of its gradients pass through the
+    encoder. full: it also adds to the patches between the blocks, so they do; the encoder's own
+    weights train in neither, unless trainer.mode says so."""
+    width: int | None = Field(default=None, ge=1)
+    """Channels inside the attention; the encoder's by default (the authors take half of it for
+    ViT-B and ViT-L)."""
+    heads: int | None = Field(default=None, ge=1)
+    """Attention heads; one for each 64 channels of the encoder by default."""
+    points: int = Field(default=4, ge=1)
+    """Places at which a head looks on each level."""
+    stem: int = Field(default=64, ge=1)
+    """Channels of the first convolutions on the pixels; four times as many at 1/16."""
+    ffn_ratio: float = Field(default=0.25, gt=0)
+    """Width of the feed-forward parts, as a factor of the encoder's."""
+    extra: int = Field(default=2, ge=0)
+    """Extractors after that of the last stage."""
+
+
+# Those that take a neck's levels.
+PYRAMID_HEADS = ("upernet", "panoptic_fpn")
+
+
 class HeadConfig(Section):
-    kind: Literal["linear", "setr_pup", "segmenter", "upernet", "fpn"] = "linear"
+    kind: Literal["linear", "setr_pup", "segmenter", "upernet", "panoptic_fpn", "fpn"] = "linear"
     """linear: batch norm and a 1×1 convolution. setr_pup: convolutions and upsampling in turn
     (SETR-PUP). segmenter: a transformer of patches and class tokens. upernet: pyramid pooling and
-    a feature pyramid on four blocks. fpn: a feature pyramid of four blocks with a convolutional
-    stem on the pixels, for fine outlines."""
+    a feature pyramid on four blocks. panoptic_fpn: a feature pyramid alone, lighter. fpn: a feature
+    pyramid of four blocks with a convolutional stem on the pixels, for fine outlines."""
+    neck: Literal["vit_adapter"] | None = None
+    """What stands between encoder and head (upernet, panoptic_fpn). vit_adapter: a pyramid of the
+    pixels that looks at the encoder's patches by deformable attention, and is part of the head."""
+    vit_adapter: ViTAdapterConfig = ViTAdapterConfig()
     layers: tuple[int, ...] | None = None
     """The blocks that the head reads, from 0, or from the end by negative numbers. By default the
-    last one (linear, setr_pup, segmenter) or four at equal distances (upernet, fpn); linear takes
-    any number ([-4, -3, -2, -1])."""
+    last one (linear, setr_pup, segmenter) or four at equal distances (upernet, panoptic_fpn, fpn);
+    linear takes any number ([-4, -3, -2, -1]). With a neck the last block of each stage."""
     norm: bool = True
     """Apply the encoder's final norm to what is read."""
     channels: int = Field(default=256, ge=8)
@@ -88,6 +116,20 @@ class HeadConfig(Section):
     """Transformer layers of segmenter."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Before the last layer, of whole channels; inside the layers of segmenter."""
+
+    @model_validator(mode="after")
+    def _neck(self) -> HeadConfig:
+        if self.neck is None and self.vit_adapter != ViTAdapterConfig():
+            raise ValueError(
+                "vit_adapter says how a neck is made, but there is none: write neck: vit_adapter"
+            )
+        if self.neck is not None and self.kind not in PYRAMID_HEADS:
+            own = "has a stem on the pixels of its own" if self.kind == "fpn" else "reads one map"
+            raise ValueError(
+                f"neck: {self.neck} gives a pyramid of four levels, but {self.kind} {own}: set "
+                f"kind to {' or '.join(PYRAMID_HEADS)}, or take the neck out"
+            )
+        return self
 
 
 class LossConfig(Section):

@@ -2,7 +2,7 @@
 
 Each takes the maps of the blocks that it reads, a list of (B, D, h, w), and the normalised pixels
 (B, 3, H, W) that they come from, and gives logits (B, C, h', w') at whatever resolution it works;
-h = H / patch and w = W / patch. B images, D width of the encoder, C classes, E width of the head.
+h = H / patch and w = W / patch. Behind a neck (`NeckedHead`) it takes the neck's levels instead. B images, D width of the encoder, C classes, E width of the head.
 """
 
 from __future__ import annotations
@@ -16,9 +16,22 @@ from torch import Tensor, nn
 
 from .config import HeadConfig
 from .norm import BatchNorm, conv_norm_relu
-from .pyramid import FPNHead, UPerHead
+from .pyramid import FPNHead, PanopticFPN, SimplePyramid, UPerHead
+from .vit_adapter import STAGES, NeckedHead, ViTAdapter
 
-__all__ = ["FPNHead", "LinearHead", "Segmenter", "SetrPup", "UPerHead", "head_layers", "make_head"]
+__all__ = [
+    "FPNHead",
+    "LinearHead",
+    "PanopticFPN",
+    "Segmenter",
+    "SetrPup",
+    "UPerHead",
+    "head_layers",
+    "make_head",
+]
+
+# Those that read four blocks.
+PYRAMIDS = ("upernet", "panoptic_fpn", "fpn")
 
 
 def make_head(
@@ -30,9 +43,9 @@ def make_head(
         width: D; `patch`: in pixels; `layers`: how many maps it will get.
 
     Raises:
-        ValueError: the head takes another number of maps.
+        ValueError: the head takes another number of maps, or the neck does not fit the width.
     """
-    wanted = {"linear": layers, "upernet": 4, "fpn": 4}.get(config.kind, 1)
+    wanted = layers if config.kind == "linear" else 4 if config.kind in PYRAMIDS else 1
     if layers != wanted:
         raise ValueError(f"the {config.kind} head reads {wanted} blocks, head.layers has {layers}")
     inner: dict[str, Any] = {
@@ -46,17 +59,36 @@ def make_head(
         return SetrPup(width, patch=patch, **inner)
     if config.kind == "segmenter":
         return Segmenter(width, depth=config.depth, **inner)
-    if config.kind == "upernet":
-        return UPerHead(width, **inner)
-    return FPNHead(width, **inner)
+    if config.kind == "fpn":
+        return FPNHead(width, **inner)
+    on_pyramid = UPerHead if config.kind == "upernet" else PanopticFPN
+    if config.neck is None:
+        return on_pyramid(width, pyramid=SimplePyramid(width), **inner)
+    neck = ViTAdapter(width, config.vit_adapter)
+    return NeckedHead(neck, on_pyramid(width, pyramid=nn.Identity(), **inner))
 
 
 def head_layers(config: HeadConfig, depth: int) -> tuple[int, ...]:
     """The blocks that a head reads in an encoder of `depth` blocks.
 
     Raises:
-        ValueError: one of them is not there.
+        ValueError: one of them is not there, or they do not end the stages of a neck.
     """
+    layers = _head_layers(config, depth)
+    if config.neck is not None and (len(layers) != STAGES or sorted(set(layers)) != list(layers)):
+        if config.layers is None:
+            raise ValueError(
+                f"head.neck: {config.neck} works in {STAGES} stages, of a block or more each; the "
+                f"encoder has {depth}: take the neck out"
+            )
+        raise ValueError(
+            f"head.layers: the neck reads the last block of each of {STAGES} stages, so give "
+            f"{STAGES} blocks that rise, not {list(config.layers)}"
+        )
+    return layers
+
+
+def _head_layers(config: HeadConfig, depth: int) -> tuple[int, ...]:
     if config.layers is not None:
         for layer in config.layers:
             if not -depth <= layer < depth:
@@ -65,7 +97,7 @@ def head_layers(config: HeadConfig, depth: int) -> tuple[int, ...]:
                     f"{depth - 1}, or -{depth} to -1)"
                 )
         return tuple(layer % depth for layer in config.layers)
-    if config.kind in ("upernet", "fpn"):
+    if config.kind in PYRAMIDS:
         return tuple(max((part + 1) * depth // 4 - 1, 0) for part in range(4))
     return (depth - 1,)
 

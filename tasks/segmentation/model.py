@@ -16,6 +16,7 @@ from .heads import head_layers, make_head
 from .inference import resize_logits
 from .losses import SegmentationLoss
 from .transforms import pad_to_patch
+from .vit_adapter import NeckedHead
 
 
 class SegmentationModel(TaskModel):
@@ -50,9 +51,12 @@ class SegmentationModel(TaskModel):
         """
         height, width = pixels.shape[-2:]
         padded = pad_to_patch(pixels, self.tower.patch)
-        maps = self.tower(padded, self.layers, norm=self.norm).maps
-        logits = resize_logits(self.head(maps, padded), padded.shape[-2:])
-        return logits[..., :height, :width]
+        if isinstance(self.head, NeckedHead):
+            logits = self.head(self.tower, padded, self.layers, norm=self.norm)
+        else:
+            maps = self.tower(padded, self.layers, norm=self.norm).maps
+            logits = self.head(maps, padded)
+        return resize_logits(logits, padded.shape[-2:])[..., :height, :width]
 
     def forward(self, pixels: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """The loss, and the parts of which it is made.
@@ -67,7 +71,8 @@ class SegmentationModel(TaskModel):
 def _refuse_unused(encoder: AdapterModel, layers: tuple[int, ...]) -> None:
     """Raises a ValueError for an adapter that would change nothing of what the head reads."""
     last = max(layers)
-    for name in encoder.adapter_names:
+    acting = encoder.active_adapters
+    for name in () if acting is None else acting.names():
         for site, _ in encoder.adapter(name).entries():
             tower, *place = site.split(".")
             if tower != "vision":

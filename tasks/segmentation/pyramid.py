@@ -1,4 +1,4 @@
-"""Heads on feature pyramids: UPerNet, and a pyramid that also sees the pixels.
+"""Heads on feature pyramids: UPerNet, Panoptic FPN, and a pyramid that also sees the pixels.
 
 B images, D width of the encoder, E width of the head, C classes; a level s is (B, E, H/s, W/s).
 """
@@ -92,12 +92,18 @@ class TopDown(nn.Module):
 class UPerHead(nn.Module):
     """Pyramid pooling on the coarsest level, a feature pyramid over all, logits at the finest.
 
-    Xiao et al. 2018, UPerNet, §3.1, on the simple pyramid of a plain ViT.
+    Xiao et al. 2018, UPerNet, §3.1.
+
+    Args:
+        pyramid: from what the head is given to four levels (B, D, ·, ·), the finest first: the
+            simple pyramid of a plain ViT, or nothing behind a neck.
     """
 
-    def __init__(self, width: int, *, classes: int, channels: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, *, pyramid: nn.Module, classes: int, channels: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.pyramid = SimplePyramid(width)
+        self.pyramid = pyramid
         self.lateral = nn.ModuleList(conv_norm_relu(width, channels) for _ in range(3))
         self.pooling = PyramidPooling(width, channels)
         self.top_down = TopDown(4, channels)
@@ -105,34 +111,85 @@ class UPerHead(nn.Module):
         self.classify = nn.Conv2d(channels, classes, 1)
 
     def forward(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:
-        """-> (B, C, 4h, 4w)."""
+        """-> (B, C, ·, ·) at the resolution of the finest level."""
         *fine, coarse = self.pyramid(maps)
         levels = [lateral(x) for lateral, x in zip(self.lateral, fine, strict=True)]
         return self.classify(self.dropout(self.top_down([*levels, self.pooling(coarse)])))
 
 
+class PanopticFPN(nn.Module):
+    """A feature pyramid whose levels go up to the finest resolution by 3×3 convolutions and ×2 in
+    turn, and are summed there.
+
+    Kirillov et al. 2019, Panoptic Feature Pyramid Networks, §3.1, the semantic branch, of E / 2
+    channels; with batch norm for group norm, and all resizing bilinear.
+
+    Args:
+        pyramid: as that of `UPerHead`.
+    """
+
+    def __init__(
+        self, width: int, *, pyramid: nn.Module, classes: int, channels: int, dropout: float
+    ) -> None:
+        super().__init__()
+        half = channels // 2
+        self.pyramid = pyramid
+        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for _ in range(4))
+        self.smooth = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(4))
+        self.branches = nn.ModuleList(
+            nn.ModuleList(
+                conv_norm_relu(half if step else channels, half, kernel=3)
+                for step in range(max(level, 1))
+            )
+            for level in range(4)
+        )
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(half, classes, 1)
+
+    def forward(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:
+        """-> (B, C, ·, ·) at the resolution of the finest level."""
+        levels = [lateral(x) for lateral, x in zip(self.lateral, self.pyramid(maps), strict=True)]
+        sizes = [level.shape[-2:] for level in levels]
+        for level in (2, 1, 0):
+            levels[level] = levels[level] + resized(levels[level + 1], sizes[level])
+        risen = []
+        for level, branch in enumerate(self.branches):
+            x = self.smooth[level](levels[level])
+            assert isinstance(branch, nn.ModuleList)
+            for step, convolve in enumerate(branch):
+                x = resized(convolve(x), sizes[max(level - step - 1, 0)])
+            risen.append(x)
+        return self.classify(self.dropout(torch.stack(risen).sum(dim=0)))
+
+
 class SpatialPrior(nn.Module):
     """Convolutions on the pixels: levels 4, 8, 16 and 32.
 
-    Chen et al. 2023, ViT-Adapter, §3.3 and the authors' `SpatialPriorModule`; the widths are those
-    of `channels` = 64 there, cut to the head's own.
+    Chen et al. 2023, ViT-Adapter, §3.3 and the authors' `SpatialPriorModule`.
+
+    Args:
+        channels: of each level that comes out.
+        inner: of levels 16 and 32 inside, 256 there; level 8 has half of it, the first convolutions
+            a quarter.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, inner: int) -> None:
         super().__init__()
+        widths = [inner // 4, inner // 2, inner, inner]
+        stem = widths[0]
         self.stem = nn.Sequential(
-            conv_norm_relu(3, channels // 4, kernel=3, stride=2),
-            conv_norm_relu(channels // 4, channels // 4, kernel=3),
-            conv_norm_relu(channels // 4, channels // 4, kernel=3),
+            conv_norm_relu(3, stem, kernel=3, stride=2),
+            conv_norm_relu(stem, stem, kernel=3),
+            conv_norm_relu(stem, stem, kernel=3),
             nn.MaxPool2d(3, stride=2, padding=1),
         )
-        widths = [channels // 4, channels // 2, channels, channels]
         self.down = nn.ModuleList(
             conv_norm_relu(widths[i], widths[i + 1], kernel=3, stride=2) for i in range(3)
         )
         self.project = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> (B, channels, ⌈H/s⌉, ⌈W/s⌉) for s = 4, 8, 16, 32."""
         x = self.stem(pixels)
         levels = [x]
         for down in self.down:
@@ -144,13 +201,13 @@ class SpatialPrior(nn.Module):
 class FPNHead(nn.Module):
     """The encoder's maps added to those of a convolutional stem, and a feature pyramid over them.
 
-    What ViT-Adapter (Chen et al. 2023) makes of its last states, without its injectors and
-    extractors: outlines come from the pixels, what is inside them from the encoder.
+    What ViT-Adapter (Chen et al. 2023; `head.neck`) makes of its last states, without its injectors
+    and extractors: outlines come from the pixels, what is inside them from the encoder.
     """
 
     def __init__(self, width: int, *, classes: int, channels: int, dropout: float) -> None:
         super().__init__()
-        self.prior = SpatialPrior(channels)
+        self.prior = SpatialPrior(channels, inner=channels)
         self.project = nn.ModuleList(nn.Conv2d(width, channels, 1) for _ in range(4))
         self.norm = nn.ModuleList(BatchNorm(channels) for _ in range(4))
         self.top_down = TopDown(4, channels)

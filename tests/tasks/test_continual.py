@@ -43,6 +43,8 @@ JOBS: list[dict[str, Any]] = [
             "data": {"options": FEW},
             **SHORT,
             "adapter": {"method": "lora", "rank": 2, "sites": ["vision.blocks.[45].*"]},
+            # Drawn after its step, with a head that has running statistics.
+            "evaluation": {"bootstrap": 0, "pictures": 2},
         },
     },
     {
@@ -293,6 +295,7 @@ def changed(place: int, **overrides: Any) -> list[dict[str, Any]]:
         ({"jobs": changed(2, name="full")}, "jobs.2: 'full' cannot name a folder"),
         ({"jobs": changed(2, name="../x")}, "jobs.2: '../x' cannot name a folder"),
         ({"jobs": changed(0, **{"trainer.mode": "head"})}, "jobs.0: trainer.mode is head"),
+        ({"jobs": changed(0, composition="count")}, "jobs.0: count has members or a composition"),
         ({"jobs": changed(0, **{"trainer.epoch": 3})}, "jobs.0: in the override"),
         ({"jobs": [*JOBS, {"config": "classify_scene"}]}, "did you mean 'classify_scenes'?"),
         (
