@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from .methods.fusion import Fused, FusionAttention
 from .routing import Index, RoutedBranch, RoutedDelta, RoutedPrefix
 from .sites import Leaf, SiteMap, Tower
 
+Point = tuple[Kind, str]
 _BLOCK = re.compile(r"\.blocks\.(\d+)(\.|$)")
 
 
@@ -52,12 +53,14 @@ def plan_of(
     Raises:
         ValueError: a method that cannot take part in the composition, with its site.
     """
-    builder = _Builder(composition, sites, adapter, fusion)
-    plan = Plan()
-    points: dict[tuple[Kind, str], None] = {}
+    modules: dict[str, dict[Point, list[Any]]] = {}
     for name in composition.names():
+        table = modules.setdefault(name, {})
         for site, module in adapter(name).entries():
-            points[kind_of(module), site] = None
+            table.setdefault((kind_of(module), site), []).append(module)
+    points = dict.fromkeys(point for table in modules.values() for point in table)
+    builder = _Builder(composition, sites, modules, adapter, fusion)
+    plan = Plan()
     for kind, site in points:
         if block_of(site) < drop:
             continue
@@ -101,23 +104,43 @@ def _starts(sites: SiteMap, used: Iterable[str]) -> dict[str, int]:
 class _Builder:
     composition: Composition
     sites: SiteMap
+    modules: dict[str, dict[Point, list[Any]]]
     adapter: Callable[[str], Adapter]
     fusion: Callable[[Fuse], Adapter]
+    _distinct: dict[Composition, list[str | Composition]] = field(default_factory=dict)
+    _owners: dict[Composition, list[int]] = field(default_factory=dict)
 
     @functools.cached_property
     def leaves(self) -> dict[str, Leaf]:
         return {leaf.name: leaf for leaf in self.sites.leaves()}
 
+    @functools.cached_property
+    def time_first(self) -> set[str]:
+        towers: list[Tower] = [t for t in self.sites.towers.values() if not t.batch_first]
+        return {name for tower in towers for name in tower.site_names()}
+
+    def distinct(self, node: Composition) -> Sequence[str | Composition]:
+        """The members; of a Route each once, however many samples it has."""
+        if not isinstance(node, Route):
+            return node.members
+        if node not in self._distinct:
+            self._distinct[node] = list(dict.fromkeys(node.members))
+        return self._distinct[node]
+
+    def owners(self, node: Route) -> list[int]:
+        """For every sample of a Route the place of its member in `distinct`."""
+        if node not in self._owners:
+            place = {member: number for number, member in enumerate(self.distinct(node))}
+            self._owners[node] = [place[member] for member in node.members]
+        return self._owners[node]
+
     def acting(self, node: str | Composition, kind: Kind, site: str) -> list[Any]:
         """What acts for `node` at a site, in order; nothing for "base"."""
         if isinstance(node, str):
-            if node == BASE:
-                return []
-            found = [m for where, m in self.adapter(node).entries() if where == site]
-            return [module for module in found if kind_of(module) == kind]
+            return [] if node == BASE else self.modules[node].get((kind, site), [])
         if isinstance(node, Stack):
             return [act for member in node.members for act in self.acting(member, kind, site)]
-        members = [self.acting(member, kind, site) for member in node.members]
+        members = [self.acting(member, kind, site) for member in self.distinct(node)]
         if not any(members):
             return []
         if kind == "prompt":
@@ -150,7 +173,7 @@ class _Builder:
 
     def _culprit(self, node: Composition, kind: Kind) -> str:
         for name in node.names():
-            if any(kind_of(module) == kind for _, module in self.adapter(name).entries()):
+            if any(kind == other for other, _ in self.modules[name]):
                 return name
         raise AssertionError(kind)
 
@@ -168,11 +191,7 @@ class _Builder:
 
     def _routed(self, node: Composition, kind: Kind, site: str, members: list[list[Any]]) -> Any:
         if isinstance(node, Route):
-            # Samples with equal members share one.
-            unique = list(dict.fromkeys(node.members))
-            first = {member: place for place, member in enumerate(unique)}
-            members = [members[node.members.index(member)] for member in unique]
-            index: Index = _Listed(site, [first[member] for member in node.members], "Route")
+            index: Index = _Listed(site, self.owners(node), "Route")
         elif isinstance(node, BatchSplit):
             owner = [i for i, size in enumerate(node.batch_sizes) for _ in range(size)]
             index = _Listed(site, owner, "BatchSplit")
@@ -186,8 +205,7 @@ class _Builder:
         return RoutedDelta(site, members, index)
 
     def _check_axes(self, node: Composition, site: str) -> None:
-        tower: Tower = next(t for t in self.sites.towers.values() if site in t.site_names())
-        if not tower.batch_first:
+        if site in self.time_first:
             raise ValueError(
                 f"{type(node).__name__} cannot act at {site} of {self.sites.architecture}: its "
                 "blocks take tokens first and the batch second; build it with batch_first=True"

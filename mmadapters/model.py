@@ -27,13 +27,12 @@ from .injectors import (
 )
 from .merging import Merged, merged_tensors
 from .methods import AdapterModule, FusionConfig, MethodConfig
+from .plans import Plans
 from .selfcheck import check
 from .sites import SiteMap, nearest
 from .summary import AdapterRow, summary_table
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+@ -]*")
-# Plans are made in well under a millisecond; routes of ever new batches must not pile up.
-_KEPT = 256
 
 
 def init(
@@ -100,7 +99,7 @@ class AdapterModel(nn.Module):
         self._composition: Composition | None = None
         self._drop = 0
         self._random_drop: tuple[int, int] | None = None
-        self._plans: dict[tuple[Composition, int], Plan] = {}
+        self._plans = Plans()
         self._verified: set[tuple] = set()
         self._merged: list[Merged] = []
         self._identity: dict[str, Any] | None = None
@@ -183,7 +182,7 @@ class AdapterModel(nn.Module):
         above = self._runtime.local.plan
         if above is None:
             return self._composition
-        return next((known for (known, _), plan in self._plans.items() if plan is above), None)
+        return above.stands_for
 
     def adapter(self, name: str) -> Adapter:
         """The modules of one adapter.
@@ -291,9 +290,9 @@ class AdapterModel(nn.Module):
     def _plan(self, composition: Composition | None, drop: int = 0) -> Plan:
         if composition is None:
             return NOTHING
-        known = self._plans.get((composition, drop))
-        if known is not None:
-            return known
+        return self._plans.get((composition, drop), lambda: self._make_plan(composition, drop))
+
+    def _make_plan(self, composition: Composition, drop: int) -> Plan:
         self._check_drop(drop)
         merged = [merge.name for merge in self._merged]
         for name in composition.names():
@@ -306,9 +305,6 @@ class AdapterModel(nn.Module):
         plan = plan_of(composition, self.sites, self.adapter, self._fusion, drop=drop)
         if plan.copies > 1:
             self._runtime.allow_copies()
-        while len(self._plans) >= _KEPT:
-            self._plans.pop(next(iter(self._plans)))
-        self._plans[composition, drop] = plan
         return plan
 
     def _check_drop(self, drop: int) -> None:
@@ -318,8 +314,7 @@ class AdapterModel(nn.Module):
 
     def _forget(self, name: str) -> list[Plan]:
         """Drops the plans in which an adapter acts, and returns them."""
-        gone = [known for known in self._plans if name in known[0].names()]
-        return [self._plans.pop(known) for known in gone]
+        return self._plans.forget(lambda composition: name in composition.names())
 
     def set_active_adapters(self, setup: Setup, *, drop: int = 0) -> None:
         """Lets adapters act: a name, several names (a `Stack`), a composition, or None for none.
@@ -475,11 +470,10 @@ class AdapterModel(nn.Module):
             hint = nearest(name, self.fusion_names)
             raise ValueError(f"there is no AdapterFusion {name!r}{hint}")
         del self.fusions._modules[name]
-        gone = [known for known in self._plans if name in fusions.names_in(known[0])]
         if self._composition is not None and name in fusions.names_in(self._composition):
             self.set_active_adapters(None)
-        for known in gone:
-            self._plans.pop(known).clear()
+        for plan in self._plans.forget(lambda known: name in fusions.names_in(known)):
+            plan.clear()
         self._sync()
 
     def save_adapter_fusion(self, directory: str | os.PathLike, name: str | Fuse) -> None:
@@ -588,7 +582,7 @@ class AdapterModel(nn.Module):
         """
         self._runtime.clear()
         checkpointing.disable(self._runtime)
-        self._composition, self._plans = None, {}
+        self._composition, self._plans = None, Plans()
         self.adapters._modules.clear()
         self.fusions._modules.clear()
         for name, parameter in self.backbone.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from .vision import random_image, square
 
 TEXT = "the masks of its text tower have the length of the text"
 POOLED = "its text is pooled at the place that the ids of the batch as it came tell"
+MASKED = "its text is pooled under the mask of the batch as it came"
 IN_TURNS = "two stacks of its decoder take turns"
 TIME_FIRST = "its blocks take tokens in the first dimension and the batch in the second"
 
@@ -203,7 +205,7 @@ def _open_clip_text(model: nn.Module) -> list[TowerSpec]:
             f"the text tower of this {type(model).__name__} is a {type(module).__name__}, which "
             "mmadapters does not know"
         )
-    return found
+    return [dataclasses.replace(tower, copies=MASKED) for tower in found]
 
 
 def open_clip_example(model: nn.Module) -> tuple[tuple, dict]:

@@ -33,13 +33,15 @@ class Plan:
     """The active modules by canonical site name, in the order in which they act.
 
     Of the kinds in `mmadapters.methods.base`, which injectors do not import: `Any` here.
-    `copies`: how many times the batch is repeated on entering block `starts[tower]` of a tower.
+    `stands_for`: the composition that it was made of. `copies`: how many times the batch is
+    repeated on entering block `starts[tower]` of a tower.
     """
 
     branch: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     delta: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     prefix: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     prompt: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    stands_for: Any = None
     copies: int = 1
     starts: dict[str, int] = field(default_factory=dict)
 
@@ -57,7 +59,7 @@ class Plan:
         """Lets nothing act any more, wherever this plan is in use."""
         for table in (self.branch, self.delta, self.prefix, self.prompt, self.starts):
             table.clear()
-        self.copies = 1
+        self.stands_for, self.copies = None, 1
 
     def mapped(self, change: Callable[[Kind, str, nn.Module], Any]) -> Plan:
         """A plan in which `change` stands for every module."""
@@ -121,6 +123,7 @@ class Runtime:
         for plan in plans:
             for kind, site, module in plan.entries():
                 wanted.update(dict.fromkeys(self._keys(kind, site, module)))
+        self._copies = self._copies and bool(wanted)
         if self._copies:
             wanted.update({("copy", block.name): None for block in self.sites.blocks()})
         for key in [key for key in {**self._handles, **self._raw} if key not in wanted]:
@@ -377,18 +380,23 @@ class CopyHook:
         if self.index > start:
             batch //= copies
 
-        def repeated(value: Any) -> Any:
+        def repeated(value: Any, name: str = "") -> Any:
             if isinstance(value, tuple):
                 return tuple(map(repeated, value))
             if value is x:
                 return x if self.index > start else _repeated(x, copies)
-            if not isinstance(value, Tensor) or value.dim() < 3 or value.shape[0] == 1 != batch:
+            # Of two dimensions, (B, N), are masks of padding alone.
+            least = 2 if name == "attention_mask" else 3
+            if not isinstance(value, Tensor) or value.dim() < least or len(value) == 1 != batch:
                 return value
             # Masks, states and biases by sample or by sample and head; all else is shared.
             done = self.crossed and value.shape[0] == copies * batch
             return value if done or value.shape[0] % batch else _repeated(value, copies)
 
-        return tuple(map(repeated, args)), {k: repeated(v) for k, v in kwargs.items()}
+        # WavLM's first block makes these for all others, which hand them on.
+        carried = {"position_bias"} if self.index > start else set()
+        kwargs = {k: v if k in carried else repeated(v, k) for k, v in kwargs.items()}
+        return tuple(map(repeated, args)), kwargs
 
 
 def _repeated(x: Tensor, copies: int) -> Tensor:

@@ -127,8 +127,7 @@ class Fused:
         if self.foldable and not torch.is_grad_enabled() and not self.attention.training:
             # Made anew each time, a few D x D x r products: kept, it would miss writes to `.data`.
             folded = _Folded.of(self.attention, self.members)
-            inner = folded.inner(self.members, branch, residual, input)
-            return folded(self.attention, inner, state)
+            return folded(self.attention, branch, state, residual, input)
         changes = [m.change(branch, residual=residual, input=input) for m in self.members]
         query = self.attention.query(state.to(self.attention.query.weight.dtype))
         probe = F.linear(query, self.attention.key.weight.t())
@@ -157,8 +156,9 @@ def _foldable(members: Sequence[Any]) -> bool:
 
 @dataclass
 class _Folded:
-    """`down` (R, D) and its bias; `probe` and `up` over R + n columns: [a_1 .. a_n, 1 .. 1]."""
+    """`down` (R, D) with its bias; `probe` and `up` over R + n columns: [a_1 .. a_n, 1 .. 1]."""
 
+    members: Sequence[Bottleneck]
     sizes: list[int]
     down: Tensor
     down_bias: Tensor
@@ -174,6 +174,7 @@ class _Folded:
         maps = torch.cat([*ups, torch.stack(shifts, dim=1)], dim=1)  # (D, R + n)
         keyed = (attention.key.weight @ maps).t()
         return cls(
+            members=members,
             sizes=[down.out_features for down in downs],
             down=torch.cat([down.weight for down in downs]),
             down_bias=torch.cat([down.bias for down in downs]),
@@ -182,29 +183,42 @@ class _Folded:
             up=attention.value.weight @ maps,
         )
 
-    def inner(
+    def __call__(
         self,
-        members: Sequence[Bottleneck],
+        attention: FusionAttention,
         branch: Tensor,
+        state: Tensor,
         residual: Tensor | None,
         input: Tensor | None,
     ) -> Tensor:
-        """The states of all bottlenecks side by side, (B, N, R)."""
-        h = members[0].read(branch, residual=residual, input=input)
-        return ACTIVATIONS[members[0].activation](F.linear(h, self.down, self.down_bias))
-
-    def __call__(self, attention: FusionAttention, inner: Tensor, state: Tensor) -> Tensor:
-        probe = F.linear(state, self.probe, self.probe_bias)
-        count, total = len(self.sizes), inner.shape[-1]
+        """V sum_i w_i u_i, (B, N, D)."""
+        total = sum(self.sizes)
+        inner, probe = self._looked_at(branch, state, residual, input)
+        inner = ACTIVATIONS[self.members[0].activation](inner)
         products = (inner * probe[..., :total]).split(self.sizes, dim=-1)
         own = torch.stack([product.sum(-1) for product in products], dim=-1)
         weights = attention.weights(own + probe[..., total:])
         if len(set(self.sizes)) == 1:
-            weighted = (inner.unflatten(-1, (count, -1)) * weights[..., None]).flatten(-2)
+            shape = (len(self.sizes), -1)
+            weighted = (inner.unflatten(-1, shape) * weights[..., None]).flatten(-2)
         else:
             pieces = zip(inner.split(self.sizes, dim=-1), weights.split(1, dim=-1), strict=True)
             weighted = torch.cat([piece * weight for piece, weight in pieces], dim=-1)
         return F.linear(torch.cat([weighted, weights], dim=-1), self.up).to(state.dtype)
+
+    def _looked_at(
+        self, branch: Tensor, state: Tensor, residual: Tensor | None, input: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What goes into the activation (B, N, R), and what the scores multiply (B, N, R + n)."""
+        first, total = self.members[0], sum(self.sizes)
+        if "residual" in first.reads and not first.parallel:
+            # The members read the state itself: one map for both.
+            weight = torch.cat([self.down, self.probe])
+            both = F.linear(state, weight, torch.cat([self.down_bias, self.probe_bias]))
+            return both[..., :total], both[..., total:]
+        h = first.read(branch, residual=residual, input=input)
+        inner = F.linear(h, self.down, self.down_bias)
+        return inner, F.linear(state, self.probe, self.probe_bias)
 
 
 def _column(scale: float | Tensor) -> float | Tensor:

@@ -73,12 +73,13 @@ class Watch:
         for handle in self._handles:
             handle.remove()
 
-    def _enters(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    # While a hook comes and goes, torch may call it in another thread without keyword arguments.
+    def _enters(self, module: nn.Module, args: tuple, kwargs: Any = None) -> None:
         if threading.get_ident() == self._thread:
             self.entered = args[0] if args else kwargs["hidden_states"]
 
-    def _changed(self, change: Change) -> Callable[[nn.Module, tuple, dict[str, Any]], Any]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _changed(self, change: Change) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple, kwargs: Any = None) -> Any:
             if threading.get_ident() != self._thread:
                 return None
             assert self.entered is not None

@@ -72,14 +72,15 @@ class SegmentationDataConfig(DataConfig):
 
 class ViTAdapterConfig(Section):
     mode: Literal["frozen", "full"] = "frozen"
-    """frozen: the neck reads the encoder's states, and none of its gradients pass through the
-    encoder. full: it also adds to the patches between the blocks, so they do; the encoder's own
-    weights train in neither, unless trainer.mode says so."""
+    """frozen: the neck reads the encoder's states; in trainer.mode head nothing goes back through
+    the encoder. full: it also adds to the patches between the blocks, so gradients pass through the
+    encoder, whose weights stay as they are all the same."""
     width: int | None = Field(default=None, ge=1)
     """Channels inside the attention; the encoder's by default (the authors take half of it for
     ViT-B and ViT-L)."""
     heads: int | None = Field(default=None, ge=1)
-    """Attention heads; one for each 64 channels of the encoder by default."""
+    """Attention heads; by default one for each 64 channels of the encoder, or the next fewer that
+    divide the width."""
     points: int = Field(default=4, ge=1)
     """Places at which a head looks on each level."""
     stem: int = Field(default=64, ge=1)
@@ -90,8 +91,8 @@ class ViTAdapterConfig(Section):
     """Extractors after that of the last stage."""
 
 
-# Those that take a neck's levels.
-PYRAMID_HEADS = ("upernet", "panoptic_fpn")
+# The heads that take a neck's levels.
+BEHIND_NECK = ("upernet", "panoptic_fpn")
 
 
 class HeadConfig(Section):
@@ -123,11 +124,15 @@ class HeadConfig(Section):
             raise ValueError(
                 "vit_adapter says how a neck is made, but there is none: write neck: vit_adapter"
             )
-        if self.neck is not None and self.kind not in PYRAMID_HEADS:
-            own = "has a stem on the pixels of its own" if self.kind == "fpn" else "reads one map"
+        if self.neck is not None and self.kind not in BEHIND_NECK:
+            own = (
+                "has a stem on the pixels of its own"
+                if self.kind == "fpn"
+                else "reads the encoder's maps"
+            )
             raise ValueError(
                 f"neck: {self.neck} gives a pyramid of four levels, but {self.kind} {own}: set "
-                f"kind to {' or '.join(PYRAMID_HEADS)}, or take the neck out"
+                f"kind to {' or '.join(BEHIND_NECK)}, or take the neck out"
             )
         return self
 

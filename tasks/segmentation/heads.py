@@ -2,7 +2,8 @@
 
 Each takes the maps of the blocks that it reads, a list of (B, D, h, w), and the normalised pixels
 (B, 3, H, W) that they come from, and gives logits (B, C, h', w') at whatever resolution it works;
-h = H / patch and w = W / patch. Behind a neck (`NeckedHead`) it takes the neck's levels instead. B images, D width of the encoder, C classes, E width of the head.
+h = H / patch and w = W / patch. Behind a neck (`NeckedHead`) it takes the neck's levels instead.
+B images, D width of the encoder, C classes, E width of the head.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import HeadConfig
+from .config import BEHIND_NECK, HeadConfig
 from .norm import BatchNorm, conv_norm_relu
 from .pyramid import FPNHead, PanopticFPN, SimplePyramid, UPerHead
 from .vit_adapter import STAGES, NeckedHead, ViTAdapter
@@ -30,8 +31,7 @@ __all__ = [
     "make_head",
 ]
 
-# Those that read four blocks.
-PYRAMIDS = ("upernet", "panoptic_fpn", "fpn")
+FOUR_BLOCKS = (*BEHIND_NECK, "fpn")  # the heads that read so many
 
 
 def make_head(
@@ -45,7 +45,7 @@ def make_head(
     Raises:
         ValueError: the head takes another number of maps, or the neck does not fit the width.
     """
-    wanted = layers if config.kind == "linear" else 4 if config.kind in PYRAMIDS else 1
+    wanted = layers if config.kind == "linear" else 4 if config.kind in FOUR_BLOCKS else 1
     if layers != wanted:
         raise ValueError(f"the {config.kind} head reads {wanted} blocks, head.layers has {layers}")
     inner: dict[str, Any] = {
@@ -97,7 +97,7 @@ def _head_layers(config: HeadConfig, depth: int) -> tuple[int, ...]:
                     f"{depth - 1}, or -{depth} to -1)"
                 )
         return tuple(layer % depth for layer in config.layers)
-    if config.kind in PYRAMIDS:
+    if config.kind in FOUR_BLOCKS:
         return tuple(max((part + 1) * depth // 4 - 1, 0) for part in range(4))
     return (depth - 1,)
 

@@ -8,7 +8,8 @@ runs of its blocks), with x the patches of the ViT and c the cells of the stem's
     extractor   c ← c + MSDA(LN c, LN x),  then  c ← c + FFN(LN c)
 
 `frozen` has extractors alone, which read the encoder's states after each stage: nothing goes back
-through the encoder (as in DINOv3's segmentation, Siméoni et al. 2025).
+through the encoder (as in DINOv3's segmentation, Siméoni et al. 2025) unless something in it, an
+adapter, is trained.
 
 Class and register tokens pass untouched. The attention counts places as shares of the image, so the
 levels have 1/4, 1/8, 1/16 and 1/32 of the image's sides (rounded up) whatever the patch is: 8 and
@@ -133,16 +134,14 @@ class ViTAdapter(nn.Module):
 
     def __init__(self, width: int, config: ViTAdapterConfig) -> None:
         super().__init__()
-        attention = {
-            "inner": config.width or width,
-            "heads": config.heads or max(width // 64, 1),
-            "points": config.points,
-        }
-        if attention["inner"] % attention["heads"]:
+        inner = config.width or width
+        heads = config.heads or _default_heads(width, inner)
+        if inner % heads:
             raise ValueError(
-                f"head.vit_adapter: a width of {attention['inner']} cannot be cut into "
-                f"{attention['heads']} heads: set heads to a divisor of it, or width to a multiple"
+                f"head.vit_adapter: a width of {inner} cannot be cut into {heads} heads: set heads "
+                "to a divisor of it, or width to a multiple"
             )
+        attention = {"inner": inner, "heads": heads, "points": config.points}
         hidden = max(int(config.ffn_ratio * width), 1)
 
         def extractors(count: int) -> nn.ModuleList:
@@ -240,6 +239,11 @@ class NeckedHead(nn.Module):
     def forward(self, tower: ImageTower, pixels: Tensor, *args: Any, **options: Any) -> Tensor:
         """Logits (B, C, ·, ·); arguments as those of `ViTAdapter`."""
         return self.head(self.neck(tower, pixels, *args, **options), pixels)
+
+
+def _default_heads(width: int, inner: int) -> int:
+    """One for each 64 channels of the encoder, or the next fewer that divide the inner width."""
+    return next(heads for heads in range(max(width // 64, 1), 0, -1) if inner % heads == 0)
 
 
 def as_tokens(x: Tensor) -> Tensor:

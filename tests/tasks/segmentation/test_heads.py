@@ -25,7 +25,7 @@ from mmadapters.tasks.segmentation.norm import BatchNorm
 from mmadapters.tasks.segmentation.pyramid import SimplePyramid, TopDown
 
 WIDTH, PATCH, CLASSES = 24, 8, 3
-KINDS = ("linear", "setr_pup", "segmenter", "upernet", "fpn")
+KINDS = ("linear", "setr_pup", "segmenter", "upernet", "panoptic_fpn", "fpn")
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -46,7 +46,7 @@ def given(layers: int, grid: tuple[int, int], batch: int = 2) -> tuple[list[Tens
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (4, 4)], ids=str)
 def test_every_grid_gives_logits(kind: str, grid: tuple[int, int]) -> None:
     module, layers = head(kind)
-    scale = {"linear": 1, "segmenter": 1, "setr_pup": 8, "upernet": 4, "fpn": 2}[kind]
+    scale = {"setr_pup": 8, "upernet": 4, "panoptic_fpn": 4, "fpn": 2}.get(kind, 1)
     logits = module(*given(layers, grid))
     assert logits.shape == (2, CLASSES, scale * grid[0], scale * grid[1])
 

@@ -26,7 +26,7 @@ from mmadapters.tasks.segmentation.task import SegmentationTask
 from mmadapters.tasks.task import BadRow, Figure, TaskModel
 
 SIZES = ((40, 48), (33, 57), (40, 48), (19, 21))
-KINDS = ("linear", "setr_pup", "segmenter", "upernet", "fpn")
+KINDS = ("linear", "setr_pup", "segmenter", "upernet", "panoptic_fpn", "fpn")
 
 
 @pytest.fixture(scope="module")
