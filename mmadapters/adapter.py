@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from .injectors import Plan
 from .injectors.runtime import Kind
-from .methods import AdapterModule, Branch, Delta, MethodConfig, Prefix
+from .methods import AdapterModule, Branch, Delta, MethodConfig, Prefix, Readout
 
 _KINDS: tuple[tuple[type, Kind], ...] = (
     (Branch, "branch"),
     (Delta, "delta"),
     (Prefix, "prefix"),
+    (Readout, "readout"),
 )
 
 

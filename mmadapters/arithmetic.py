@@ -4,19 +4,22 @@
     concat   B = [w_1 c_1 B_1, w_2 c_2 B_2, ...], A = [A_1; A_2; ...]           LoRA
     svd      the rank-r matrix nearest to sum_i w_i c_i B_i A_i                 LoRA
 
-p_0 is the constant at which a parameter starts: 1 for the scales of IA3 and SSF and for the gain of
-a LayerNorm before a bottleneck, the config's `scale` for a learned scale, else 0. So a weight
-scales an adapter's *task vector* (Ilharco et al. 2023): [1, 1] adds two, [1, -1] subtracts one.
+p_0 is the constant at which a parameter starts: 1 for the scales of IA3 and SSF, for the gain of a
+LayerNorm before a bottleneck and of a batch norm and for the running variance of the latter, the
+config's `scale` for a learned scale, else 0. So a weight scales an adapter's *task vector*
+(Ilharco et al. 2023): [1, 1] adds two, [1, -1] subtracts one.
 
 What `linear` means depends on the method:
 
     IA3, SSF, BitFit          the encoder's weights and biases change by exactly the weighted sum
-    bottlenecks, Compacter,   a plain sum where the start is random (down-projections, tokens), so
-    prefixes, prompts, gates  an average is of use for adapters that started from the same values,
-                              as in model soups (Wortsman et al. 2022)
+    bottlenecks, Compacter,   a plain sum where the start is random (down-projections, tokens,
+    convolutions, prefixes,   convolutions), so an average is of use for adapters that started from
+    prompts, gates            the same values, as in model soups (Wortsman et al. 2022)
     LoRA                      sums A and B, not B A, so that weights must sum to 1: those of [-1]
                               would turn both signs and change nothing
+    RepAdapter, FacT          likewise: the factors, not their product
     DoRA                      likewise; and magnitudes start at ||W||, which adapters do not know
+    Conformer adapters        means and variances too, so that no weight may be negative
 
 `concat` and `svd` sum B A itself, for any weights.
 """
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Literal, NoReturn
 
@@ -34,10 +38,15 @@ from torch import Tensor
 from .adapter import Adapter
 from .methods import (
     BottleneckConfig,
+    ConformerAdapterConfig,
     DoRAConfig,
+    FacTConfig,
     IA3Config,
+    LAdapterConfig,
     LoRAConfig,
     MethodConfig,
+    MonaConfig,
+    RepAdapterConfig,
     SSFConfig,
 )
 from .methods.base import check_choice, check_count, check_number
@@ -109,6 +118,7 @@ def _linear(
     config = adapters[0].config
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         _check_equal_structure(adapters[0], adapter, names[0], name)
+    _check_variances(config, weights)
     total = math.fsum(weights)
     if not math.isclose(total, 1.0, abs_tol=1e-6):
         _check_any_weights(config, total)
@@ -133,6 +143,13 @@ def _start(parts: dict[str, MethodConfig], key: str) -> float:
     config, parameter = _ungated(parts[part]), parameter.removeprefix("inner.")
     if isinstance(config, (IA3Config, SSFConfig)) and parameter == "scale":
         return 1.0
+    if isinstance(config, ConformerAdapterConfig):
+        ones = ("norm.weight", "batch_norm.weight", "batch_norm.running_var")
+        return 1.0 if parameter in ones else 0.0
+    if isinstance(config, LAdapterConfig) and not config.residual:
+        return 1.0 if re.fullmatch(r"norms\.\d+\.weight", parameter) else 0.0
+    if isinstance(config, MonaConfig):
+        return {"norm.weight": 1.0, "gain": 1e-6, "gain_x": 1.0}.get(parameter, 0.0)
     if isinstance(config, BottleneckConfig):
         return {"norm_before.weight": 1.0, "scale": config.scale}.get(parameter, 0.0)
     return 0.0
@@ -161,6 +178,20 @@ def _check_any_weights(config: MethodConfig, total: float) -> None:
                 f"the weights sum to {total:g}, but must sum to 1 where how='linear' sums LoRA's "
                 f"factors A and B; {instead if config is method else 'give such weights'}"
             )
+        if isinstance(method, (RepAdapterConfig, FacTConfig)):
+            raise ValueError(
+                f"the weights sum to {total:g}, but must sum to 1 where how='linear' sums the "
+                f"factors of {method.method}, whose product is what acts; give such weights"
+            )
+
+
+def _check_variances(config: MethodConfig, weights: Sequence[float]) -> None:
+    """Raises ValueError where a sum could make a variance negative."""
+    if min(weights) < 0 and any(isinstance(p, ConformerAdapterConfig) for _, p in config.parts()):
+        raise ValueError(
+            f"a weight is {min(weights):g}, but must be at least 0 for a Conformer adapter, whose "
+            "batch norm holds variances, which cannot be taken away from one another"
+        )
 
 
 def _check_equal_structure(first: Adapter, other: Adapter, name: str, other_name: str) -> None:

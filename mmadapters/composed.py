@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +30,14 @@ from .composition import (
 )
 from .injectors import Plan
 from .injectors.runtime import Kind
+from .methods.base import Read, reads_of, wanted
 from .methods.fusion import Fused, FusionAttention
-from .routing import Index, RoutedBranch, RoutedDelta, RoutedPrefix
+from .routing import Index, RoutedBranch, RoutedDelta, RoutedPrefix, RoutedReadout
 from .sites import Leaf, SiteMap, Tower
 
 Point = tuple[Kind, str]
 _BLOCK = re.compile(r"\.blocks\.(\d+)(\.|$)")
+_FRONT = re.compile(r"\.front\.\d+$")
 
 
 def plan_of(
@@ -73,7 +75,10 @@ def plan_of(
 
 
 def block_of(site: str) -> float:
-    """The index of the block that a site lies in; infinite for what stands behind all blocks."""
+    """The index of the block that a site lies in; 0 for what stands before all blocks, infinite for
+    what stands behind them."""
+    if _FRONT.search(site):
+        return 0.0
     found = _BLOCK.search(site)
     return float("inf") if found is None else int(found[1])
 
@@ -115,6 +120,10 @@ class _Builder:
         return {leaf.name: leaf for leaf in self.sites.leaves()}
 
     @functools.cached_property
+    def fronts(self) -> set[str]:
+        return {layer.name for layer in self.sites.fronts()}
+
+    @functools.cached_property
     def time_first(self) -> set[str]:
         towers: list[Tower] = [t for t in self.sites.towers.values() if not t.batch_first]
         return {name for tower in towers for name in tower.site_names()}
@@ -148,6 +157,8 @@ class _Builder:
                 f"{type(node).__name__} cannot hold the prompts of {self._culprit(node, kind)!r}: "
                 "they lengthen the sequence for the whole batch; use Stack"
             )
+        if isinstance(node, (Split, Fuse, Parallel)):
+            self._check_tokens(node, kind, site)
         if isinstance(node, (Split, Route, BatchSplit, Parallel)):
             self._check_axes(node, site)
         if isinstance(node, Fuse):
@@ -164,9 +175,12 @@ class _Builder:
             shares = zip(node.shares(), members, strict=True)
             if kind == "branch":
                 return [AveragedBranch([(w, Chain(m)) for w, m in shares if m])]
+            if kind == "readout":
+                return [AveragedReadout([(w, m) for w, m in shares if m])]
             return [AveragedDelta([(w, DeltaChain(m)) for w, m in shares])]
         assert isinstance(node, Split)
         if kind == "branch":
+            self._check_whole(node, members)
             return [SplitBranch(site, node.splits, [Chain(member) for member in members])]
         self._check_called(node, site)
         return [SplitDelta(site, node.splits, [DeltaChain(member) for member in members])]
@@ -201,8 +215,39 @@ class _Builder:
             return RoutedBranch(site, members, index)
         if kind == "prefix":
             return RoutedPrefix(site, members, index)
+        if kind == "readout":
+            return RoutedReadout(site, members, index)
         self._check_called(node, site)
         return RoutedDelta(site, members, index)
+
+    def _check_tokens(self, node: Composition, kind: Kind, site: str) -> None:
+        what = type(node).__name__
+        name = next(name for name in node.names() if (kind, site) in self.modules[name])
+        method = self.adapter(name).config.method
+        if kind == "readout":
+            raise ValueError(
+                f"{what} cannot hold {name!r}, a {method}: it acts on what a whole tower gives, of "
+                "all its blocks and tokens; use Stack or Average, or Route for each sample its own"
+            )
+        if site in self.fronts:
+            raise ValueError(
+                f"{what} cannot hold {name!r}, a {method}: at {site} there are samples of sound "
+                "before any block has made tokens of them; use Stack or Average, or Route for "
+                "each sample its own"
+            )
+
+    def _check_whole(self, node: Composition, members: list[list[Any]]) -> None:
+        if "grid" in reads_of(module for modules in members for module in modules):
+            name = next(n for n in node.names() if self._reads_grid(n))
+            raise ValueError(
+                f"{type(node).__name__} cannot hold {name!r}, a {self.adapter(name).config.method}:"
+                " it convolves over all patches of an image, which a stretch of tokens is not; use "
+                "Stack or Average, or Route for each sample its own"
+            )
+
+    def _reads_grid(self, name: str) -> bool:
+        modules = (module for _, module in self.adapter(name).entries())
+        return any("grid" in getattr(module, "reads", ()) for module in modules)
 
     def _check_axes(self, node: Composition, site: str) -> None:
         if site in self.time_first:
@@ -254,15 +299,26 @@ class Chain:
 
     members: list[Any]
 
-    def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+    @property
+    def reads(self) -> frozenset[Read]:
+        return reads_of(self.members)
+
+    def __call__(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
         for member in self.members:
-            branch = member(branch, residual=residual, input=input)
+            own = wanted(member, more)
+            branch = member(branch, residual=residual, input=input, **own)
         return branch
 
-    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+    def change(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
         if len(self.members) == 1:
-            return self.members[0].change(branch, residual=residual, input=input)
-        return self(branch, residual=residual, input=input) - branch
+            member = self.members[0]
+            own = wanted(member, more)
+            return member.change(branch, residual=residual, input=input, **own)
+        return self(branch, residual=residual, input=input, **more) - branch
 
 
 @dataclass(eq=False)
@@ -271,12 +327,38 @@ class AveragedBranch:
 
     members: list[tuple[float, Chain]]
 
-    def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        return branch + self.change(branch, residual=residual, input=input)
+    @property
+    def reads(self) -> frozenset[Read]:
+        return reads_of(member for _, member in self.members)
 
-    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        changes = [w * m.change(branch, residual=residual, input=input) for w, m in self.members]
+    def __call__(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
+        return branch + self.change(branch, residual=residual, input=input, **more)
+
+    def change(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
+        changes = [
+            w * m.change(branch, residual=residual, input=input, **more) for w, m in self.members
+        ]
         return functools.reduce(torch.add, changes)
+
+
+@dataclass(eq=False)
+class AveragedReadout:
+    """last + sum_i w_i (last_i - last), last_i what the tower gives with member i."""
+
+    members: list[tuple[float, list[Any]]]
+
+    def __call__(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
+        changes = []
+        for weight, modules in self.members:
+            own = last
+            for module in modules:
+                own = module(own, states=states)
+            changes.append(weight * (own - last))
+        return last + functools.reduce(torch.add, changes)
 
 
 @dataclass(eq=False)
@@ -287,19 +369,28 @@ class SplitBranch:
     splits: tuple[int, ...]
     members: list[Chain]
 
-    def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+    @property
+    def reads(self) -> frozenset[Read]:
+        return reads_of(self.members)
+
+    def __call__(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
         sizes = token_sizes(self.site, self.splits, len(self.members), branch)
         parts = [_pieces(x, sizes) for x in (branch, residual, input)]
+        pieces = {name: _pieces(x, sizes) for name, x in more.items()}
         return torch.cat(
             [
-                member(own, residual=res, input=read)
-                for member, own, res, read in zip(self.members, *parts, strict=True)
+                member(own, residual=res, input=read, **{n: p[i] for n, p in pieces.items()})
+                for i, (member, own, res, read) in enumerate(zip(self.members, *parts, strict=True))
             ],
             dim=1,
         )
 
-    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        return self(branch, residual=residual, input=input) - branch
+    def change(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
+        return self(branch, residual=residual, input=input, **more) - branch
 
 
 def _pieces(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:

@@ -739,12 +739,13 @@ class AdapterModel(nn.Module):
                 encoder, or its tensors do not fit.
         """
         stored = storage.read(directory)
-        if stored.config.get("method") == FusionConfig.method:
+        method = stored.config.get("method") if isinstance(stored.config, dict) else None
+        if method == FusionConfig.method:
             raise ValueError(
                 f"{directory} holds an AdapterFusion: load it with load_adapter_fusion, after its "
                 "members"
             )
-        if stored.config.get("method") == bundles.METHOD:
+        if method == bundles.METHOD:
             raise ValueError(f"{directory} holds a composition: load it with load_composition")
         storage.check_backbone(
             stored.backbone, self.identity(), allow_different_weights=allow_different_weights

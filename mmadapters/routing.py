@@ -9,7 +9,7 @@ cannot be stacked acts on its own rows and is put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .methods.base import drop_path
+from .methods.base import Read, drop_path, reads_of, wanted
 from .methods.bitfit import BiasDelta
 from .methods.bottleneck import ACTIVATIONS, Bottleneck
 from .methods.lora import LoRA
 from .methods.scaling import InputScale, OutputScale, ScaleShift
-from .sites import Leaf
+from .sites import Grid, Leaf
 
 Index = Callable[[int], list[int]]
 
@@ -314,7 +314,13 @@ class _Biases(_Stack):
 class RoutedBranch(Rows):
     """`Branch` modules, each on its samples."""
 
-    def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+    @property
+    def reads(self) -> frozenset[Read]:
+        return reads_of(module for modules in self.members for module in modules)
+
+    def __call__(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
         for placed in self.placed(len(branch), branch.device):
             own = placed.take(branch)
             assert own is not None
@@ -322,13 +328,20 @@ class RoutedBranch(Rows):
             if placed.group.stack is not None:
                 own = placed.group.stack(placed.places, own, **reads)  # type: ignore[operator]
             else:
+                taken = {
+                    # One grid is that of all samples.
+                    name: value if isinstance(value, Grid) else placed.take(value)
+                    for name, value in more.items()
+                }
                 for module in placed.group.modules:
-                    own = module(own, **reads)
+                    own = module(own, **reads, **wanted(module, taken))
             branch = placed.put(branch, own)
         return branch
 
-    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        return self(branch, residual=residual, input=input) - branch
+    def change(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
+        return self(branch, residual=residual, input=input, **more) - branch
 
 
 class RoutedDelta(Rows):
@@ -365,6 +378,21 @@ class RoutedDelta(Rows):
                     own = module(own, read, leaf)
             y = placed.put(y, own)
         return y
+
+
+class RoutedReadout(Rows):
+    """`Readout` modules, each on its samples."""
+
+    def __call__(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
+        given = last
+        for placed in self.placed(len(last), last.device):
+            own = placed.take(given)
+            taken = {index: placed.take(state) for index, state in states.items()}
+            for module in placed.group.modules:
+                own = module(own, states=taken)
+            assert own is not None
+            last = placed.put(last, own)
+        return last
 
 
 class RoutedPrefix(Rows):

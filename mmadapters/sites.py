@@ -2,9 +2,10 @@
 
 A `SiteMap` holds towers (`vision`, `audio`, `text`, `fusion`, `decoder`); a tower holds blocks in
 the order in which they run; a block holds sublayers (`attn`, `ffn`, `cross`); a sublayer holds its
-leaves: the linear maps `q k v o` (attention) or `up down` (feed-forward) and its `norm`.
-Canonical names join them by dots: `vision.blocks.3.attn.q`. Neither methods nor injectors import
-each other: this file is all that they share.
+leaves: the linear maps `q k v o` (attention) or `up down` (feed-forward) and its `norm`. The
+convolutions that make a speech encoder's frames of samples stand before its blocks: `front`.
+Canonical names join them by dots: `vision.blocks.3.attn.q`, `audio.front.0`. Neither methods nor
+injectors import each other: this file is all that they share.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,12 +126,47 @@ class Block:
 
 
 @dataclass(eq=False)
+class FrontLayer:
+    """One layer of a convolutional front end; its (first) output is (B, width, T)."""
+
+    name: str
+    index: int
+    module: nn.Module
+    width: int
+
+    def like(self) -> dict:
+        return like(next(self.module.parameters(), None))
+
+
+class Grid(NamedTuple):
+    """How the tokens (B, N, D) of an image lie: `prefix` class and register tokens, then `height` x
+    `width` patches row by row, then whatever has been appended."""
+
+    prefix: int
+    height: int
+    width: int
+
+
+@dataclass(eq=False)
+class Patches:
+    """`module`: what gives an image's patches as a map (B, D, H, W), before they become tokens.
+
+    `prefix`: the class and register tokens that are put before them.
+    """
+
+    module: nn.Module
+    prefix: int
+
+
+@dataclass(eq=False)
 class Tower:
     """A stack of blocks of one width that run one after another.
 
     `prompts` says whether a token may be appended to the sequence inside the blocks: None if so,
     else the reason why not; `copies` the same of repeating the batch there. `batch_first`: blocks
-    take (B, N, D), not (N, B, D).
+    take (B, N, D), not (N, B, D). `front`: the convolutions before the blocks, if any are known.
+    `runner`: the module whose call runs all blocks and gives the tower's last hidden state first.
+    `patches`: where an image becomes tokens, None if none does.
     """
 
     name: str
@@ -141,10 +177,13 @@ class Tower:
     prompts: str | None = None
     copies: str | None = None
     batch_first: bool = True
+    front: list[FrontLayer] = field(default_factory=list)
+    runner: nn.Module | None = None
+    patches: Patches | None = None
 
     def site_names(self) -> list[str]:
         """Every canonical name of the tower, outermost first."""
-        found = [self.name]
+        found = [self.name, *(layer.name for layer in self.front)]
         for block in self.blocks:
             found.append(block.name)
             for sublayer in block.sublayers.values():
@@ -166,6 +205,10 @@ class SiteMap:
     def blocks(self) -> Iterator[Block]:
         for tower in self.towers.values():
             yield from tower.blocks
+
+    def fronts(self) -> Iterator[FrontLayer]:
+        for tower in self.towers.values():
+            yield from tower.front
 
     def sublayers(self) -> Iterator[Sublayer]:
         for block in self.blocks():

@@ -20,7 +20,7 @@ import mmadapters
 from mmadapters.adapter import Adapter
 from mmadapters.merging import merged_tensors
 from mmadapters.methods import METHODS, AdapterModule, MethodConfig
-from mmadapters.sites import Leaf, SiteMap, Sublayer, Tower
+from mmadapters.sites import FrontLayer, Leaf, SiteMap, Sublayer, Tower
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """A canonical site. `kind`: attn, ffn or cross of a sublayer, linear or norm of a leaf.
+    """A canonical site. `kind`: attn, ffn or cross of a sublayer, linear or norm of a leaf, conv of
+    a layer of a front end, which takes `inputs` channels and gives `outputs`.
 
     A leaf takes (…, `inputs`) and gives (…, `outputs`); both are the width for a sublayer.
     `parameters`: of its weight and bias, or of all its leaves.
@@ -127,7 +128,7 @@ def _count(parameters: Iterable[torch.Tensor]) -> int:
 def _tower_row(tower: Tower) -> TowerRow:
     parts = [block.module for block in tower.blocks]
     parameters = _count(nn.ModuleList(parts).parameters())
-    sites = []
+    sites = [_front_row(layer) for layer in tower.front]
     for block in tower.blocks:
         for sublayer in block.sublayers.values():
             sites.append(_sublayer_row(sublayer))
@@ -136,6 +137,12 @@ def _tower_row(tower: Tower) -> TowerRow:
         sites.append(_leaf_row(tower.norm))
         parameters += sites[-1].parameters
     return TowerRow(tower.name, len(parts), tower.width, parameters, tower.prompts, sites)
+
+
+def _front_row(layer: FrontLayer) -> SiteRow:
+    conv = next(part for part in layer.module.modules() if isinstance(part, nn.Conv1d))
+    parameters = _count(layer.module.parameters())
+    return SiteRow(layer.name, "conv", conv.in_channels, layer.width, parameters)
 
 
 def _sublayer_row(sublayer: Sublayer) -> SiteRow:
@@ -240,6 +247,7 @@ def _method_table(rows: Iterable[MethodRow], notes: Notes) -> Any:
         *("method", "sites", "parameters", "share", "fp32", "fp16", "merges"),
         title="Methods with their defaults",
         title_justify="left",
+        padding=(0, 0, 0, 1),  # the longest names and numbers fit 80 columns just so
     )
     for number, column in enumerate(table.columns):
         column.no_wrap = True
@@ -261,13 +269,16 @@ def _size(count: int) -> str:
 
 
 def _collapsed(sites: Iterable[SiteRow]) -> list[SiteRow]:
-    """Sites that differ in the number of their block alone as one, with the numbers in brackets."""
+    """Sites that differ in the number of their block or layer alone as one, with the numbers in
+    brackets."""
     alike: dict[tuple, list[int]] = {}
     for site in sites:
-        match = re.search(r"\.blocks\.(\d+)\.", site.name)
-        pattern = site.name if match is None else site.name.replace(match[0], ".blocks.{}.", 1)
+        match = re.search(r"(?<=\.blocks\.)\d+(?=\.)|(?<=\.front\.)\d+$", site.name)
+        pattern = site.name
+        if match is not None:
+            pattern = f"{site.name[: match.start()]}{{}}{site.name[match.end() :]}"
         key = (pattern, site.kind, site.inputs, site.outputs, site.parameters)
-        alike.setdefault(key, []).extend([] if match is None else [int(match[1])])
+        alike.setdefault(key, []).extend([] if match is None else [int(match[0])])
     return [
         SiteRow(pattern.replace("{}", _ranges(numbers)), *rest)
         for (pattern, *rest), numbers in alike.items()

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from families.small import randomise, small_vit
-from injection.matrix import EVERYWHERE, FAMILIES, METHODS, bare, bare_outputs, distance, run
+from injection.matrix import (
+    EVERYWHERE,
+    FAMILIES,
+    METHODS,
+    bare,
+    bare_outputs,
+    distance,
+    home,
+    run,
+)
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,10 +29,12 @@ from mmadapters import (
     BitFitConfig,
     ConfigUnion,
     DoRAConfig,
+    FacTConfig,
     IA3Config,
     LoRAConfig,
     MethodConfig,
     PrefixConfig,
+    RepAdapterConfig,
     SeqBnConfig,
     SSFConfig,
     UniPELTConfig,
@@ -47,6 +58,8 @@ RANKS: dict[str, MethodConfig] = {
     "c": LoRAConfig(rank=4, rslora=True, targets=EVERYWHERE),
 }
 WEIGHTS = (0.7, -1.3, 2.0)
+# What acts is a product of what they train.
+FACTORS = (LoRAConfig, FacTConfig, RepAdapterConfig)
 
 
 def holding(model: Any, **configs: MethodConfig) -> AdapterModel:
@@ -210,7 +223,7 @@ def test_towers_that_only_some_adapt_come_together() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_average_of_an_adapter_with_itself_has_its_bits(method: str) -> None:
-    model = holding(small_vit(), a=METHODS[method])
+    model = holding(bare(home(method)), a=METHODS[method])
     config, tensors = sum_of(model, "aa", [0.5, 0.5])
     own = model.adapter("a").tensors()
     assert config == METHODS[method]
@@ -222,7 +235,11 @@ def test_average_of_an_adapter_with_itself_has_its_bits(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_added_and_taken_away_is_gone(method: str) -> None:
-    model = holding(small_vit(), a=METHODS[method], b=METHODS[method])
+    model = holding(bare(home(method)), a=METHODS[method], b=METHODS[method])
+    if method == "conformer_adapter":
+        with pytest.raises(ValueError, match="a weight is -1, but must be at least 0"):
+            sum_of(model, "abb", [1, 1, -1])
+        return
     _, tensors = sum_of(model, "abb", [1, 1, -1])
     for key, expected in model.adapter("a").tensors().items():
         torch.testing.assert_close(tensors[key], expected, rtol=0, atol=1e-6)
@@ -242,15 +259,19 @@ def test_what_is_added_and_taken_away_is_gone_from_the_product(how: Any) -> None
     [
         name
         for name, config in METHODS.items()
-        if config.identity and not any(isinstance(part, LoRAConfig) for _, part in config.parts())
+        if config.identity and not any(isinstance(part, FACTORS) for _, part in config.parts())
     ],
 )
 @pytest.mark.parametrize("weights", [[3.0, -0.5], [-1.0, -1.0], [0.0, 0.0]], ids=str)
 def test_any_sum_of_fresh_adapters_is_the_identity(method: str, weights: list[float]) -> None:
-    family = FAMILIES["timm-vit"]
+    family = home(method)
     model = mmadapters.init(bare(family))
     for name in "ab":
         model.add_adapter(name, METHODS[method])
+    if method == "conformer_adapter" and min(weights) < 0:
+        with pytest.raises(ValueError, match="must be at least 0 for a Conformer adapter"):
+            sum_of(model, "ab", weights)
+        return
     install(model, "sum", sum_of(model, "ab", weights))
     model.set_active_adapters("sum")
     assert distance(run(model, family), bare_outputs(family)) < 1e-5

@@ -4,7 +4,7 @@ import sys
 import threading
 
 import torch
-from families.small import filled, hooks, output, randomise, small_vit
+from families.small import hooks, output, randomise, small_vit
 
 from mmadapters import Parallel, Route, SeqBnConfig, init
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmadapters import AdapterModel
+from mmadapters import AdapterModel, init
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,18 +20,26 @@ def blocks(path: str) -> list[str]:
 
 def test_api_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("README.md")
+    several, code = blocks("README.md")
     names = {"x": torch.randn(1, 3, 224, 224)}
     exec(code, names)
     assert isinstance(names["model"], AdapterModel)
     assert (tmp_path / "out/pets/adapter.safetensors").is_file()
     with torch.no_grad():
         assert torch.equal(names["backbone"](names["x"]), names["y0"].detach())
+    model = init(names["backbone"])
+    for name in ("fr", "de"):
+        model.add_adapter(name, "double_seq_bn")
+    exec(several, {"model": model})
+    assert model.adapter_names == ("fr", "de", "both")
+    assert model.fusion_names == ("fr,de",)
 
 
-def test_bottlenecks_of_the_docs_can_be_written() -> None:
-    (code,) = blocks("docs/methods.md")
-    exec(code, {})
+def test_methods_of_the_docs_can_be_written() -> None:
+    examples = blocks("docs/methods.md")
+    assert examples
+    for code in examples:
+        exec(code, {})
 
 
 def test_hand_written_sites_of_the_docs_fit_a_transformer_encoder() -> None:

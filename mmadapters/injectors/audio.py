@@ -99,6 +99,8 @@ def _huggingface(model: Any) -> Iterable[Architecture]:
         # In post-norm encoders this norm stands before the first block.
         norm=below(path, "encoder.layer_norm") if stable else None,
         prompts=_NO_PROMPTS,
+        front=below(path, "feature_extractor.conv_layers"),
+        runner=below(path, "encoder"),
     )
     yield Architecture(towers=(tower,), example=huggingface_example, library="transformers")
 
@@ -144,6 +146,7 @@ def _whisper(model: Any) -> Iterable[Architecture]:
         blocks=below(path, "layers"),
         sublayers={"attn": attn, "ffn": ffn},
         norm=below(path, "layer_norm"),
+        runner=path,
     )
     yield Architecture(towers=(tower,), example=whisper_example, library="transformers")
 
@@ -163,7 +166,9 @@ def torchaudio_example(model: Any) -> tuple[tuple, dict]:
 
 def _torchaudio(model: Any) -> Iterable[Architecture]:
     path = path_of(model, "Transformer")
+    front = path_of(model, "FeatureExtractor")
     assert path is not None
+    assert front is not None
     transformer = model.get_submodule(path)
     # The stack's own flag says the opposite of its layers' and places its norm: before the first
     # block where True, after the last where False.
@@ -175,6 +180,8 @@ def _torchaudio(model: Any) -> Iterable[Architecture]:
             sublayers=_layers(pre_norm=pre_norm, attention="attention", leaves=leaves),
             norm=None if transformer.layer_norm_first else below(path, "layer_norm"),
             prompts=_NO_PROMPTS,
+            front=below(front, "conv_layers"),
+            runner=path,
         )
         yield Architecture(towers=(tower,), example=torchaudio_example, library="torchaudio")
 

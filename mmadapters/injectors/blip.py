@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ._huggingface import path_of, place, token_ids
-from .spec import Architecture, Row, SublayerSpec, TowerSpec
+from .spec import Architecture, PatchSpec, Row, SublayerSpec, TowerSpec
 from .text import NO_PROMPTS, post_norm_layer
 
 
@@ -36,6 +36,7 @@ def _vision() -> TowerSpec:
         blocks="vision_model.encoder.layers",
         sublayers={"attn": attn, "ffn": ffn},
         norm="vision_model.post_layernorm",
+        patches=PatchSpec(path="vision_model.embeddings.patch_embedding"),
     )
 
 

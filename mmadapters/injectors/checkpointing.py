@@ -32,12 +32,12 @@ class Checkpointed:
         forward = functools.partial(type(self.block).forward, self.block)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        plan = self.runtime.plan()
+        plan, grids = self.runtime.plan(), self.runtime.grids()
         args = tuple(_unless_cache(value) for value in args)
         kwargs = {name: _unless_cache(value) for name, value in kwargs.items()}
 
         def again(*args: Any, **kwargs: Any) -> Any:
-            with self.runtime.pinned(plan):
+            with self.runtime.pinned(plan), self.runtime.seeing(grids):
                 return forward(*args, **kwargs)
 
         return checkpoint(again, *args, use_reentrant=False, **kwargs)

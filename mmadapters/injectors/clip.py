@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from . import text, vision
 from ._huggingface import below, if_sdpa
-from .paths import at, first_at, nested
-from .spec import Architecture, Example, Row, SublayerSpec, TowerSpec, Unresolved
+from .paths import at, first_at, nested, patches_at
+from .spec import Architecture, Example, PatchSpec, Row, SublayerSpec, TowerSpec, Unresolved
 from .vision import random_image, square
 
 TEXT = "the masks of its text tower have the length of the text"
@@ -89,6 +89,12 @@ def _transformers_tower(model: nn.Module, name: str, norm: str) -> TowerSpec:
         norm=norm,
         prompts=TEXT if name == "text" else None,
         copies=POOLED if name == "text" and not hasattr(tower, "head") else None,
+        # SigLIP has no class token.
+        patches=patches_at(
+            model,
+            int(hasattr(at(tower, "embeddings"), "class_embedding")),
+            below(holder, "embeddings.patch_embedding"),
+        ),
     )
 
 
@@ -168,6 +174,7 @@ def _open_clip_vision(model: nn.Module) -> list[TowerSpec]:
                 norm="visual.ln_post",
                 prompts=None if batch_first else TIME_FIRST,
                 batch_first=batch_first,
+                patches=PatchSpec(path="visual.conv1"),
             )
         )
     if not found:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from .spec import Row, TowerSpec
+from .spec import PatchSpec, Row, TowerSpec
 
 
 def at(root: nn.Module, path: str) -> nn.Module | None:
@@ -29,13 +29,24 @@ def first_at(root: nn.Module, *paths: str) -> str | None:
     return None
 
 
+def patches_at(root: nn.Module, prefix: int, *paths: str) -> PatchSpec | None:
+    """The first of `paths` that holds a module, as where an image becomes tokens behind `prefix`
+    others; None if none does."""
+    path = first_at(root, *paths)
+    return None if path is None else PatchSpec(path=path, prefix=prefix)
+
+
 def under(prefix: str, tower: TowerSpec, name: str | None = None) -> TowerSpec:
     """`tower` of a module that stands at `prefix` of a larger one, named `name`."""
+    patches = tower.patches
+    if patches is not None:
+        patches = dataclasses.replace(patches, path=f"{prefix}.{patches.path}")
     return dataclasses.replace(
         tower,
         name=name or tower.name,
         blocks=f"{prefix}.{tower.blocks}",
         norm=None if tower.norm is None else f"{prefix}.{tower.norm}",
+        patches=patches,
     )
 
 

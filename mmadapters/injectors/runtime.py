@@ -4,9 +4,9 @@ A `Plan` says which adapter modules act at which site. The runtime holds the mod
 each thread, one that may stand above it (`using`). Hooks are installed once per module; where no
 adapter acts they hand back exactly what they were given.
 
-Three mechanisms: hooks on sublayers (`BranchHook`) and blocks (`PromptHook`), hooks on leaves that
-are really called (`LeafHook`), and, where a library reads a weight itself or computes attention
-inside, a subclass put in place of the module's class (`raw.py`).
+Three mechanisms: hooks on sublayers (`BranchHook`), blocks (`PromptHook`) and whole towers
+(`ReadoutHook`), hooks on leaves that are really called (`LeafHook`), and, where a library reads a
+weight itself or computes attention inside, a subclass in place of the module's class (`raw.py`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..sites import Leaf, SiteMap, Tower
+from ..sites import Block, Grid, Leaf, SiteMap, Tower
 from . import raw
 
-Kind = Literal["branch", "delta", "prefix", "prompt"]
+Kind = Literal["branch", "delta", "prefix", "prompt", "readout"]
 
 
 @dataclass(eq=False)
@@ -41,6 +41,7 @@ class Plan:
     delta: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     prefix: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     prompt: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    readout: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     stands_for: Any = None
     copies: int = 1
     starts: dict[str, int] = field(default_factory=dict)
@@ -50,14 +51,15 @@ class Plan:
         table[site] = (*table.get(site, ()), module)
 
     def entries(self) -> Iterable[tuple[Kind, str, nn.Module]]:
-        for kind in ("branch", "delta", "prefix", "prompt"):
+        for kind in ("branch", "delta", "prefix", "prompt", "readout"):
             for site, modules in getattr(self, kind).items():
                 for module in modules:
                     yield kind, site, module
 
     def clear(self) -> None:
         """Lets nothing act any more, wherever this plan is in use."""
-        for table in (self.branch, self.delta, self.prefix, self.prompt, self.starts):
+        tables = (self.branch, self.delta, self.prefix, self.prompt, self.readout, self.starts)
+        for table in tables:
             table.clear()
         self.stands_for, self.copies = None, 1
 
@@ -70,16 +72,20 @@ class Plan:
 
 
 NOTHING = Plan()
+# What a branch may read beside the residual and the sublayer's input.
+MORE_READS = ("mask", "grid")
 
 
 class _ThreadState(threading.local):
     """`plan` stands above the model's own in this thread; `stash` holds tensors on their way from
-    one hook to a later one of the same block; `memo` computed weights during one forward."""
+    one hook to a later one of the same block; `memo` computed weights during one forward; `states`
+    what the blocks of a tower have given so far, by index."""
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
-        self.stash: dict[tuple[str, str], Tensor] = {}
+        self.stash: dict[tuple[str, str], Any] = {}
         self.memo: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
+        self.states: dict[str, dict[int, Tensor]] = {}
 
     def __reduce__(self) -> tuple:
         return _ThreadState, ()
@@ -100,6 +106,7 @@ class Runtime:
         self._sublayers = {sublayer.name: sublayer for sublayer in sites.sublayers()}
         self._leaves = {leaf.name: leaf for leaf in sites.leaves()}
         self._blocks = {block.name: block for block in sites.blocks()}
+        self._fronts = {layer.name: layer for layer in sites.fronts()}
 
     def plan(self) -> Plan:
         """What is active in this thread."""
@@ -116,6 +123,24 @@ class Runtime:
             yield
         finally:
             local.plan = above
+
+    def grids(self) -> dict[tuple[str, str], Grid]:
+        """How the patches of the image in the making lie, by where that will be read."""
+        return {key: grid for key, grid in self.local.stash.items() if key[1] == "grid"}
+
+    @contextlib.contextmanager
+    def seeing(self, grids: Mapping[tuple[str, str], Grid]) -> Iterator[None]:
+        """Inside the block, in this thread, `grids` are what is read; then what was there before,
+        less what has been read."""
+        stash = self.local.stash
+        before = {key: stash[key] for key in grids if key in stash}
+        stash.update(grids)
+        try:
+            yield
+        finally:
+            for key in grids:
+                if stash.pop(key, None) is not None and key in before:
+                    stash[key] = before[key]
 
     def sync(self, plans: Iterable[Plan]) -> None:
         """Installs the hooks that `plans` need and removes all others."""
@@ -151,7 +176,10 @@ class Runtime:
     def _keys(self, kind: Kind, site: str, module: nn.Module) -> Iterable[tuple[str, ...]]:
         if kind == "branch":
             for read in sorted(getattr(module, "reads", ())):
-                yield "capture", site, read
+                if read == "grid":
+                    yield "grid", self._tower_of(site).name
+                else:
+                    yield "capture", site, read
             yield "branch", site
         elif kind == "delta":
             leaf = self._leaves[site]
@@ -163,6 +191,8 @@ class Runtime:
                 yield "leaf", self._together(leaf)[0].name
         elif kind == "prefix":
             yield "attention", site
+        elif kind == "readout":
+            yield "readout", site
         else:
             yield "prompt", site
             if not module.replaces:
@@ -175,6 +205,9 @@ class Runtime:
             for tower in self.sites.towers.values()
             if any(member.name == block for member in tower.blocks)
         )
+
+    def _tower_of(self, sublayer: str) -> Tower:
+        return next(t for t in self.sites.towers.values() if sublayer in _sublayers(t))
 
     def _together(self, leaf: Leaf) -> list[Leaf]:
         """The leaves that are parts of one fused module, in the order of its output."""
@@ -198,12 +231,22 @@ class Runtime:
     def _hooks(self, what: str, site: str, rest: tuple[str, ...]) -> Iterable[RemovableHandle]:
         if what == "capture":
             sublayer = self._sublayers[site]
+            if rest[0] == "mask":
+                hook: Any = MaskHook(self, site)
+                yield self._masked(site).register_forward_pre_hook(hook, with_kwargs=True)
+                return
             module = sublayer.residual if rest[0] == "residual" else sublayer.input
             capture = CaptureHook(self, (site, rest[0]))
             yield module.register_forward_pre_hook(capture, with_kwargs=True)
+        elif what == "grid":
+            tower = self.sites.towers[site]
+            assert tower.patches is not None
+            hook = GridHook(self, tower.patches.prefix, _sublayers(tower))
+            yield tower.patches.module.register_forward_hook(hook)
         elif what == "branch":
-            sublayer = self._sublayers[site]
-            yield sublayer.output.register_forward_hook(BranchHook(self, site))
+            front = self._fronts.get(site)
+            output = self._sublayers[site].output if front is None else front.module
+            yield output.register_forward_hook(BranchHook(self, site))
         elif what == "enter":
             yield self._leaves[site].module.register_forward_pre_hook(EnterHook(self, site))
         elif what == "leaf":
@@ -214,6 +257,8 @@ class Runtime:
             block, tower = self._blocks[site], self._tower(site)
             hook = CopyHook(self, tower.name, block.index, _crossed(tower))
             yield block.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        elif what == "readout":
+            yield from self._readout_hooks(self.sites.towers[site])
         elif what == "prompt":
             block = self._blocks[site]
             yield block.module.register_forward_pre_hook(PromptHook(self, site), with_kwargs=True)
@@ -221,6 +266,20 @@ class Runtime:
         else:
             block = self._blocks[site]
             yield block.module.register_forward_hook(UnpromptHook(self, rest[0], False))
+
+    def _masked(self, site: str) -> nn.Module:
+        """The attention of a sublayer's block, which is given the mask: like all that adapters
+        read it runs again where the block is checkpointed, as the block's own call does not."""
+        block = next(b for b in self._blocks.values() if site in _names(b))
+        attn = block.sublayers["attn"]
+        return attn.input if attn.attention is None else attn.attention
+
+    def _readout_hooks(self, tower: Tower) -> Iterable[RemovableHandle]:
+        assert tower.runner is not None
+        yield tower.runner.register_forward_pre_hook(StartHook(self, tower.name))
+        for block in tower.blocks:
+            yield block.module.register_forward_hook(CollectHook(self, tower.name, block.index))
+        yield tower.runner.register_forward_hook(ReadoutHook(self, tower.name))
 
     def _remove(self, key: tuple[str, ...]) -> None:
         for handle in self._handles.pop(key, ()):
@@ -233,8 +292,8 @@ class Runtime:
 def is_adapted(module: nn.Module) -> bool:
     """Whether some runtime has hooks or subclasses on the module."""
     hooks = (
-        *(ForwardHook, CaptureHook, BranchHook, EnterHook, LeafHook),
-        *(PromptHook, UnpromptHook, CopyHook),
+        *(ForwardHook, CaptureHook, MaskHook, GridHook, BranchHook, EnterHook, LeafHook),
+        *(PromptHook, UnpromptHook, CopyHook, StartHook, CollectHook, ReadoutHook),
     )
     return any(
         raw.KEY in part.__dict__
@@ -261,6 +320,8 @@ def with_first(output: Any, value: Tensor) -> Any:
     """`output` with its first tensor replaced, in the same type."""
     if isinstance(output, Tensor):
         return value
+    if isinstance(output, Mapping):  # an output of transformers
+        return type(output)(**{**output, next(iter(output)): value})
     rest = tuple(output[1:])
     if hasattr(output, "_fields"):
         return type(output)(value, *rest)
@@ -287,6 +348,57 @@ class CaptureHook:
 
 
 @dataclass(eq=False)
+class MaskHook:
+    """Keeps which tokens are no padding until a sublayer's branch is there."""
+
+    runtime: Runtime
+    site: str
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.runtime.plan().branch.get(self.site):
+            stash, key = self.runtime.local.stash, (self.site, "mask")
+            stash.pop(key, None)
+            shown, hidden = kwargs.get("attention_mask"), kwargs.get("key_padding_mask")
+            if shown is not None:
+                stash[key] = _shown(shown)
+            elif hidden is not None:  # of nn.MultiheadAttention
+                stash[key] = ~hidden if hidden.dtype == torch.bool else hidden > -1
+
+
+def _shown(mask: Tensor) -> Tensor:
+    """(B, N), True for the tokens that an attention mask shows.
+
+    Of two dimensions it is 1 for them; of four, (B, 1, N, N), True or 0, and far below for others,
+    the same for every query.
+    """
+    if mask.dim() == 2:
+        return mask != 0
+    mask = mask[:, 0, 0]
+    return mask if mask.dtype == torch.bool else mask > -1
+
+
+@dataclass(eq=False)
+class GridHook:
+    """Keeps how an image's patches lie until the branches of its tower's sublayers are there."""
+
+    runtime: Runtime
+    prefix: int
+    sublayers: tuple[str, ...]
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        grid = Grid(self.prefix, output.shape[-2], output.shape[-1])
+        branch, stash = self.runtime.plan().branch, self.runtime.local.stash
+        for name in self.sublayers:
+            if name in branch:
+                stash[name, "grid"] = grid
+
+
+def _sublayers(tower: Tower) -> tuple[str, ...]:
+    """The names of a tower's sublayers."""
+    return tuple(part.name for block in tower.blocks for part in block.sublayers.values())
+
+
+@dataclass(eq=False)
 class BranchHook:
     """Lets the active `Branch` modules act on a sublayer's output."""
 
@@ -300,9 +412,11 @@ class BranchHook:
         stash = self.runtime.local.stash
         residual = stash.pop((self.site, "residual"), None)
         read = stash.pop((self.site, "input"), None)
+        more = {name: stash.pop((self.site, name), None) for name in MORE_READS}
         branch = first_output(output)
         for adapter in active:
-            branch = adapter(branch, residual=residual, input=read)
+            own = {name: value for name, value in more.items() if name in adapter.reads}
+            branch = adapter(branch, residual=residual, input=read, **own)
         return with_first(output, branch)
 
 
@@ -351,6 +465,10 @@ def _changed(
     for adapter in delta.get(leaf.name, ()):
         y = adapter(y, x, leaf)
     return y
+
+
+def _names(block: Block) -> set[str]:
+    return {sublayer.name for sublayer in block.sublayers.values()}
 
 
 def _crossed(tower: Tower) -> bool:
@@ -450,3 +568,48 @@ class UnpromptHook:
             return None
         tokens = first_output(output)
         return with_first(output, tokens[:, : tokens.shape[1] - count])
+
+
+@dataclass(eq=False)
+class StartHook:
+    """Forgets what a tower's blocks gave in an earlier pass, in which LayerDrop may have left any
+    of them out."""
+
+    runtime: Runtime
+    tower: str
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if self.runtime.plan().readout.get(self.tower):
+            self.runtime.local.states[self.tower] = {}
+
+
+@dataclass(eq=False)
+class CollectHook:
+    """Keeps what a block gave until its tower has run."""
+
+    runtime: Runtime
+    tower: str
+    index: int
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # A library may run the blocks without their tower: then nothing reads them.
+        states = self.runtime.local.states.get(self.tower)
+        if states is not None:
+            states[self.index] = first_output(output)
+
+
+@dataclass(eq=False)
+class ReadoutHook:
+    """Lets the active `Readout` modules act on a tower's last hidden state."""
+
+    runtime: Runtime
+    tower: str
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        states = self.runtime.local.states.pop(self.tower, None)
+        if not states:
+            return None
+        last = first_output(output)
+        for adapter in self.runtime.plan().readout.get(self.tower, ()):
+            last = adapter(last, states=states)
+        return with_first(output, last)

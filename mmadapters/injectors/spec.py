@@ -30,7 +30,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..sites import Block, Leaf, Parameter, SiteMap, Sublayer, SublayerKind, Tower
+from ..sites import (
+    Block,
+    FrontLayer,
+    Leaf,
+    Parameter,
+    Patches,
+    SiteMap,
+    Sublayer,
+    SublayerKind,
+    Tower,
+)
 
 _PART = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<index>\d+)/(?P<parts>\d+)\])?$")
 
@@ -67,12 +77,24 @@ class SublayerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatchSpec:
+    """Where an image becomes tokens: `path` of the module that gives a map (B, D, H, W) of patches,
+    mostly a convolution, and how many class and register tokens (`prefix`) are put before them."""
+
+    path: str
+    prefix: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class TowerSpec:
     """A stack of blocks. `blocks`: the path of a ModuleList, or a glob (`encoder.*.layer`).
 
     `optional` sublayers may be missing from a block (cross-attention of some blocks only).
     `name` may be overridden for single sublayers by `names`, e.g. {"cross": "fusion"}: BLIP's
-    cross-attentions live in its text blocks and are named `fusion.blocks.N.cross`.
+    cross-attentions live in its text blocks and are named `fusion.blocks.N.cross`. `front` is the
+    path of the ModuleList of convolutions before the blocks, `runner` that of the module whose call
+    runs them all ("" for the model itself). `patches`: of a tower for images, for methods that
+    convolve over the grid of its patches.
     """
 
     name: str
@@ -84,6 +106,9 @@ class TowerSpec:
     batch_first: bool = True
     names: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    front: str | None = None
+    runner: str | None = None
+    patches: PatchSpec | None = None
 
 
 Example = Callable[[nn.Module], tuple[tuple, dict]]
@@ -132,6 +157,9 @@ def _tower(root: nn.Module, spec: TowerSpec) -> Tower:
     norm = None
     if spec.norm is not None:
         norm = _leaf(root, f"{spec.name}.norm", spec.norm, None)
+    patches = None
+    if spec.patches is not None:
+        patches = Patches(_module(root, spec.patches.path), spec.patches.prefix)
     return Tower(
         name=spec.name,
         width=width,
@@ -141,7 +169,20 @@ def _tower(root: nn.Module, spec: TowerSpec) -> Tower:
         prompts=spec.prompts,
         copies=spec.copies,
         batch_first=spec.batch_first,
+        front=[] if spec.front is None else _front(root, spec.name, spec.front),
+        runner=None if spec.runner is None else _module(root, spec.runner),
+        patches=patches,
     )
+
+
+def _front(root: nn.Module, tower: str, path: str) -> list[FrontLayer]:
+    found = []
+    for index, layer in enumerate(_module(root, path).children()):
+        conv = next((part for part in layer.modules() if isinstance(part, nn.Conv1d)), None)
+        if conv is None:
+            raise Unresolved(f"{type(layer).__name__} at {path}.{index} has no nn.Conv1d")
+        found.append(FrontLayer(f"{tower}.front.{index}", index, layer, conv.out_channels))
+    return found
 
 
 def _blocks(root: nn.Module, pattern: str) -> list[nn.Module]:

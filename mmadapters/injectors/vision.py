@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._huggingface import if_sdpa
-from .paths import first_at
+from .paths import first_at, patches_at
 from .spec import Architecture, LeafSpec, Row, SublayerSpec, TowerSpec
 
 ROTARY = "its rotary positions are laid over every token behind the class and register tokens"
@@ -87,6 +87,7 @@ def timm_tower(model: Any, prompts: str | None, scaled: bool = True) -> TowerSpe
         sublayers={"attn": attn, "ffn": ffn},
         norm=first_at(model, "norm", "fc_norm"),
         prompts=prompts,
+        patches=patches_at(model, model.num_prefix_tokens, "patch_embed.proj"),
     )
 
 
@@ -192,11 +193,12 @@ def _transformers(
     *,
     prompts: str | None = None,
     any_size: bool = False,
+    prefix_tokens: int = 1,
 ) -> Iterable[Architecture]:
     """Candidates for one vision model of transformers, bare or under a head.
 
     `norms`, `outputs`: of attention and feed-forward part; `any_size`: whether position embeddings
-    are interpolated, so that the example may be small.
+    are interpolated, so that the example may be small; `prefix_tokens`: those before the patches.
     """
     # DINOv3's base model is named "model", as is the encoder inside it: look in both places.
     prefixes = (f"{model.base_model_prefix}.", "")
@@ -204,6 +206,10 @@ def _transformers(
     norms_after = ("layernorm", "norm", "pooler.layernorm")
     path = first_at(model, *(prefix + block for prefix in prefixes for block in blocks))
     final = first_at(model, *(prefix + norm for prefix in prefixes for norm in norms_after))
+    embeddings = ("embeddings.patch_embeddings.projection", "embeddings.patch_embeddings")
+    patches = patches_at(
+        model, prefix_tokens, *(prefix + name for prefix in prefixes for name in embeddings)
+    )
     if path is None:
         raise ValueError(f"{type(model).__name__} has no blocks at {', '.join(blocks)}")
 
@@ -223,12 +229,18 @@ def _transformers(
             sublayers={"attn": attn, "ffn": ffn},
             norm=final,
             prompts=prompts,
+            patches=patches,
         )
         yield Architecture(towers=(tower,), example=example, library="transformers")
 
 
 def _vit(model: nn.Module) -> Iterable[Architecture]:
     return _transformers(model, ("layernorm_before", "layernorm_after"))
+
+
+def _deit(model: nn.Module) -> Iterable[Architecture]:
+    # Behind the class token stands one for distillation.
+    return _transformers(model, ("layernorm_before", "layernorm_after"), prefix_tokens=2)
 
 
 def _beit(model: nn.Module) -> Iterable[Architecture]:
@@ -248,6 +260,7 @@ def _dino(prompts: str | None) -> Callable[[nn.Module], Iterable[Architecture]]:
             ("layer_scale1", "layer_scale2"),
             prompts=prompts,
             any_size=True,
+            prefix_tokens=1 + getattr(model.config, "num_register_tokens", 0),
         )
 
     return architectures
@@ -261,13 +274,8 @@ ROWS: tuple[Row, ...] = (
         classes=("timm.models.vision_transformer_relpos.VisionTransformerRelPos",),
         architectures=_timm_relative,
     ),
-    Row(
-        classes=(
-            "transformers.models.vit.modeling_vit.ViT*",
-            "transformers.models.deit.modeling_deit.DeiT*",
-        ),
-        architectures=_vit,
-    ),
+    Row(classes=("transformers.models.vit.modeling_vit.ViT*",), architectures=_vit),
+    Row(classes=("transformers.models.deit.modeling_deit.DeiT*",), architectures=_deit),
     Row(classes=("transformers.models.beit.modeling_beit.Beit*",), architectures=_beit),
     Row(
         classes=(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..sites import nearest
-from .base import AdapterModule, Branch, Delta, MethodConfig, Prefix, Prompt
+from .base import AdapterModule, Branch, Delta, MethodConfig, Prefix, Prompt, Readout
 from .bitfit import BitFitConfig
 from .bottleneck import (
     AdapterPlusConfig,
@@ -20,11 +20,21 @@ from .bottleneck import (
     SequentialPlacement,
 )
 from .compacter import CompacterConfig
+from .conformer import ConformerAdapterConfig
+from .conv import ConvpassConfig, MonaConfig
+from .fact import FacTConfig
 from .fusion import FusionConfig
 from .lora import DoRAConfig, LoRAConfig
 from .prefix import PrefixConfig
 from .prompt import PromptConfig
+from .reparam import RepAdapterConfig
 from .scaling import IA3Config, SSFConfig
+from .speech import (
+    EAdapterConfig,
+    FrontEndAdapterConfig,
+    LAdapterConfig,
+    MMSAdapterConfig,
+)
 from .union import ConfigUnion, MAMConfig, UniPELTConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -37,13 +47,22 @@ METHODS: dict[str, type[MethodConfig]] = {
         AdaptFormerConfig,
         AdapterPlusConfig,
         CompacterConfig,
+        ConvpassConfig,
+        MonaConfig,
         LoRAConfig,
         DoRAConfig,
+        FacTConfig,
+        RepAdapterConfig,
         IA3Config,
         SSFConfig,
         BitFitConfig,
         PrefixConfig,
         PromptConfig,
+        EAdapterConfig,
+        MMSAdapterConfig,
+        ConformerAdapterConfig,
+        LAdapterConfig,
+        FrontEndAdapterConfig,
         ConfigUnion,
         MAMConfig,
         UniPELTConfig,
@@ -131,20 +150,30 @@ __all__ = [
     "Branch",
     "CompacterConfig",
     "ConfigUnion",
+    "ConformerAdapterConfig",
+    "ConvpassConfig",
     "Delta",
     "DoRAConfig",
     "DoubleSeqBnConfig",
+    "EAdapterConfig",
+    "FacTConfig",
+    "FrontEndAdapterConfig",
     "FusionConfig",
     "IA3Config",
+    "LAdapterConfig",
     "LoRAConfig",
     "MAMConfig",
+    "MMSAdapterConfig",
     "MethodConfig",
+    "MonaConfig",
     "ParBnConfig",
     "ParallelPlacement",
     "Prefix",
     "PrefixConfig",
     "Prompt",
     "PromptConfig",
+    "Readout",
+    "RepAdapterConfig",
     "SSFConfig",
     "SeqBnConfig",
     "SequentialPlacement",

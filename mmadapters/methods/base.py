@@ -1,32 +1,44 @@
 """What a method is: a frozen config that builds small modules for the sites it wants.
 
-There are four kinds of module, one for each way of acting on an encoder. An injector knows how to
+There are five kinds of module, one for each way of acting on an encoder. An injector knows how to
 run each kind at a site; a method only picks sites and computes.
 
     Branch   on the output of a sublayer, before the residual is added
     Delta    on a linear map or a LayerNorm, as activations or as a changed weight
     Prefix   on the keys and values of an attention
     Prompt   on the tokens that enter a block
+    Readout  on a tower's last hidden state, from what all its blocks gave
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..sites import Leaf, SiteMap, nearest
 
-Read = Literal["residual", "input"]
+Read = Literal["residual", "input", "mask", "grid"]
+
+
+def wanted(module: Any, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what was captured beside residual and input, what a module, or what stands for several,
+    reads."""
+    return {name: value for name, value in more.items() if name in module.reads}
 
 
 class Branch(nn.Module):
-    """Acts on the branch u of `x + u`. `reads` says which other tensors it wants, if any."""
+    """Acts on the branch u of `x + u`. `reads` says which other tensors it wants, if any.
+
+    A module that reads "mask" takes it as one more keyword: (B, N), True where a token is no
+    padding; None where none is. So it is with "grid": how an image's patches lie among the tokens;
+    None where no image has been embedded.
+    """
 
     reads: frozenset[Read] = frozenset()
 
@@ -93,7 +105,16 @@ class Prompt(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say what it appends")
 
 
-AdapterModule = Branch | Delta | Prefix | Prompt
+class Readout(nn.Module):
+    """Acts on what a tower gives last, and sees what each of its blocks gave."""
+
+    def forward(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
+        """last: (B, N, D), behind the tower's norm where it has one; states: (B, N, D) by block,
+        without those that LayerDrop left out -> (B, N, D)."""
+        raise TypeError(f"{type(self).__name__} does not say what it computes")
+
+
+AdapterModule = Branch | Delta | Prefix | Prompt | Readout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +154,11 @@ class MethodConfig(ABC):
     def parts(self) -> Iterable[tuple[str, MethodConfig]]:
         """The single methods under this config, each with a key that is unique among them."""
         return ((self.method, self),)
+
+
+def reads_of(members: Iterable[Any]) -> frozenset[Read]:
+    """What several modules read together."""
+    return frozenset().union(*(member.reads for member in members))
 
 
 def check_choice(what: str, value: object, choices: Iterable[str | None]) -> None:

@@ -142,7 +142,30 @@ class BottleneckConfig(MethodConfig):
         }
 
 
-class Bottleneck(Branch):
+class Placed(Branch):
+    """A branch that reads what its placement says."""
+
+    def __init__(self, placement: Placement) -> None:
+        super().__init__()
+        self.parallel = isinstance(placement, ParallelPlacement)
+        if isinstance(placement, ParallelPlacement):
+            self.reads = frozenset({"residual" if placement.input == "residual" else "input"})
+        elif placement.residual == "after":
+            self.reads = frozenset({"residual"})
+
+    def read(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        """h of the formula, (B, N, D), by the placement."""
+        # What it does not read may be given all the same, for another adapter at this site.
+        if "residual" in self.reads:
+            assert residual is not None
+            return residual if self.parallel else residual + branch
+        if "input" in self.reads:
+            assert input is not None
+            return input
+        return branch
+
+
+class Bottleneck(Placed):
     """One bottleneck at one sublayer; parameters `down`, `up`, and `norm`, `scale` if asked for."""
 
     def __init__(
@@ -153,15 +176,9 @@ class Bottleneck(Branch):
         project: Callable[[int, int, dict], nn.Module] | None = None,
     ) -> None:
         """`project(in, out, like)` makes the projections; by default linear maps."""
-        super().__init__()
+        super().__init__(config.placement)
         width, like = sublayer.width, sublayer.like()
         size = bottleneck_size(sublayer, config.size, config.reduction_factor)
-        placement = config.placement
-        self.parallel = isinstance(placement, ParallelPlacement)
-        if isinstance(placement, ParallelPlacement):
-            self.reads = frozenset({"residual" if placement.input == "residual" else "input"})
-        elif placement.residual == "after":
-            self.reads = frozenset({"residual"})
         self.activation = config.activation
         self.dropout, self.drop_path = config.dropout, config.drop_path
         self.norm_before = nn.LayerNorm(width, **like) if config.norm == "before" else None
@@ -202,17 +219,6 @@ class Bottleneck(Branch):
             h = self.norm_before(h)
         h = ACTIVATIONS[self.activation](self.down(h))
         return F.dropout(h, self.dropout, self.training)
-
-    def read(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        """h of the formula, (B, N, D), by the placement."""
-        # What it does not read may be given all the same, for another adapter at this site.
-        if "residual" in self.reads:
-            assert residual is not None
-            return residual if self.parallel else residual + branch
-        if "input" in self.reads:
-            assert input is not None
-            return input
-        return branch
 
 
 def linear(in_features: int, out_features: int, like: dict) -> nn.Linear:

@@ -30,7 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import SiteMap, Sublayer
-from .base import AdapterModule, Branch, MethodConfig, check_number, check_rate
+from .base import (
+    AdapterModule,
+    Branch,
+    MethodConfig,
+    check_number,
+    check_rate,
+    reads_of,
+    wanted,
+)
 from .bottleneck import ACTIVATIONS, Bottleneck, chosen_sublayers
 
 
@@ -116,11 +124,16 @@ class Fused:
     def __init__(self, attention: FusionAttention, members: Sequence[Any]) -> None:
         self.attention, self.members = attention, tuple(members)
         self.foldable = _foldable(self.members)
+        self.reads = reads_of((attention, *self.members))
 
-    def __call__(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        return branch + self.change(branch, residual=residual, input=input)
+    def __call__(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
+        return branch + self.change(branch, residual=residual, input=input, **more)
 
-    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+    def change(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
         """V sum_i w_i u_i, (B, N, D)."""
         assert residual is not None
         state = residual + branch
@@ -128,7 +141,10 @@ class Fused:
             # Made anew each time, a few D x D x r products: kept, it would miss writes to `.data`.
             folded = _Folded.of(self.attention, self.members)
             return folded(self.attention, branch, state, residual, input)
-        changes = [m.change(branch, residual=residual, input=input) for m in self.members]
+        changes = [
+            m.change(branch, residual=residual, input=input, **wanted(m, more))
+            for m in self.members
+        ]
         query = self.attention.query(state.to(self.attention.query.weight.dtype))
         probe = F.linear(query, self.attention.key.weight.t())
         scores = torch.stack([(probe * change).sum(-1) for change in changes], dim=-1)

@@ -44,6 +44,7 @@ BEST = 5  # answers of a record and of a prediction
 OF_CLIP, OF_BLIP = ("fusion", "bilinear", "coattention"), ("ranking", "generation")
 SEPARATOR = "::"
 PREDICTED_AT_ONCE = 32
+_REMEMBERED = 20_000  # questions whose ids are kept
 
 
 class VQATask(Task[VQAConfig]):
@@ -170,13 +171,23 @@ class VQATask(Task[VQAConfig]):
         if not isinstance(question, str) or not question.strip():
             raise BadRow("there is no question" if not question else f"{question!r} is no question")
         question = " ".join(question.split())
-        tokens = self.tokenizer.with_image([question]) if self.blip else self.tokenizer([question])
+        tokens = self._tokens(question)
         key = image_key(image) if image_id in (None, "") else str(image_id)
         return {
             "pixels": self._pixels(image, key),
-            "tokens": tokens[0],
+            "tokens": tokens,
             "reference": {"image": key, "question": question},
         }
+
+    def _tokens(self, question: str) -> Tensor:
+        """Its ids; questions come again and again, with other pictures and in every epoch."""
+        known: dict[str, Tensor] = self.__dict__.setdefault("_asked", {})
+        if question not in known:
+            if len(known) >= _REMEMBERED:
+                known.clear()
+            ask = self.tokenizer.with_image if self.blip else self.tokenizer
+            known[question] = ask([question])[0]
+        return known[question]
 
     def _pixels(self, image: Any, key: str) -> Tensor:
         """(3, H, W). Rows with the same image mostly follow each other: it is read once."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from families import Family, families, tensors
+from families import Family, families, speech, tensors
 from torch import Tensor, nn
 
 import mmadapters
@@ -21,16 +22,25 @@ from mmadapters import (
     BottleneckConfig,
     CompacterConfig,
     ConfigUnion,
+    ConformerAdapterConfig,
+    ConvpassConfig,
     DoRAConfig,
     DoubleSeqBnConfig,
+    EAdapterConfig,
+    FacTConfig,
+    FrontEndAdapterConfig,
     IA3Config,
+    LAdapterConfig,
     LoRAConfig,
     MAMConfig,
     MethodConfig,
+    MMSAdapterConfig,
+    MonaConfig,
     ParallelPlacement,
     ParBnConfig,
     PrefixConfig,
     PromptConfig,
+    RepAdapterConfig,
     SeqBnConfig,
     SequentialPlacement,
     SSFConfig,
@@ -56,9 +66,14 @@ METHODS: dict[str, MethodConfig] = {
     "adaptformer": AdaptFormerConfig(size=16),
     "adapter_plus": AdapterPlusConfig(),
     "compacter": CompacterConfig(reduction_factor=4),
+    "convpass": ConvpassConfig(scale=2.0),
+    "mona": MonaConfig(size=8),
     "lora": LoRAConfig(rank=4, alpha=8, targets=EVERYWHERE),
     "lora-dropout": LoRAConfig(rank=4, targets=("q", "k", "v", "o"), dropout=0.1, rslora=True),
     "dora": DoRAConfig(rank=4, targets=EVERYWHERE),
+    "fact": FacTConfig(rank=4),
+    "fact-tk": FacTConfig(rank=4, core=3, scale=0.5, targets=("q", "v", "up")),
+    "repadapter": RepAdapterConfig(scale=0.5),
     "ia3": IA3Config(targets=("q", "k", "v", "o", "down")),
     "ssf": SSFConfig(),
     "bitfit": BitFitConfig(),
@@ -66,6 +81,12 @@ METHODS: dict[str, MethodConfig] = {
     "prefix-reparametrised": PrefixConfig(length=3, reparametrise=8),
     "prompt": PromptConfig(length=3),
     "prompt-shallow": PromptConfig(length=3, deep=False),
+    "e_adapter": EAdapterConfig(size=8),
+    "mms_adapter": MMSAdapterConfig(size=8),
+    "conformer_adapter": ConformerAdapterConfig(size=8, kernel=5),
+    "l_adapter": LAdapterConfig(),
+    "l_adapter-replacing": LAdapterConfig(residual=False),
+    "conv_front_end": FrontEndAdapterConfig(size=8),
     "union": ConfigUnion(
         LoRAConfig(rank=4),
         SeqBnConfig(reduction_factor=2, activation="gelu"),
@@ -81,6 +102,8 @@ METHODS: dict[str, MethodConfig] = {
 }
 HAS_PREFIX = {"prefix", "prefix-reparametrised", "mam", "unipelt"}
 HAS_PROMPT = {"prompt", "prompt-shallow"}
+FOR_IMAGES = {"convpass", "mona"}
+FOR_SPEECH = {"conformer_adapter", "l_adapter", "l_adapter-replacing"}
 # What needs the activations at a linear map, so not a map whose weight the library reads itself.
 NEEDS_CALLED_MAPS = {"lora-dropout", "unipelt"}
 # Read weights themselves, other than in `nn.MultiheadAttention`, which adapters compute anew.
@@ -92,20 +115,24 @@ READS_WEIGHTS = {
     "torchaudio-wavlm",
     "open_clip-own_attention",
 }
-# Keys without a bias in a map whose weight the library reads: SSF has nothing to shift there.
+# Keys without a bias in a map whose weight the library reads: nothing can be shifted there.
 KEYS_WITHOUT_BIAS = {"timm-eva", "timm-eva02-packed", "timm-beit"}
 # Have no bias at all.
 NO_BIAS = {"hf-t5"}
 NEEDS_BIASES = {"bitfit", "union-of-weights"}
 
 FAMILIES: dict[str, Family] = families()
+SPEECH = {family.name for family in speech.FAMILIES}
 
 
 def config_for(family: Family, method: str) -> MethodConfig:
-    """The method as this family's users would write it: prompts in the image tower only."""
+    """The method as this family's users would write it: prompts and convolutions over patches in
+    the image tower only."""
     if method in HAS_PROMPT and "prompt" in family.traits and len(towers(family)) > 1:
         deep = method == "prompt"
         return PromptConfig(length=3, deep=deep, sites=("vision",))
+    if method in FOR_IMAGES and "vision" in towers(family):
+        return dataclasses.replace(METHODS[method], sites=("vision",))
     return METHODS[method]
 
 
@@ -117,11 +144,23 @@ def refusal(family: Family, method: str) -> str | None:
         return r"prompt tuning cannot enter .*(can take it|name sites=)"
     if method in NEEDS_CALLED_MAPS and family.name in READS_WEIGHTS:
         return r"reads this weight itself.*(use dropout=0|leave it out with sites=)"
+    if method in FOR_SPEECH and family.name not in SPEECH:
+        return r"is for speech, and .* has no audio tower; it has "
+    if method == "conv_front_end" and family.name not in SPEECH - {"hf-whisper"}:
+        return r"has no convolutional front end that conv_front_end can enter; wav2vec 2.0, "
     if method in NEEDS_BIASES and family.name in NO_BIAS:
         return r"has no bias under sites="
-    if method == "ssf" and family.name in KEYS_WITHOUT_BIAS:
+    if method in FOR_IMAGES and "vision" not in towers(family):
+        return r"reads the grid of an image's patches, which .*image encoders can take it"
+    if method in ("ssf", "repadapter") and family.name in KEYS_WITHOUT_BIAS:
         return r"nothing to shift; leave it out with sites="
     return None
+
+
+def home(method: str) -> Family:
+    """A family that takes the method: an image encoder if one does."""
+    families = (FAMILIES[name] for name in ("timm-vit", "hf-wav2vec2"))
+    return next(family for family in families if refusal(family, method) is None)
 
 
 @functools.cache

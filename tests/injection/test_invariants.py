@@ -101,6 +101,12 @@ def unmergeable(life: Life) -> str | None:
         return life.config.mergeable
     if life.method == "ssf" and any(leaf.bias is None for leaf in life.model.sites.leaves()):
         return "has no parameter to hold its shift"
+    if life.method == "repadapter" and any(
+        leaf.bias is None
+        for leaf in life.model.sites.leaves()
+        if leaf.role in ("q", "k", "v", "up", "gate") and ".cross." not in leaf.name
+    ):
+        return "has no parameter to hold its shift"
     return None
 
 

@@ -15,7 +15,7 @@ from families import Family, seeded, tensors
 from families.small import randomise
 from families.speech import SMALL
 from families.speech_twins import to_torchaudio
-from injection.matrix import FAMILIES, HAS_PROMPT, METHODS, distance, refusal
+from injection.matrix import FAMILIES, FOR_IMAGES, HAS_PROMPT, METHODS, distance, refusal
 from torch import Tensor, nn
 
 import mmadapters
@@ -194,8 +194,8 @@ PAIRS = [
     (name, method)
     for name, case in CASES.items()
     for method in METHODS
-    # Prompts go into image towers, which have no padding.
-    if method not in HAS_PROMPT
+    # Prompts and convolutions over patches go into image towers, which have no padding.
+    if method not in HAS_PROMPT | FOR_IMAGES
     and name not in NOT_INVARIANT
     and refusal(case.family, method) is None
 ]

@@ -9,7 +9,18 @@ import pytest
 import timm
 import torch
 from families import tensors
-from injection.matrix import FAMILIES, METHODS, adapted, bare, equal, loss_of, run, state, train
+from injection.matrix import (
+    FAMILIES,
+    METHODS,
+    adapted,
+    bare,
+    equal,
+    home,
+    loss_of,
+    run,
+    state,
+    train,
+)
 from torch import Tensor, nn
 
 import mmadapters
@@ -193,9 +204,9 @@ def test_merged_adapter_does_not_act_twice() -> None:
 @pytest.mark.parametrize("method", [*METHOD_CLASSES])
 def test_no_method_starts_where_it_cannot_learn(method: str) -> None:
     """Two factors that are both zero get no gradient, ever."""
-    config = METHODS.get(method, METHODS["union"])
-    family = FAMILIES["timm-vit"]
-    model = adapted(family, config)
+    method = method if method in METHODS else "union"
+    family = home(method)
+    model = adapted(family, METHODS[method])
     assert train(model, family.inputs(), steps=2) == {
         f"adapters.a.{name}" for name, _ in model.adapter("a").named_parameters()
     }

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import families, tensors
+from injection.composing import doubled
+from injection.matrix import distance
 from methods.reference import (
     Array,
     ReferenceViT,
@@ -27,6 +30,8 @@ from mmadapters import BitFitConfig, IA3Config, MethodConfig, SSFConfig, Stack, 
 from mmadapters.injectors import describe
 from mmadapters.methods import Delta
 from mmadapters.sites import Leaf
+
+FAMILIES = families()
 
 LEAVES = (*(f"attn.{leaf}" for leaf in "qkvo"), "ffn.up", "ffn.down", "attn.norm", "ffn.norm")
 EVERY_LEAF = {f"vision.blocks.{i}.{leaf}" for i in (0, 1) for leaf in LEAVES} | {"vision.norm"}
@@ -197,6 +202,38 @@ def test_ssf_shifts_a_linear_map_that_has_no_bias_but_cannot_be_merged_there() -
     with pytest.raises(ValueError, match=r"vision\.blocks\.0\.attn\.q has no parameter to hold"):
         model.merge_adapter("a")
     assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-vit-post", "hf-vit", "open_clip-clip"])
+def test_ssf_merges_into_norms_and_linear_maps_alike(name: str) -> None:
+    """W' = diag(g) W, b' = g b + t; a norm's weight is the diagonal of its W."""
+    family = FAMILIES[name]
+    args, kwargs = doubled(family.inputs())
+    model = init(family.build().double())
+    model.add_adapter("a", SSFConfig())
+    randomise(model.adapter("a"))
+    model.set_active_adapters("a")
+    p = numbers(model)
+    expected = {}
+    for leaf in model.sites.leaves():
+        assert leaf.weight is not None
+        assert leaf.bias is not None
+        weight, bias = leaf.weight.detach().numpy(), leaf.bias.detach().numpy()
+        scale, shift = p[f"{leaf.name}/scale"], p[f"{leaf.name}/shift"]
+        rows = scale if leaf.kind == "norm" else scale[:, None]
+        expected[leaf.name] = rows * weight, scale * bias + shift
+    with torch.no_grad():
+        acting = tensors(model(*args, **kwargs))
+        model.merge_adapter("a")
+        encoder = model.detach()
+        merged = tensors(encoder(*args, **kwargs))
+    assert distance(merged, acting) < 1e-9
+    leaves = list(describe(encoder)[0].leaves())
+    assert {leaf.kind for leaf in leaves} == {"linear", "norm"}
+    for leaf in leaves:
+        assert_close(leaf.weight.detach().numpy(), expected[leaf.name][0], 1e-12)
+        assert_close(leaf.bias.detach().numpy(), expected[leaf.name][1], 1e-12)
+    assert not any(m._forward_hooks or "_mmadapters" in m.__dict__ for m in encoder.modules())
 
 
 def test_stack_of_scale_and_shift_acts_in_its_order() -> None:

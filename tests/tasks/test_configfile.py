@@ -149,7 +149,7 @@ def test_a_section_keeps_the_defaults_that_its_task_gives_it(write, probe: str) 
         (
             "trainer: {mode: bitfti}\n",
             6,
-            "trainer.mode must be adapter, full, head, none or the name of a method, not "
+            "trainer.mode must be adapter, full, head, none, fusion or the name of a method, not "
             "'bitfti'; did you mean 'bitfit'?",
         ),
         (

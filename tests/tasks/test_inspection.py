@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_the_tables_say_every_method_and_every_reason_once(found: Inspection) ->
     assert f"{NAME}: VisionTransformer of timm, {found.parameters:,} parameters" in text
     assert "vision.blocks.[0-2].attn.q" in text
     for method in found.methods:
-        assert f"│ {method.method} " in text
+        assert re.search(rf"│ {method.method} *│", text)
     assert text.count("so no weight equals it") == 2  # bottlenecks, gates
     assert "a ConfigUnion needs at least two methods" in text
 
@@ -166,3 +167,32 @@ def printed(found: Inspection, *, width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
     print_inspection(found, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_speech_encoder_shows_its_front_end_and_what_adapters_of_it_cost() -> None:
+    found = inspect("nano/wav2vec2")
+    (tower,) = found.towers
+    convolutions = [site for site in tower.sites if site.kind == "conv"]
+    assert [site.name for site in convolutions] == [f"audio.front.{index}" for index in range(7)]
+    assert convolutions[0].inputs == 1
+    for method in ("e_adapter", "mms_adapter", "conformer_adapter", "l_adapter", "conv_front_end"):
+        told = row(found, method)
+        assert told.problem is None
+        assert told.identity is True
+        assert told.parameters > 0
+    assert row(found, "conv_front_end").sites == 7
+    assert row(found, "l_adapter").sites == 1
+    # The running mean and variance of every block are in the file, too.
+    conformer = row(found, "conformer_adapter")
+    numbers = conformer.parameters + 2 * 64 * conformer.sites
+    assert abs(conformer.fp32_bytes - conformer.fp16_bytes - 2 * numbers) <= 128
+    text = printed(found, width=100)
+    assert "audio.front.[5-6]" in text
+    assert "conformer_adapter" in text
+    assert "…" not in printed(found, width=80)
+
+
+def test_speech_methods_say_why_they_are_not_for_an_image_encoder(found: Inspection) -> None:
+    assert "is for speech" in str(row(found, "conformer_adapter").problem)
+    assert "is for speech" in str(row(found, "l_adapter").problem)
+    assert "no convolutional front end" in str(row(found, "conv_front_end").problem)

@@ -24,7 +24,8 @@ def test_nuclei_with_a_vit_small(shared_dir: Path, tmp_path: Path) -> None:
     short = [
         f"data.source={shared_dir}/data/nuclei",
         f"backbone.weights={shared_dir}/weights/vit_small_patch14_focus.safetensors",
-        *("data.limit.validation=8", "trainer.epochs=1", "trainer.batch_size=12"),
+        *("data.limit.train=192", "data.limit.validation=8"),
+        *("trainer.epochs=1", "trainer.batch_size=12"),
         *("transforms.size=392", "transforms.crop=196", "trainer.learning_rate=2e-3"),
     ]
     adapter = job("segment_nuclei", tmp_path / "adapter", *short)
@@ -52,7 +53,7 @@ def test_spoken_digits_of_people_that_the_encoder_never_heard(
 
 def test_emoji_by_name(shared_dir: Path, tmp_path: Path) -> None:
     source = f"data.source={shared_dir}/data/emoji"
-    run = job("retrieve_emoji", tmp_path / "run", source, "trainer.epochs=4")
+    run = job("retrieve_emoji", tmp_path / "run", source, "trainer.epochs=2")
     assert run.before is not None
     name = "text-to-image R@10"
     assert run.scores["test"][name].value > 1.5 * run.before[name].value

@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 from families import Family
-from torch import Tensor
+from torch import Tensor, nn
 
+import mmadapters
 from mmadapters.tasks.asr.config import ChunkConfig
 from mmadapters.tasks.asr.model import CTCModel, hop_and_field
+from mmadapters.tasks.run import add_adapters
 
-from .conftest import LETTERS, SPEECH, every_encoder, task_and_model
+from .conftest import LETTERS, SPEECH, config, every_encoder, task_and_model
 
 LENGTHS = (3300, 800, 2411, 3300, 1700)
 
@@ -120,6 +122,35 @@ def test_training_reaches_adapter_and_head_and_no_part_of_the_encoder(family: Fa
     if family.name != "hf-whisper":
         assert graphs
         assert not any(graphs)
+
+
+@pytest.mark.parametrize("freeze_front_end", [True, False])
+@pytest.mark.parametrize(
+    "method", ["e_adapter", "mms_adapter", "conformer_adapter", "l_adapter", "conv_front_end"]
+)
+@pytest.mark.parametrize("name", ["hf-wav2vec2", "hf-wav2vec2-stable", "torchaudio-wav2vec2"])
+def test_speech_adapters_train_from_a_config_by_name(
+    name: str, method: str, freeze_front_end: bool
+) -> None:
+    job = config(
+        backbone={"name": "nano/wav2vec2", "freeze_front_end": freeze_front_end},
+        trainer={"mode": method},
+    )
+    encoder = mmadapters.init(SPEECH[name].build())
+    add_adapters(job, encoder)
+    model = CTCModel(encoder, nn.Linear(32, 11), dropout=0.0, normalise=False, blank=0).train()
+    optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+    waves, lengths = batch((3300, 2411))
+    labels, sizes = torch.tensor([[2, 3], [4, 5]]), torch.tensor([2, 2])
+    trained: set[str] = set()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(waves, lengths, labels, sizes)["loss"].backward()
+        optimizer.step()
+        trained |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    wanted = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == wanted
+    assert any(name.startswith(f"encoder.adapters.{job.name}.") for name in wanted)
 
 
 def local(name: str) -> CTCModel:

@@ -1,0 +1,263 @@
+"""Convolutional adapters for image encoders: each patch sees its neighbours in the image.
+
+    Convpass   u' = u + s Up Dropout(q(C q(Down n)))                   beside attention and MLP
+    Mona       u' = u + Up Dropout(GELU(O(Down(LN(h) g + h g_x))))     on their sums h = x + u
+
+x is the residual stream, u the sublayer's branch, n what the sublayer reads (normed in pre-norm
+blocks), q(v) = v sigmoid(1.702 v). C is a 3 x 3 convolution over the grid of patches, padded by 1.
+O(v) = t + P t with t = v + (C_3 v + C_5 v + C_7 v) / 3, C_k depthwise k x k, P 1 x 1. Class and
+register tokens, and prompts behind the patches, are images of one pixel: they meet the centre tap
+alone. Jie and Deng 2022 (Convpass); Yin et al. 2025 (Mona).
+
+Up starts at zero, so that a fresh adapter is the identity, where Mona's authors start it as
+nn.Linear does. C starts as the identity, as in Convpass's code; g at 1e-6 and g_x at 1. The grid is
+that of the image at hand, of any size and shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sites import Grid, SiteMap, Sublayer
+from .base import AdapterModule, Branch, MethodConfig, check_count, check_number, check_rate
+from .bottleneck import ACTIVATIONS, linear, zero_linear
+
+Apply = Callable[[nn.Conv2d, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvpassConfig(MethodConfig):
+    """`size`: h, the bottleneck. `sites=("*.attn",)` is the paper's Convpass-attn.
+
+    Raises at add_adapter for towers that read no image.
+    """
+
+    size: int = 8
+    scale: float = 1.0
+    dropout: float = 0.1
+
+    method: ClassVar[str] = "convpass"
+    mergeable: ClassVar[bool | str] = (
+        "a convolution mixes tokens, which no weight of the encoder does"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("size", self.size)
+        check_rate("dropout", self.dropout)
+        check_number("scale", self.scale)
+        if self.scale == 0:
+            raise ValueError(
+                "scale must not be 0: with the up-projection at zero nothing would learn"
+            )
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        return {
+            sublayer.name: Convpass(self, sublayer, batch_first=batch_first)
+            for sublayer, batch_first in image_sublayers(self, sites)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonaConfig(MethodConfig):
+    """`size`: the bottleneck.
+
+    Raises at add_adapter for towers that read no image.
+    """
+
+    size: int = 64
+    dropout: float = 0.1
+
+    method: ClassVar[str] = "mona"
+    mergeable: ClassVar[bool | str] = (
+        "a convolution mixes tokens, which no weight of the encoder does"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("size", self.size)
+        check_rate("dropout", self.dropout)
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        return {
+            sublayer.name: Mona(self, sublayer, batch_first=batch_first)
+            for sublayer, batch_first in image_sublayers(self, sites)
+        }
+
+
+def image_sublayers(config: MethodConfig, sites: SiteMap) -> list[tuple[Sublayer, bool]]:
+    """The attention and feed-forward parts under the config's `sites`, with whether the batch comes
+    first there.
+
+    Raises:
+        ValueError: there is none, or one lies in a tower whose tokens are no patches of an image.
+    """
+    selection = sites.select(config.sites)
+    found = []
+    for tower in sites.towers.values():
+        every = [part for block in tower.blocks for part in block.sublayers.values()]
+        chosen = [part for part in every if part.name in selection and part.kind != "cross"]
+        if chosen and tower.patches is None:
+            able = [name for name, other in sites.towers.items() if other.patches is not None]
+            hint = f"; name sites=({able[0]!r},)" if able else "; image encoders can take it"
+            raise ValueError(
+                f"{config.method} reads the grid of an image's patches, which tower "
+                f"{tower.name!r} of {sites.architecture} does not have{hint}"
+            )
+        found += [(part, tower.batch_first) for part in chosen]
+    if not found:
+        raise ValueError(f"{sites.architecture} has no attn or ffn under sites={config.sites!r}")
+    return found
+
+
+class GridBranch(Branch):
+    """Adds `change`, which takes the grid too."""
+
+    batch_first: bool
+
+    def forward(
+        self,
+        branch: Tensor,
+        *,
+        residual: Tensor | None,
+        input: Tensor | None,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        return branch + self.change(branch, residual=residual, input=input, grid=grid)
+
+    def change(
+        self,
+        branch: Tensor,
+        *,
+        residual: Tensor | None,
+        input: Tensor | None,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say what it adds")
+
+    def over_grid(
+        self, step: Callable[[Tensor, Apply], Tensor], z: Tensor, grid: Grid | None
+    ) -> Tensor:
+        """`step` on the patches as a map (B, r, H, W), and on all other tokens (B, n, r) alone.
+
+        z: (B, N, r), or (N, B, r) where tokens come first.
+
+        Raises:
+            ValueError: no image has been embedded, or some of its patches are missing.
+        """
+        if grid is None:
+            raise ValueError(
+                "the grid of the patches is unknown, as no image went through the encoder's patch "
+                "embedding: call the encoder itself, not its blocks"
+            )
+        z = z if self.batch_first else z.transpose(0, 1)
+        prefix, height, width = grid
+        behind = z.shape[1] - prefix - height * width
+        if behind < 0:
+            raise ValueError(
+                f"an image of {height} x {width} patches came with {z.shape[1] - prefix} of them: "
+                "a convolution needs all, so switch the encoder's patch dropout off"
+            )
+        before, patches, after = z.split([prefix, height * width, behind], dim=1)
+        seen = step(patches.transpose(1, 2).unflatten(2, (height, width)), _on_map)
+        seen = seen.flatten(2).transpose(1, 2)
+        if prefix or behind:
+            alone = step(torch.cat([before, after], dim=1), _on_token)
+            seen = torch.cat([alone[:, :prefix], seen, alone[:, prefix:]], dim=1)
+        return seen if self.batch_first else seen.transpose(0, 1)
+
+
+def _on_map(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    return convolution(x)
+
+
+def _on_token(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution of an image of one pixel, for each token x (B, n, r)."""
+    height, width = convolution.kernel_size
+    taps = convolution.weight[:, :, height // 2, width // 2]
+    if convolution.groups == 1:
+        return F.linear(x, taps, convolution.bias)
+    assert convolution.bias is not None
+    return x * taps[:, 0] + convolution.bias
+
+
+class Convpass(GridBranch):
+    """Parameters of `down` (h, D), `conv` (h, h, 3, 3) and `up` (D, h), with biases."""
+
+    reads = frozenset({"input", "grid"})
+
+    def __init__(self, config: ConvpassConfig, sublayer: Sublayer, *, batch_first: bool) -> None:
+        super().__init__()
+        width, size, like = sublayer.width, config.size, sublayer.like()
+        self.batch_first = batch_first
+        self.scale, self.dropout = config.scale, config.dropout
+        self.down = linear(width, size, like)
+        self.conv = nn.Conv2d(size, size, 3, padding=1, **like)
+        nn.init.dirac_(self.conv.weight)
+        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.bias)
+        self.up = zero_linear(size, width, like)
+
+    def change(
+        self,
+        branch: Tensor,
+        *,
+        residual: Tensor | None,
+        input: Tensor | None,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        assert input is not None
+        quick_gelu = ACTIVATIONS["quick_gelu"]
+        z = quick_gelu(self.down(input))
+        z = quick_gelu(self.over_grid(lambda v, apply: apply(self.conv, v), z, grid))
+        z = F.dropout(z, self.dropout, self.training)
+        return (self.scale * self.up(z)).to(branch.dtype)
+
+
+class Mona(GridBranch):
+    """Parameters of `norm` (D,), `gain` and `gain_x` (D,), `down` (r, D), `conv3`, `conv5` and
+    `conv7` (r, 1, k, k), `mix` (r, r, 1, 1) and `up` (D, r), with biases."""
+
+    reads = frozenset({"residual", "grid"})
+
+    def __init__(self, config: MonaConfig, sublayer: Sublayer, *, batch_first: bool) -> None:
+        super().__init__()
+        width, size, like = sublayer.width, config.size, sublayer.like()
+        self.batch_first, self.dropout = batch_first, config.dropout
+        self.norm = nn.LayerNorm(width, **like)
+        self.gain = nn.Parameter(torch.full((width,), 1e-6, **like))
+        self.gain_x = nn.Parameter(torch.ones(width, **like))
+        self.down = linear(width, size, like)
+        self.conv3, self.conv5, self.conv7 = (
+            nn.Conv2d(size, size, k, padding=k // 2, groups=size, **like) for k in (3, 5, 7)
+        )
+        self.mix = nn.Conv2d(size, size, 1, **like)
+        self.up = zero_linear(size, width, like)
+
+    def change(
+        self,
+        branch: Tensor,
+        *,
+        residual: Tensor | None,
+        input: Tensor | None,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        assert residual is not None
+        h = residual + branch
+        z = self.over_grid(
+            self.operator, self.down(self.norm(h) * self.gain + h * self.gain_x), grid
+        )
+        z = F.dropout(F.gelu(z), self.dropout, self.training)
+        return self.up(z).to(branch.dtype)
+
+    def operator(self, v: Tensor, apply: Apply) -> Tensor:
+        """O(v) of the formula."""
+        convolved = apply(self.conv3, v) + apply(self.conv5, v) + apply(self.conv7, v)
+        t = v + convolved / 3
+        return t + apply(self.mix, t)
