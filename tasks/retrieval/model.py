@@ -163,7 +163,7 @@ def _refuse_unused(encoder: AdapterModel, *, matching: bool) -> None:
     """Raises a ValueError for an adapter in a tower through which no embedding passes."""
     used = {"vision", "text", *(["fusion"] if matching else [])}
     acting = encoder.active_adapters
-    for name in () if acting is None else acting.names():
+    for name in encoder.adapter_names if acting is None else acting.names():
         towers = {site.partition(".")[0] for site, _ in encoder.adapter(name).entries()}
         if unused := sorted(towers - used):
             raise ValueError(

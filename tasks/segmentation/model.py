@@ -72,7 +72,7 @@ def _refuse_unused(encoder: AdapterModel, layers: tuple[int, ...]) -> None:
     """Raises a ValueError for an adapter that would change nothing of what the head reads."""
     last = max(layers)
     acting = encoder.active_adapters
-    for name in () if acting is None else acting.names():
+    for name in encoder.adapter_names if acting is None else acting.names():
         for site, _ in encoder.adapter(name).entries():
             tower, *place = site.split(".")
             if tower != "vision":

@@ -181,7 +181,7 @@ class VQATask(Task[VQAConfig]):
 
     def _tokens(self, question: str) -> Tensor:
         """Its ids; questions come again and again, with other pictures and in every epoch."""
-        known: dict[str, Tensor] = self.__dict__.setdefault("_asked", {})
+        known: dict[str, Tensor] = self.__dict__.setdefault("_ids_of", {})
         if question not in known:
             if len(known) >= _REMEMBERED:
                 known.clear()
