@@ -507,8 +507,10 @@ class CopyHook:
             least = 2 if name == "attention_mask" else 3
             if not isinstance(value, Tensor) or value.dim() < least or len(value) == 1 != batch:
                 return value
-            # Masks, states and biases by sample or by sample and head; all else is shared.
-            done = self.crossed and value.shape[0] == copies * batch
+            # Masks, states and biases by sample or by sample and head; all else is shared. T5's
+            # first block hands biases of four dimensions on, repeated already.
+            carried_on = self.index > start and value.dim() == 4
+            done = (self.crossed or carried_on) and value.shape[0] == copies * batch
             return value if done or value.shape[0] % batch else _repeated(value, copies)
 
         # WavLM's first block makes these for all others, which hand them on.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import Family, tensors
 from families.small import randomise
 from injection.matrix import EVERYWHERE, FAMILIES, NO_BIAS, READS_WEIGHTS, bare
@@ -35,11 +36,13 @@ from mmadapters import (
     Stack,
 )
 
+# transformers 4 cannot make the causal mask of CLIP's text in float64, in which these tests compute.
+_MASKS_IN_DOUBLE = int(transformers.__version__.partition(".")[0]) >= 5
 NAMES = (
     "timm-vit",
     "timm-eva",
     "hf-vit",
-    "hf-clip",
+    *(["hf-clip"] if _MASKS_IN_DOUBLE else []),
     "open_clip-clip",
     "hf-wav2vec2",
     "torchaudio-wav2vec2-prenorm",

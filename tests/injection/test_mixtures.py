@@ -31,7 +31,7 @@ from mmadapters import (
     Stack,
 )
 
-CLIP = ("hf-clip", "open_clip-clip")
+CLIP = tuple(name for name in ("hf-clip", "open_clip-clip") if name in NAMES)
 
 
 @pytest.fixture
