@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 TASKS: dict[str, tuple[str, ...]] = {
     "segmentation": ("segment_scenes", "trainer.epochs=3"),
     "asr": ("asr_accent", "data.options.train=560"),
-    "vqa": (
-        "vqa_easy",
-        *("trainer.batch_size=128", "trainer.max_steps=160", "trainer.evaluate_every=80"),
-        "data.limit.test=4000",
-    ),
+    "vqa": ("vqa_easy", "trainer.batch_size=128", "data.limit.test=4000"),
     "retrieval": ("retrieve_scenes", "data.options.train=2000"),
 }
 HOME_ACCENT = "en-us"

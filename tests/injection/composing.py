@@ -36,7 +36,7 @@ from mmadapters import (
     Stack,
 )
 
-# transformers 4 cannot make the causal mask of CLIP's text in float64, in which these tests compute.
+# transformers 4 cannot mask the text of CLIP in float64, in which these tests compute.
 _MASKS_IN_DOUBLE = int(transformers.__version__.partition(".")[0]) >= 5
 NAMES = (
     "timm-vit",
