@@ -30,7 +30,7 @@ from .composition import (
 )
 from .injectors import Plan
 from .injectors.runtime import Kind
-from .methods.base import Read, reads_of, wanted
+from .methods.base import Changing, Read, Replacing, reads_of, wanted
 from .methods.fusion import Fused, FusionAttention
 from .routing import Index, RoutedBranch, RoutedDelta, RoutedPrefix, RoutedReadout
 from .sites import Leaf, SiteMap, Tower
@@ -61,7 +61,7 @@ def plan_of(
         for site, module in adapter(name).entries():
             table.setdefault((kind_of(module), site), []).append(module)
     points = dict.fromkeys(point for table in modules.values() for point in table)
-    builder = _Builder(composition, sites, modules, adapter, fusion)
+    builder = _Builder(sites, modules, adapter, fusion)
     plan = Plan()
     for kind, site in points:
         if block_of(site) < drop:
@@ -91,11 +91,10 @@ def _starts(sites: SiteMap, used: Iterable[str]) -> dict[str, int]:
     for tower in sites.towers.values():
         names = set(tower.site_names())
         own = [block_of(site) for site in used if site in names]
-        crossed = any("cross" in block.sublayers for block in tower.blocks)
-        if crossed and starts:
+        if tower.crossed and starts:
             starts[tower.name] = 0
         elif own:
-            starts[tower.name] = int(min(*own, len(tower.blocks) - 1, float("inf")))
+            starts[tower.name] = int(min(*own, len(tower.blocks) - 1))
         if tower.name in starts and tower.copies is not None:
             raise ValueError(
                 f"Parallel cannot multiply the batch inside tower {tower.name!r} of "
@@ -107,7 +106,6 @@ def _starts(sites: SiteMap, used: Iterable[str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Builder:
-    composition: Composition
     sites: SiteMap
     modules: dict[str, dict[Point, list[Any]]]
     adapter: Callable[[str], Adapter]
@@ -152,9 +150,10 @@ class _Builder:
         members = [self.acting(member, kind, site) for member in self.distinct(node)]
         if not any(members):
             return []
+        point = (kind, site)
         if kind == "prompt":
             raise ValueError(
-                f"{type(node).__name__} cannot hold the prompts of {self._culprit(node, kind)!r}: "
+                f"{type(node).__name__} cannot hold the prompts of {self._culprit(node, point)!r}: "
                 "they lengthen the sequence for the whole batch; use Stack"
             )
         if isinstance(node, (Split, Fuse, Parallel)):
@@ -167,7 +166,7 @@ class _Builder:
             return [self._routed(node, kind, site, members)]
         if kind == "prefix":
             raise ValueError(
-                f"{type(node).__name__} cannot hold the prefix of {self._culprit(node, kind)!r}: "
+                f"{type(node).__name__} cannot hold the prefix of {self._culprit(node, point)!r}: "
                 "keys and values can be put one after another (Stack) or dealt out by sample "
                 "(Route), not mixed"
             )
@@ -185,15 +184,13 @@ class _Builder:
         self._check_called(node, site)
         return [SplitDelta(site, node.splits, [DeltaChain(member) for member in members])]
 
-    def _culprit(self, node: Composition, kind: Kind) -> str:
-        for name in node.names():
-            if any(kind == other for other, _ in self.modules[name]):
-                return name
-        raise AssertionError(kind)
+    def _culprit(self, node: Composition, point: Point) -> str:
+        """The first adapter of `node` that acts at `point`."""
+        return next(name for name in node.names() if point in self.modules[name])
 
     def _fused(self, node: Fuse, kind: Kind, site: str, members: list[list[Any]]) -> Fused:
         if kind != "branch":
-            name = self._culprit(node, kind)
+            name = self._culprit(node, (kind, site))
             raise ValueError(
                 f"Fuse cannot hold {name!r}, a {self.adapter(name).config.method}: AdapterFusion "
                 "attends over what bottleneck adapters add to a sublayer; use Average or Stack"
@@ -222,7 +219,7 @@ class _Builder:
 
     def _check_tokens(self, node: Composition, kind: Kind, site: str) -> None:
         what = type(node).__name__
-        name = next(name for name in node.names() if (kind, site) in self.modules[name])
+        name = self._culprit(node, (kind, site))
         method = self.adapter(name).config.method
         if kind == "readout":
             raise ValueError(
@@ -294,7 +291,7 @@ class _Even:
 
 
 @dataclass(eq=False)
-class Chain:
+class Chain(Replacing):
     """Branches one after another, as one."""
 
     members: list[Any]
@@ -318,11 +315,11 @@ class Chain:
             member = self.members[0]
             own = wanted(member, more)
             return member.change(branch, residual=residual, input=input, **own)
-        return self(branch, residual=residual, input=input, **more) - branch
+        return super().change(branch, residual=residual, input=input, **more)
 
 
 @dataclass(eq=False)
-class AveragedBranch:
+class AveragedBranch(Changing):
     """branch + sum_i w_i change_i."""
 
     members: list[tuple[float, Chain]]
@@ -330,11 +327,6 @@ class AveragedBranch:
     @property
     def reads(self) -> frozenset[Read]:
         return reads_of(member for _, member in self.members)
-
-    def __call__(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        return branch + self.change(branch, residual=residual, input=input, **more)
 
     def change(
         self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
@@ -362,7 +354,7 @@ class AveragedReadout:
 
 
 @dataclass(eq=False)
-class SplitBranch:
+class SplitBranch(Replacing):
     """Each member on its tokens, axis 1 of (B, N, D)."""
 
     site: str
@@ -386,11 +378,6 @@ class SplitBranch:
             ],
             dim=1,
         )
-
-    def change(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        return self(branch, residual=residual, input=input, **more) - branch
 
 
 def _pieces(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:

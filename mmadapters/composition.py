@@ -31,7 +31,6 @@ class Composition:
 
     Class attributes:
         key: its name in files; `option`: the one option that it has there, if any.
-        holds: the compositions that may stand anywhere inside it.
         base: whether "base" may stand in it; `least`: how many members it needs.
     """
 
@@ -41,10 +40,6 @@ class Composition:
     option: ClassVar[str | None] = None
     base: ClassVar[bool] = False
     least: ClassVar[int] = 2
-
-    @classmethod
-    def holds(cls) -> tuple[type[Composition], ...]:
-        raise TypeError(f"{cls.__name__} does not say what it holds")
 
     def __init__(self, *members: str | Composition | None) -> None:
         object.__setattr__(self, "members", tuple(BASE if m is None else m for m in members))
@@ -57,7 +52,7 @@ class Composition:
             if member == BASE and not self.base:
                 raise ValueError(f"'{BASE}' is the encoder without adapters: {name} cannot hold it")
             for inner in _below(member):
-                if not isinstance(inner, self.holds()):
+                if not isinstance(inner, _HOLDS[self.key]):
                     raise ValueError(
                         f"{type(inner).__name__} cannot stand inside {name}: {_OUTSIDE[inner.key]}"
                     )
@@ -105,10 +100,6 @@ class Stack(Composition):
     key: ClassVar[str] = "stack"
     least: ClassVar[int] = 1
 
-    @classmethod
-    def holds(cls) -> tuple[type[Composition], ...]:
-        return (Stack, Fuse, Average, Split, BatchSplit, Route)
-
     def check(self) -> None:
         seen: set[str] = set()
         for member in self.members:
@@ -130,10 +121,6 @@ class Fuse(Composition):
     """
 
     key: ClassVar[str] = "fuse"
-
-    @classmethod
-    def holds(cls) -> tuple[type[Composition], ...]:
-        return (Stack,)
 
     def check(self) -> None:
         self._none_twice()
@@ -159,10 +146,6 @@ class Average(Composition):
     ) -> None:
         object.__setattr__(self, "weights", None if weights is None else tuple(weights))
         super().__init__(*members)
-
-    @classmethod
-    def holds(cls) -> tuple[type[Composition], ...]:
-        return (Stack, Fuse, Average, Split)
 
     def check(self) -> None:
         self._none_twice()
@@ -203,10 +186,6 @@ class Split(Composition):
         object.__setattr__(self, "splits", tuple(splits))
         super().__init__(*members)
 
-    @classmethod
-    def holds(cls) -> tuple[type[Composition], ...]:
-        return (Stack, Fuse, Average)
-
     def check(self) -> None:
         if len(self.splits) != len(self.members) - 1:
             _check_number_of(self, "splits", self.splits, len(self.members))
@@ -227,10 +206,6 @@ class BatchSplit(Composition):
         object.__setattr__(self, "batch_sizes", tuple(batch_sizes))
         super().__init__(*members)
 
-    @classmethod
-    def holds(cls) -> tuple[type[Composition], ...]:
-        return (Stack, Fuse, Average, Split)
-
     def check(self) -> None:
         _check_number_of(self, "batch_sizes", self.batch_sizes, len(self.members))
         _check_sizes("batch_sizes", self.batch_sizes)
@@ -249,10 +224,6 @@ class Route(Composition):
             raise ValueError(f"Route takes a list with a member for each sample, not {members!r}")
         super().__init__(*members)
 
-    @classmethod
-    def holds(cls) -> tuple[type[Composition], ...]:
-        return (Stack, Fuse, Average, Split)
-
     def __repr__(self) -> str:
         return f"Route({list(self.members)!r})"
 
@@ -267,11 +238,18 @@ class Parallel(Composition):
     key: ClassVar[str] = "parallel"
     base: ClassVar[bool] = True
 
-    @classmethod
-    def holds(cls) -> tuple[type[Composition], ...]:
-        return (Stack, Fuse, Average, Split)
 
-
+_INSIDE: tuple[type[Composition], ...] = (Stack, Fuse, Average, Split)
+# The compositions that may stand anywhere inside one, by its key.
+_HOLDS: dict[str, tuple[type[Composition], ...]] = {
+    "stack": (*_INSIDE, BatchSplit, Route),
+    "fuse": (Stack,),
+    "average": _INSIDE,
+    "split": (Stack, Fuse, Average),
+    "batch_split": _INSIDE,
+    "route": _INSIDE,
+    "parallel": _INSIDE,
+}
 _OUTSIDE = {
     "stack": "write its members there one by one",
     "fuse": "it fuses what stands at one place; put a Stack or names there",

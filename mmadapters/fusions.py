@@ -201,8 +201,3 @@ def load(model: AdapterModel, directory: str | os.PathLike) -> str:
     fusion.load(stored.tensors, directory)
     model._insert_fusion(members, fusion)
     return members.name
-
-
-def members_of(model: AdapterModel, name: str) -> Fuse:
-    """What a fusion fuses."""
-    return of(model, name).members

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .composition import Route
+from .routing import linear_by_row, padded
 from .sites import nearest
 
 
@@ -48,16 +48,11 @@ class RoutedHeads(nn.Module):
         places = torch.tensor([known.index(name) for name in names], device=x.device)
         heads = [head for head in self.heads.values() if isinstance(head, nn.Linear)]
         most = max(head.out_features for head in heads)
-        weights = torch.stack([_rows(head.weight, most, 0.0) for head in heads])
-        biases = torch.stack([_rows(_bias(head), most, -torch.inf) for head in heads])
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        logits = torch.baddbmm(biases[places][:, None], flat, weights[places].transpose(1, 2))
-        return logits.reshape(*x.shape[:-1], most)
+        shape = (most, heads[0].in_features)
+        weights = torch.stack([padded(head.weight, shape) for head in heads])
+        biases = torch.stack([padded(_bias(head), (most,), -torch.inf) for head in heads])
+        return linear_by_row(x, weights[places], biases[places])
 
 
 def _bias(head: nn.Linear) -> Tensor:
     return head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
-
-
-def _rows(tensor: Tensor, count: int, value: float) -> Tensor:
-    return F.pad(tensor, (0,) * (2 * (tensor.dim() - 1)) + (0, count - len(tensor)), value=value)

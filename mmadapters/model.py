@@ -466,9 +466,7 @@ class AdapterModel(nn.Module):
             ValueError: there is none of that name.
         """
         name = name.name if isinstance(name, Fuse) else name
-        if name not in self.fusion_names:
-            hint = nearest(name, self.fusion_names)
-            raise ValueError(f"there is no AdapterFusion {name!r}{hint}")
+        fusions.of(self, name)
         del self.fusions._modules[name]
         if self._composition is not None and name in fusions.names_in(self._composition):
             self.set_active_adapters(None)
@@ -562,7 +560,7 @@ class AdapterModel(nn.Module):
         self.adapter(name)
         self._refuse_merged(name, "deleted")
         for fusion in self.fusion_names:
-            if name in fusions.members_of(self, fusion).names():
+            if name in fusions.of(self, fusion).members.names():
                 raise ValueError(
                     f"adapter {name!r} is a member of the AdapterFusion {fusion!r}; call "
                     f"delete_adapter_fusion({fusion!r}) first"

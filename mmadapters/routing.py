@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .methods.base import Read, drop_path, reads_of, wanted
+from .injectors.raw import gate_columns
+from .methods.base import Read, Replacing, drop_path, reads_of, wanted
 from .methods.bitfit import BiasDelta
 from .methods.bottleneck import ACTIVATIONS, Bottleneck
 from .methods.lora import LoRA
@@ -42,6 +43,9 @@ class Rows:
     index: Index
     groups: list[_Group] = field(init=False)
     _rows: dict[tuple[int, torch.device], list[_Placed]] = field(init=False, default_factory=dict)
+    _members: dict[tuple[int, torch.device], dict[int, Tensor]] = field(
+        init=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         self.groups = _grouped(self.members)
@@ -74,7 +78,7 @@ class Rows:
         return self._rows[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": {}}
+        return {**self.__dict__, "_rows": {}, "_members": {}}
 
 
 def _tensor(values: list[int], device: torch.device) -> Tensor:
@@ -173,7 +177,7 @@ class _Stack:
         for name, tensors in self.tensors().items():
             shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
             neutral = tensors[0].new_full(shape, self.neutral(name))
-            made[name] = torch.stack([*(_padded(t, shape) for t in tensors), neutral])
+            made[name] = torch.stack([*(padded(t, shape) for t in tensors), neutral])
         return made
 
     def gathered(self, places: Tensor) -> dict[str, Tensor]:
@@ -181,14 +185,14 @@ class _Stack:
         return {name: t.index_select(0, places) for name, t in self.stacked().items()}
 
 
-def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def padded(tensor: Tensor, shape: Sequence[int], value: float = 0.0) -> Tensor:
     """Zeros behind the end of every axis: a wider bottleneck or rank that adds nothing."""
     if list(tensor.shape) == list(shape):
         return tensor
     pads: list[int] = []
     for have, want in zip(reversed(tensor.shape), reversed(shape), strict=True):
         pads += [0, want - have]
-    return F.pad(tensor, pads)
+    return F.pad(tensor, pads, value=value)
 
 
 def _by_token(parameter: Tensor, like: Tensor) -> Tensor:
@@ -196,7 +200,7 @@ def _by_token(parameter: Tensor, like: Tensor) -> Tensor:
     return parameter.reshape(len(parameter), *(1,) * (like.dim() - 2), -1)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (rows, ..., in) by its own weight (rows, out, in) and bias (rows, out)."""
     flat = x.reshape(len(x), -1, x.shape[-1])
     weight = weight.transpose(1, 2)
@@ -237,8 +241,8 @@ class _Bottlenecks(_Stack):
         one, own = self.modules[0], self.gathered(places)
         h = one.read(branch, residual=residual, input=input)
         h = _normed(h, "norm_before", one.norm_before, own)
-        h = ACTIVATIONS[one.activation](_linear(h, own["down"], own["down_bias"]))
-        h = _linear(F.dropout(h, one.dropout, one.training), own["up"], own["up_bias"])
+        h = ACTIVATIONS[one.activation](linear_by_row(h, own["down"], own["down_bias"]))
+        h = linear_by_row(F.dropout(h, one.dropout, one.training), own["up"], own["up_bias"])
         h = _normed(h, "norm_after", one.norm_after, own)
         if "scale" in own:
             h = h * _by_token(own["scale"], h)
@@ -264,7 +268,7 @@ class _LoRAs(_Stack):
     def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         one, own = self.modules[0], self.gathered(places)
         x = F.dropout(x, one.dropout, one.training).to(own["a"].dtype)
-        return y + _linear(_linear(x, own["a"]), own["b"]).to(y.dtype)
+        return y + linear_by_row(linear_by_row(x, own["a"]), own["b"]).to(y.dtype)
 
 
 class _OutputScales(_Stack):
@@ -311,7 +315,7 @@ class _Biases(_Stack):
         return y + _by_token(self.gathered(places)["bias"], y).to(y.dtype)
 
 
-class RoutedBranch(Rows):
+class RoutedBranch(Rows, Replacing):
     """`Branch` modules, each on its samples."""
 
     @property
@@ -337,11 +341,6 @@ class RoutedBranch(Rows):
                     own = module(own, **reads, **wanted(module, taken))
             branch = placed.put(branch, own)
         return branch
-
-    def change(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        return self(branch, residual=residual, input=input, **more) - branch
 
 
 class RoutedDelta(Rows):
@@ -398,51 +397,47 @@ class RoutedReadout(Rows):
 class RoutedPrefix(Rows):
     """`Prefix` modules, each for its samples: shorter prefixes are filled up and hidden."""
 
+    def rows_of(self, batch: int, device: torch.device) -> dict[int, Tensor]:
+        """The samples of each member that has prefixes and samples."""
+        key = (batch, device)
+        if key not in self._members:
+            owner = self.index(batch)
+            rows = {
+                member: [row for row, other in enumerate(owner) if other == member]
+                for member, modules in enumerate(self.members)
+                if modules
+            }
+            self._members[key] = {m: _tensor(own, device) for m, own in rows.items() if own}
+        return self._members[key]
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D) -> keys and values (B, P, D), and what is added to the scores (B, N, P)."""
         batch, tokens, _ = x.shape
-        given = [self._of(modules, x) for modules in self.members]
-        length = max(keys.shape[-2] for keys, _, _ in filter(None, given))
-        width = next(keys for keys, _, _ in filter(None, given)).shape[-1]
+        given = {m: self._of(modules, x) for m, modules in enumerate(self.members) if modules}
+        length = max(keys.shape[-2] for keys, _, _ in given.values())
+        width = next(iter(given.values()))[0].shape[-1]
         keys, values = x.new_zeros(batch, length, width), x.new_zeros(batch, length, width)
         scores = x.new_full((batch, tokens, length), -torch.inf)
-        owner = self.index(batch)
-        for member, parts in enumerate(given):
-            rows = [row for row, other in enumerate(owner) if other == member]
-            if parts is None or not rows:
-                continue
-            at = _tensor(rows, x.device)
-            own = parts[0].shape[-2]
-            picked = [part if len(part) == 1 else part.index_select(0, at) for part in parts]
-            pad = (0, 0, 0, length - own)
-            fill = [F.pad(part.expand(len(rows), -1, -1), pad) for part in picked[:2]]
-            keys = keys.index_copy(0, at, fill[0].to(keys.dtype))
-            values = values.index_copy(0, at, fill[1].to(values.dtype))
-            shown = picked[2].expand(len(rows), tokens, -1)
-            shown = F.pad(shown, (0, length - own), value=-torch.inf)
+        for member, at in self.rows_of(batch, x.device).items():
+            behind = length - given[member][0].shape[-2]
+            picked = (
+                part.expand(len(at), -1, -1) if len(part) == 1 else part.index_select(0, at)
+                for part in given[member]
+            )
+            key, value, shown = picked
+            pad = (0, 0, 0, behind)
+            keys = keys.index_copy(0, at, F.pad(key, pad).to(keys.dtype))
+            values = values.index_copy(0, at, F.pad(value, pad).to(values.dtype))
+            shown = F.pad(shown, (0, behind), value=-torch.inf)
             scores = scores.index_copy(0, at, shown.to(scores.dtype))
         return keys, values, scores
 
     @staticmethod
-    def _of(modules: list[Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Keys, values (1 or B, P, D) and scores (1 or B, 1 or N, P) of one member's prefixes."""
-        if not modules:
-            return None
-        parts = [module(x) for module in modules]
+    def _of(modules: list[Any], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values (1 or B, P, D) and scores (B, N, P) of one member's prefixes."""
         keys, values, scores = [], [], []
-        for key, value, gate in parts:
-            key, value = (t if t.dim() == 3 else t[None] for t in (key, value))
-            keys.append(key)
-            values.append(value)
-            if gate is None:
-                gate = x.new_zeros(1, 1, key.shape[-2])
-            elif gate.dim() == 2:
-                gate = gate[..., None].expand(-1, -1, key.shape[-2])
-            scores.append(gate)
-        count = max(map(len, scores))
-        tokens = max(score.shape[1] for score in scores)
-        return (
-            torch.cat(keys, dim=1),
-            torch.cat(values, dim=1),
-            torch.cat([score.expand(count, tokens, -1) for score in scores], dim=-1),
-        )
+        for key, value, gate in (module(x) for module in modules):
+            keys.append(key if key.dim() == 3 else key[None])
+            values.append(value if value.dim() == 3 else value[None])
+            scores.append(gate_columns(gate, key.shape[-2], x))
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1), torch.cat(scores, dim=-1)

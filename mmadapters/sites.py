@@ -181,6 +181,11 @@ class Tower:
     runner: nn.Module | None = None
     patches: Patches | None = None
 
+    @property
+    def crossed(self) -> bool:
+        """Whether some of its blocks look at another tower."""
+        return any("cross" in block.sublayers for block in self.blocks)
+
     def site_names(self) -> list[str]:
         """Every canonical name of the tower, outermost first."""
         found = [self.name, *(layer.name for layer in self.front)]

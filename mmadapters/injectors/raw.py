@@ -247,25 +247,24 @@ class _Prefix:
 
 
 def _prefix(prefixes: Iterable[Any], x: Tensor) -> _Prefix:
-    """All active prefixes as one; x: (B, N, D), what the attention reads.
-
-    A gate is (B, N), the same for a whole prefix, or (B, N, P).
-    """
+    """All active prefixes as one; x: (B, N, D), what the attention reads."""
     parts = [adapter(x) for adapter in prefixes]
     keys = torch.cat([key.expand(x.shape[0], -1, -1) for key, _, _ in parts], dim=1)
     values = torch.cat([value.expand(x.shape[0], -1, -1) for _, value, _ in parts], dim=1)
     scores = None
     if any(gate is not None for _, _, gate in parts):
-        columns = [
-            gate
-            if gate is not None and gate.dim() == 3
-            else (x.new_zeros(x.shape[:2]) if gate is None else gate)[..., None].expand(
-                -1, -1, key.shape[-2]
-            )
-            for key, _, gate in parts
-        ]
+        columns = [gate_columns(gate, key.shape[-2], x) for key, _, gate in parts]
         scores = torch.cat(columns, dim=-1)[:, None]
     return _Prefix(keys, values, scores)
+
+
+def gate_columns(gate: Tensor | None, count: int, x: Tensor) -> Tensor:
+    """What a gate adds to the scores of `count` keys, (B, N, P): None nothing, (B, N) the same to
+    all; one of three dimensions says it for each. x: (B, N, D)."""
+    if gate is not None and gate.dim() == 3:
+        return gate
+    same = x.new_zeros(x.shape[:2]) if gate is None else gate
+    return same[..., None].expand(-1, -1, count)
 
 
 class _PrefixedAttention(TorchFunctionMode):

@@ -255,7 +255,7 @@ class Runtime:
             yield leaves[0].module.register_forward_hook(LeafHook(self, leaves), prepend=True)
         elif what == "copy":
             block, tower = self._blocks[site], self._tower(site)
-            hook = CopyHook(self, tower.name, block.index, _crossed(tower))
+            hook = CopyHook(self, tower.name, block.index, tower.crossed)
             yield block.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         elif what == "readout":
             yield from self._readout_hooks(self.sites.towers[site])
@@ -469,10 +469,6 @@ def _changed(
 
 def _names(block: Block) -> set[str]:
     return {sublayer.name for sublayer in block.sublayers.values()}
-
-
-def _crossed(tower: Tower) -> bool:
-    return any("cross" in block.sublayers for block in tower.blocks)
 
 
 @dataclass(eq=False)

@@ -156,6 +156,35 @@ class MethodConfig(ABC):
         return ((self.method, self),)
 
 
+class Changing:
+    """Stands for several branches at a site and says what they add: a call adds it."""
+
+    def __call__(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
+        return branch + self.change(branch, residual=residual, input=input, **more)
+
+    def change(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say what it adds")
+
+
+class Replacing:
+    """Stands for several branches at a site and says what they make of it: `change` is the rest."""
+
+    def __call__(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say what it computes")
+
+    def change(
+        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
+    ) -> Tensor:
+        """What a call adds to the branch."""
+        return self(branch, residual=residual, input=input, **more) - branch
+
+
 def reads_of(members: Iterable[Any]) -> frozenset[Read]:
     """What several modules read together."""
     return frozenset().union(*(member.reads for member in members))

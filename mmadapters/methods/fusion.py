@@ -33,6 +33,7 @@ from ..sites import SiteMap, Sublayer
 from .base import (
     AdapterModule,
     Branch,
+    Changing,
     MethodConfig,
     check_number,
     check_rate,
@@ -118,18 +119,13 @@ def recorded() -> Iterator[dict[FusionAttention, list[Tensor]]]:
         _recording.table = above
 
 
-class Fused:
+class Fused(Changing):
     """The fusion of `members`, anything with a `change`, by the attention of one site."""
 
     def __init__(self, attention: FusionAttention, members: Sequence[Any]) -> None:
         self.attention, self.members = attention, tuple(members)
         self.foldable = _foldable(self.members)
         self.reads = reads_of((attention, *self.members))
-
-    def __call__(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        return branch + self.change(branch, residual=residual, input=input, **more)
 
     def change(
         self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
