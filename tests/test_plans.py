@@ -1,15 +1,17 @@
 """Plans: made once, forgotten in time, safe in threads."""
 
+from __future__ import annotations
+
 import sys
 import threading
 
 import torch
 from families.small import hooks, output, randomise, small_vit
 
-from mmadapters import Parallel, Route, SeqBnConfig, init
+from mmadapters import AdapterModel, Parallel, Route, SeqBnConfig, init
 
 
-def two():
+def two() -> AdapterModel:
     model = init(small_vit())
     for name in "ab":
         model.add_adapter(name, SeqBnConfig(size=4))
@@ -17,7 +19,7 @@ def two():
     return model
 
 
-def test_deleting_the_last_adapter_leaves_no_hook_of_a_parallel_either():
+def test_deleting_the_last_adapter_leaves_no_hook_of_a_parallel_either() -> None:
     model = two()
     model.set_active_adapters(Parallel("a", "b"))
     for name in "ab":
@@ -25,20 +27,20 @@ def test_deleting_the_last_adapter_leaves_no_hook_of_a_parallel_either():
     assert hooks(model.backbone) == 0
 
 
-def many(model):
+def many(model: AdapterModel) -> None:
     for number in range(300):
         with model.using(Route(["ab"[number >> bit & 1] for bit in range(10)])):
             pass
 
 
-def test_what_acts_is_known_however_many_others_were_used_inside():
+def test_what_acts_is_known_however_many_others_were_used_inside() -> None:
     model = two()
     with model.using("a"):
         many(model)
         assert model.active_adapters is not None
 
 
-def test_deleted_adapter_stops_acting_however_many_others_were_used_inside():
+def test_deleted_adapter_stops_acting_however_many_others_were_used_inside() -> None:
     model = two()
     plain = output(model)
     with model.using("a"):
@@ -47,10 +49,10 @@ def test_deleted_adapter_stops_acting_however_many_others_were_used_inside():
         assert torch.equal(output(model), plain)
 
 
-def test_threads_that_write_ever_new_routes_do_not_disturb_each_other():
-    model, wrong = two(), []
+def test_threads_that_write_ever_new_routes_do_not_disturb_each_other() -> None:
+    model, wrong = two(), list[object]()
 
-    def serve(seed):
+    def serve(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(1500):
             route = Route(["ab"[i] for i in torch.randint(2, (12,), generator=generator)])

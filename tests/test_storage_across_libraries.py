@@ -18,7 +18,6 @@ from mmadapters import (
     AdapterModel,
     ConfigUnion,
     LoRAConfig,
-    MethodConfig,
     PrefixConfig,
     SeqBnConfig,
     init,
@@ -87,7 +86,7 @@ def test_adapter_loads_on_the_same_weights_in_another_library(
     run, run_twin = twin.source_features, twin.target_features
     if direction == "back":
         source, target, run, run_twin = target, source, run_twin, run
-    assert_alike(source, target, run, run_twin, tmp_path)
+    twins.assert_alike(source, target, run, run_twin, tmp_path, TWIN_CONFIG)
 
 
 SPEECH = {family.name: family for family in speech.FAMILIES}
@@ -111,31 +110,9 @@ def test_speech_adapter_loads_on_the_same_weights_in_torchaudio(
     config = TWIN_CONFIG
     if "prefix" not in one.traits:
         config = CONFIG
-    assert_alike(one.build(), other.build(), features_of(one), features_of(other), tmp_path, config)
-
-
-def assert_alike(
-    source: nn.Module,
-    target: nn.Module,
-    run: Callable[[nn.Module], list[Tensor]],
-    run_twin: Callable[[nn.Module], list[Tensor]],
-    folder: Path,
-    config: MethodConfig = TWIN_CONFIG,
-) -> None:
-    """An adapter saved on `source` gives `target` the same features to 1e-5."""
-    model = init(source)
-    model.add_adapter("pets", config)
-    randomise(model.adapter("pets"), std=0.1)
-    model.save_adapter(folder / "pets", "pets")
-    twin = init(target)
-    twin.load_adapter(folder / "pets")
-    with torch.no_grad():
-        plain = run(model)
-        model.set_active_adapters("pets")
-        twin.set_active_adapters("pets")
-        for expected, actual, before in zip(run(model), run_twin(twin), plain, strict=True):
-            assert (actual - expected).abs().max() < 1e-5
-            assert (expected - before).abs().max() > 1e-3
+    twins.assert_alike(
+        one.build(), other.build(), features_of(one), features_of(other), tmp_path, config
+    )
 
 
 @pytest.fixture(scope="module")

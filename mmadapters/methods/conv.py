@@ -16,6 +16,7 @@ that of the image at hand, of any size and shape.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,17 +33,15 @@ Apply = Callable[[nn.Conv2d, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvpassConfig(MethodConfig):
-    """`size`: h, the bottleneck. `sites=("*.attn",)` is the paper's Convpass-attn.
+class GridConfig(MethodConfig):
+    """Base of the methods that convolve over patches. `size`: the bottleneck.
 
     Raises at add_adapter for towers that read no image.
     """
 
-    size: int = 8
-    scale: float = 1.0
+    size: int
     dropout: float = 0.1
 
-    method: ClassVar[str] = "convpass"
     mergeable: ClassVar[bool | str] = (
         "a convolution mixes tokens, which no weight of the encoder does"
     )
@@ -51,44 +50,49 @@ class ConvpassConfig(MethodConfig):
         super().__post_init__()
         check_count("size", self.size)
         check_rate("dropout", self.dropout)
+
+    @abstractmethod
+    def module(self, sublayer: Sublayer, *, batch_first: bool) -> AdapterModule:
+        """The new module of one sublayer."""
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        return {
+            sublayer.name: self.module(sublayer, batch_first=batch_first)
+            for sublayer, batch_first in image_sublayers(self, sites)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvpassConfig(GridConfig):
+    """`size`: h, the bottleneck. `sites=("*.attn",)` is the paper's Convpass-attn."""
+
+    size: int = 8
+    scale: float = 1.0
+
+    method: ClassVar[str] = "convpass"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("scale", self.scale)
         if self.scale == 0:
             raise ValueError(
                 "scale must not be 0: with the up-projection at zero nothing would learn"
             )
 
-    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
-        return {
-            sublayer.name: Convpass(self, sublayer, batch_first=batch_first)
-            for sublayer, batch_first in image_sublayers(self, sites)
-        }
+    def module(self, sublayer: Sublayer, *, batch_first: bool) -> AdapterModule:
+        return Convpass(self, sublayer, batch_first=batch_first)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonaConfig(MethodConfig):
-    """`size`: the bottleneck.
-
-    Raises at add_adapter for towers that read no image.
-    """
+class MonaConfig(GridConfig):
+    """`size`: the bottleneck."""
 
     size: int = 64
-    dropout: float = 0.1
 
     method: ClassVar[str] = "mona"
-    mergeable: ClassVar[bool | str] = (
-        "a convolution mixes tokens, which no weight of the encoder does"
-    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("size", self.size)
-        check_rate("dropout", self.dropout)
-
-    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
-        return {
-            sublayer.name: Mona(self, sublayer, batch_first=batch_first)
-            for sublayer, batch_first in image_sublayers(self, sites)
-        }
+    def module(self, sublayer: Sublayer, *, batch_first: bool) -> AdapterModule:
+        return Mona(self, sublayer, batch_first=batch_first)
 
 
 def image_sublayers(config: MethodConfig, sites: SiteMap) -> list[tuple[Sublayer, bool]]:

@@ -8,15 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mmadapters import MethodConfig, init
 from mmadapters.injectors import describe
 
 from . import Family, vision, vision_language
+from .small import randomise
 from .vision import images
 from .vision_language import tokens
+
+Run = Callable[[nn.Module], list[Tensor]]
+
+
+def assert_alike(
+    source: nn.Module,
+    target: nn.Module,
+    run: Run,
+    run_twin: Run,
+    folder: Path,
+    config: MethodConfig,
+    *,
+    std: float = 0.1,
+) -> None:
+    """An adapter saved on `source` gives `target` the same features to 1e-5."""
+    model = init(source)
+    model.add_adapter("pets", config)
+    randomise(model.adapter("pets"), std=std)
+    model.save_adapter(folder / "pets", "pets")
+    twin = init(target)
+    twin.load_adapter(folder / "pets")
+    with torch.no_grad():
+        plain = run(model)
+        model.set_active_adapters("pets")
+        twin.set_active_adapters("pets")
+        for expected, actual, before in zip(run(model), run_twin(twin), plain, strict=True):
+            assert (actual - expected).abs().max() < 1e-5
+            assert (expected - before).abs().max() > 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,8 +61,16 @@ class Twin:
     source: str
     target: str
     outside: Callable[[nn.Module, nn.Module], None]
-    source_features: Callable[[nn.Module], list[Tensor]]
-    target_features: Callable[[nn.Module], list[Tensor]]
+    source_features: Run
+    target_features: Run
+
+    def either_way(self, *, back: bool) -> tuple[nn.Module, nn.Module, Run, Run]:
+        """Fresh models and what runs them, for an adapter of the source, or of the target, on the
+        other."""
+        source, target = self.pair()
+        if back:
+            return target, source, self.target_features, self.source_features
+        return source, target, self.source_features, self.target_features
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
         """Fresh models of both families with the weights of the source."""

@@ -226,20 +226,7 @@ def test_the_file_holds_shared_parameters_once(tmp_path: Path) -> None:
 def test_one_file_serves_the_same_weights_in_another_library(
     twin: twins.Twin, back: bool, tmp_path: Path
 ) -> None:
-    pair = list(zip(twin.pair(), (twin.source_features, twin.target_features), strict=True))
-    (source, features), (target, twin_features) = reversed(pair) if back else pair
-    model, other = init(source), init(target)
-    model.add_adapter("a", CONFIG)
-    randomise(model.adapter("a"), std=0.1)
-    model.save_adapter(tmp_path / "a", "a")
-    other.load_adapter(tmp_path / "a")
-    with torch.no_grad():
-        plain = features(model)
-        model.set_active_adapters("a")
-        other.set_active_adapters("a")
-        for one, same, was in zip(features(model), twin_features(other), plain, strict=True):
-            assert (one - same).abs().max() < 1e-5
-            assert (one - was).abs().max() > 1e-3
+    twins.assert_alike(*twin.either_way(back=back), tmp_path, CONFIG, std=0.1)
 
 
 def test_maps_that_sites_leave_out_are_left_alone() -> None:
