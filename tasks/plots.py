@@ -196,18 +196,12 @@ def heat_maps(
         for place in range(len(columns))
     ]
     for axes, (title, cells) in zip(places, maps.items(), strict=True):
-        shades = np.array([[_shade(cell, top[x]) for x, cell in enumerate(row)] for row in cells])
-        axes.imshow(shades, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
-        for y, row in enumerate(cells):
-            for x, cell in enumerate(row):
-                ink = "white" if shades[y, x] > 0.7 else LIGHT.ink
-                text = "" if cell is None else str(cell).partition(" [")[0].removesuffix(" %")
-                axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=11)
-        axes.set_title(title, loc="left", fontsize=10, color=LIGHT.ink, parse_math=False)
-        axes.set_xticks(range(len(columns)), columns, parse_math=False)
-        axes.set_yticks(range(len(cells)), [f"{rows} {name}" for name in columns], parse_math=False)
-        axes.tick_params(colors=LIGHT.muted, labelsize=9, length=0, top=False, bottom=False)
-        axes.spines[:].set_visible(False)
+        shades = [[_shade(cell, top[x]) for x, cell in enumerate(row)] for row in cells]
+        texts = [
+            ["" if c is None else str(c).partition(" [")[0].removesuffix(" %") for c in row]
+            for row in cells
+        ]
+        _cells(axes, shades, texts, title, columns=columns, rows=[f"{rows} {n}" for n in columns])
     return figure
 
 
@@ -222,19 +216,33 @@ def fusion_map(sites: Mapping[str, Sequence[float]], *, members: Sequence[str]) 
     size = (1.1 * len(members) + 2.6, 0.8 + 0.26 * len(sites))
     figure = Canvas(figsize=size, layout="constrained")
     axes = figure.subplots()
-    weights = np.array(list(sites.values()), dtype=float)
-    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
-    for y, row in enumerate(weights):
-        for x, weight in enumerate(row):
-            ink = "white" if weight > 0.7 else LIGHT.ink
-            text = "" if math.isnan(weight) else f"{100 * weight:.0f}"
-            axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=9)
-    axes.set_title("attention, %", loc="left", fontsize=10, color=LIGHT.ink)
-    axes.set_xticks(range(len(members)), members, parse_math=False)
-    axes.set_yticks(range(len(sites)), list(sites), parse_math=False)
-    axes.tick_params(colors=LIGHT.muted, labelsize=8, length=0)
-    axes.spines[:].set_visible(False)
+    weights = list(sites.values())
+    texts = [["" if math.isnan(w) else f"{100 * w:.0f}" for w in row] for row in weights]
+    _cells(axes, weights, texts, "attention, %", columns=members, rows=list(sites))
     return figure
+
+
+def _cells(
+    axes: Any,
+    shades: Sequence[Sequence[float]],
+    texts: Sequence[Sequence[str]],
+    title: str,
+    *,
+    columns: Sequence[str],
+    rows: Sequence[str],
+) -> None:
+    """A table as shaded cells with a text in each; a shade of 1 is the darkest, NaN is none."""
+    table = np.array(shades, dtype=float)
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+    for y, row in enumerate(texts):
+        for x, text in enumerate(row):
+            ink = "white" if table[y, x] > 0.7 else LIGHT.ink
+            axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=10)
+    axes.set_title(title, loc="left", fontsize=10, color=LIGHT.ink, parse_math=False)
+    axes.set_xticks(range(len(columns)), columns, parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.tick_params(colors=LIGHT.muted, labelsize=9, length=0)
+    axes.spines[:].set_visible(False)
 
 
 def _shade(metric: Metric | None, top: float) -> float:
