@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ def plan_of(
             plan.add(kind, site, acting)
     if isinstance(composition, Parallel):
         plan.copies = len(composition.members)
-        plan.starts = _starts(sites, [site for kind, site in points if block_of(site) >= drop])
+        plan.starts = _starts(sites, {site for _, site in points}, drop)
     return plan
 
 
@@ -83,18 +83,17 @@ def block_of(site: str) -> float:
     return float("inf") if found is None else int(found[1])
 
 
-def _starts(sites: SiteMap, used: Iterable[str]) -> dict[str, int]:
+def _starts(sites: SiteMap, used: set[str], drop: int) -> dict[str, int]:
     """Where in each tower the batch is multiplied: its first adapted block, or its first block if
-    it looks at another tower whose batch is."""
-    used = set(used)
+    it looks at another tower whose batch is. Where nothing acts at all, the last block of each."""
     starts: dict[str, int] = {}
     for tower in sites.towers.values():
         names = set(tower.site_names())
-        own = [block_of(site) for site in used if site in names]
+        own = [max(drop, block_of(site)) for site in used if site in names]
         if tower.crossed and starts:
             starts[tower.name] = 0
-        elif own:
-            starts[tower.name] = int(min(*own, len(tower.blocks) - 1))
+        elif own or not used:
+            starts[tower.name] = int(min([*own, len(tower.blocks) - 1]))
         if tower.name in starts and tower.copies is not None:
             raise ValueError(
                 f"Parallel cannot multiply the batch inside tower {tower.name!r} of "

@@ -36,11 +36,12 @@ from .run import (
     CONFIG,
     METRICS,
     build_model,
+    check_folder,
     environment,
     evaluate_split,
     make_encoder,
+    make_folder,
     measured_split,
-    prepare_folder,
     process_state,
     rows_to_fit,
     train_model,
@@ -163,11 +164,12 @@ def learn(
     others = contrast_jobs(config, jobs) if config.contrast == "full" else []
     folder = Path(config.output)
     state = process_state(jobs[0])
-    # Every process has looked before the first one writes.
-    _prepare(folder, config, [*jobs, *others], overwrite=overwrite, write=False)
-    state.wait_for_everyone()
+    _check_folders(folder, config, [*jobs, *others], overwrite=overwrite)
+    state.wait_for_everyone()  # every process has looked before the first one writes
     if state.is_main_process:
-        _prepare(folder, config, [*jobs, *others], overwrite=overwrite, write=True)
+        make_folder(folder, config)
+        for job in [*jobs, *others]:
+            make_folder(Path(job.output), job)
     state.wait_for_everyone()
     splits = [_load(job) for job in jobs]
     learner = _Learner(jobs, splits, quiet=quiet, tell=lambda text: tell(f"{text}, adapters"))
@@ -184,22 +186,17 @@ def learn(
     return done
 
 
-def _prepare(
-    folder: Path,
-    config: ContinualConfig,
-    jobs: Sequence[JobConfig],
-    *,
-    overwrite: bool,
-    write: bool,
+def _check_folders(
+    folder: Path, config: ContinualConfig, jobs: Sequence[JobConfig], *, overwrite: bool
 ) -> None:
     if (folder / CONFIG).is_file() and not overwrite:
         raise ValueError(
             f"{folder} holds a run already: choose another output=…, or pass --overwrite to "
             "replace it"
         )
-    prepare_folder(folder, config, resume=False, overwrite=overwrite, write=write)
+    check_folder(folder, config, resume=False, overwrite=overwrite)
     for job in jobs:
-        prepare_folder(Path(job.output), job, resume=False, overwrite=overwrite, write=write)
+        check_folder(Path(job.output), job, resume=False, overwrite=overwrite)
 
 
 def _load(job: JobConfig) -> Splits:

@@ -78,8 +78,10 @@ def train(
     """
     state = process_state(config)
     folder = Path(config.output)
-    first = state.is_main_process
-    checkpoint = prepare_folder(folder, config, resume=resume, overwrite=overwrite, write=first)
+    checkpoint = check_folder(folder, config, resume=resume, overwrite=overwrite)
+    state.wait_for_everyone()  # every process has looked before the first one writes
+    if checkpoint is None and state.is_main_process:
+        make_folder(folder, config)
     state.wait_for_everyone()
     splits = data.load(config.data, artifact.task_class(config.task)(config).columns, SPLITS)
     task, model = make_model(config, rows_to_fit(splits.get("train")))
@@ -94,7 +96,7 @@ def train_model(
     checkpoint: Path | None = None,
     quiet: bool = False,
 ) -> Run:
-    """`train` of a model that is there, in a run directory that `prepare_folder` has made.
+    """`train` of a model that is there, in a run directory that `make_folder` has made.
 
     Raises:
         ValueError: there is no split to train on, or none to evaluate.
@@ -110,21 +112,11 @@ def train_model(
     if any(parameter.requires_grad for parameter in model.parameters()):
         _fit(run, splits, checkpoint, quiet=quiet or not first)
     model.eval()  # pictures are drawn with it too, and must not move a head's running statistics
-    records: dict[Split, list[Record]] = {}
-    measured: tuple[Split, ...] = ("validation", "test")
-    for name in measured:
-        if name in splits:
-            rows = splits[name]
-            with model.encoder.recorded_fusion() as attention:
-                found = evaluate_split(task, model, rows)
-            run.attention = {
-                fusion: {site: weights.tolist() for site, weights in sites.items()}
-                for fusion, sites in attention.items()
-            }
-            run.scores[name] = _score(run, found, name)
-            records[name] = found.records
-    if first:
-        _write(run, splits, records)
+    encoder = model.encoder
+    with encoder.using(encoder.active_adapters, drop=artifact.blocks_dropped(config)):
+        records = _evaluate(run, splits)
+        if first:
+            _write(run, splits, records)
     state.wait_for_everyone()
     return run
 
@@ -148,40 +140,42 @@ def device_of(config: JobConfig) -> str:
     return "cpu" if config.trainer.device == "cpu" else artifact.default_device()
 
 
-def prepare_folder(
-    folder: Path, config: Section, *, resume: bool, overwrite: bool, write: bool
-) -> Path | None:
-    """Makes the run directory and returns the checkpoint to go on from, if there is one.
+def check_folder(folder: Path, config: Section, *, resume: bool, overwrite: bool) -> Path | None:
+    """Whether a run may be written there; returns the checkpoint to go on from, if there is one.
 
     Raises:
         ValueError: a run is there and neither `resume` nor `overwrite` says what to do with it; or
             it is to be resumed and its config is another.
     """
-    resolved = config.model_dump(mode="json")
-    if (folder / CONFIG).is_file():
-        if resume:
-            before = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
-            if changed := differences(before, resolved):
-                raise ValueError(
-                    f"{folder} was begun with another config ({', '.join(changed[:3])}): resume it "
-                    "with the same one, or choose another output"
-                )
-            return last_checkpoint(folder)
-        if not overwrite:
+    if not (folder / CONFIG).is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other files than a run; choose another output=…")
+        return None
+    if resume:
+        before = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
+        if changed := differences(before, config.model_dump(mode="json")):
             raise ValueError(
-                f"{folder} holds a run already: choose another output=…, or pass --resume to go on "
-                "with it or --overwrite to replace it"
+                f"{folder} was begun with another config ({', '.join(changed[:3])}): resume it "
+                "with the same one, or choose another output"
             )
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds other files than a run; choose another output=…")
-    if write:
-        for name in (CHECKPOINTS, "tensorboard", artifact.FOLDER):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (METRICS, REPORT):
-            (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        return last_checkpoint(folder)
+    if not overwrite:
+        raise ValueError(
+            f"{folder} holds a run already: choose another output=…, or pass --resume to go on "
+            "with it or --overwrite to replace it"
+        )
     return None
+
+
+def make_folder(folder: Path, config: Section) -> None:
+    """Makes the directory of a run that begins, without what an earlier one has left there."""
+    for name in (CHECKPOINTS, "tensorboard", artifact.FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (METRICS, REPORT):
+        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = config.model_dump(mode="json")
+    write_text(folder / CONFIG, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
@@ -339,6 +333,22 @@ def measured_split(splits: dict[Split, Rows]) -> tuple[Split, Rows]:
     raise ValueError(
         "there is neither a test nor a validation split to evaluate: give data.fractions"
     )
+
+
+def _evaluate(run: Run, splits: dict[Split, Rows]) -> dict[Split, list[Record]]:
+    records: dict[Split, list[Record]] = {}
+    measured: tuple[Split, ...] = ("validation", "test")
+    for name in measured:
+        if name in splits:
+            with run.model.encoder.recorded_fusion() as attention:
+                found = evaluate_split(run.task, run.model, splits[name])
+            run.attention = {
+                fusion: {site: weights.tolist() for site, weights in sites.items()}
+                for fusion, sites in attention.items()
+            }
+            run.scores[name] = _score(run, found, name)
+            records[name] = found.records
+    return records
 
 
 def _score(run: Run, found: Evaluation, split: str) -> Scores:

@@ -125,7 +125,7 @@ def test_parallel_multiplies_the_batch_where_the_first_adapter_is_left() -> None
     sizes: list[int] = []
     for block in model.backbone.blocks:
         block.register_forward_hook(lambda _, args, out: sizes.append(len(out)))
-    for drop in range(DEPTH):
+    for drop in range(DEPTH + 1):
         single = []
         for name in ("a", "b"):
             with model.using(name, drop=drop):
@@ -133,7 +133,10 @@ def test_parallel_multiplies_the_batch_where_the_first_adapter_is_left() -> None
         sizes.clear()
         with model.using(Parallel("a", "b"), drop=drop):
             torch.testing.assert_close(output(model), torch.cat(single))
-        assert sizes == [2] * drop + [4] * (DEPTH - drop)
+        # Where no adapter is left the copies are made before the last block.
+        assert sizes == [2] * min(drop, DEPTH - 1) + [4] * max(DEPTH - drop, 1)
+    with model.using(Parallel("base", "base")):
+        assert len(output(model)) == 4
 
 
 @each_family

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mmadapters import Fuse, Stack
-from mmadapters.tasks import artifact
+from mmadapters.tasks import artifact, data
 from mmadapters.tasks.configfile import ConfigError, read_config
-from mmadapters.tasks.run import Run, train
+from mmadapters.tasks.run import Run, evaluate_split, train
 
 SMALL = (
     *("data.options.train=48", "data.options.validation=16", "data.options.test=16"),
@@ -120,6 +120,24 @@ def test_dropped_adapters_stay_dropped_when_the_run_is_opened(tmp_path: Path) ->
         assert not torch.equal(used(image), all_of_them(image))
         with all_of_them.using("dropped", drop=3):
             assert torch.equal(used(image), all_of_them(image))
+
+
+def test_run_is_measured_with_the_drop_of_its_evaluation(tmp_path: Path) -> None:
+    steps = ("trainer.learning_rate=0.02", "data.options.test=64")
+    run = job(tmp_path / "whole", *steps)
+    dropped = job(tmp_path / "measured", *steps, "evaluation.adapter_drop=8")
+    opened = artifact.open_directory(dropped.folder, device="cpu")
+    for key, tensor in run.model.encoder.adapter("whole").tensors().items():
+        assert torch.equal(tensor, dropped.model.encoder.adapter("measured").tensors()[key])
+    rows = data.load(opened.task.config.data, opened.task.columns, ("test",))["test"]
+    again = evaluate_split(opened.task, opened.model, rows)
+    score = opened.task.score(again.records, bootstrap=0)
+    all_act, none_act, opened_again = (
+        [metric.value for metric in found.metrics]
+        for found in (run.scores["test"], dropped.scores["test"], score)
+    )
+    assert none_act == pytest.approx(opened_again, abs=1e-9)
+    assert none_act != pytest.approx(all_act, abs=1e-3)
 
 
 def test_random_drop_is_drawn_in_training_and_not_in_evaluation(tmp_path: Path) -> None:
