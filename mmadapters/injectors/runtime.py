@@ -79,7 +79,7 @@ MORE_READS = ("mask", "grid")
 class _ThreadState(threading.local):
     """`plan` stands above the model's own in this thread; `stash` holds tensors on their way from
     one hook to a later one of the same block; `memo` computed weights during one forward; `states`
-    what the blocks of a tower have given so far, by index."""
+    what the blocks under a readout have given so far, by index."""
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
@@ -192,7 +192,7 @@ class Runtime:
         elif kind == "prefix":
             yield "attention", site
         elif kind == "readout":
-            yield "readout", site
+            yield ("readout" if site in self.sites.towers else "side"), site
         else:
             yield "prompt", site
             if not module.replaces:
@@ -258,14 +258,26 @@ class Runtime:
             hook = CopyHook(self, tower.name, block.index, tower.crossed)
             yield block.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         elif what == "readout":
-            yield from self._readout_hooks(self.sites.towers[site])
+            tower = self.sites.towers[site]
+            assert tower.runner is not None
+            yield tower.runner.register_forward_pre_hook(StartHook(self, site))
+            yield from self._collect_hooks(site, tower.blocks)
+            yield tower.runner.register_forward_hook(ReadoutHook(self, site))
+        elif what == "side":
+            blocks = self._tower(site).blocks
+            entry = EntryHook(self, site)
+            yield blocks[0].module.register_forward_pre_hook(entry, with_kwargs=True)
+            yield from self._collect_hooks(site, blocks)
+            yield blocks[-1].module.register_forward_hook(ReadoutHook(self, site))
         elif what == "prompt":
             block = self._blocks[site]
             yield block.module.register_forward_pre_hook(PromptHook(self, site), with_kwargs=True)
-            yield block.module.register_forward_hook(UnpromptHook(self, site, True))
+            hook = UnpromptHook(self, site, True)
+            yield block.module.register_forward_hook(hook, prepend=True)
         else:
-            block = self._blocks[site]
-            yield block.module.register_forward_hook(UnpromptHook(self, rest[0], False))
+            # First of all, so that what reads the block's output finds no prompts there.
+            hook = UnpromptHook(self, rest[0], False)
+            yield self._blocks[site].module.register_forward_hook(hook, prepend=True)
 
     def _masked(self, site: str) -> nn.Module:
         """The attention of a sublayer's block, which is given the mask: like all that adapters
@@ -274,12 +286,9 @@ class Runtime:
         attn = block.sublayers["attn"]
         return attn.input if attn.attention is None else attn.attention
 
-    def _readout_hooks(self, tower: Tower) -> Iterable[RemovableHandle]:
-        assert tower.runner is not None
-        yield tower.runner.register_forward_pre_hook(StartHook(self, tower.name))
-        for block in tower.blocks:
-            yield block.module.register_forward_hook(CollectHook(self, tower.name, block.index))
-        yield tower.runner.register_forward_hook(ReadoutHook(self, tower.name))
+    def _collect_hooks(self, site: str, blocks: Iterable[Block]) -> Iterable[RemovableHandle]:
+        for block in blocks:
+            yield block.module.register_forward_hook(CollectHook(self, site, block.index))
 
     def _remove(self, key: tuple[str, ...]) -> None:
         for handle in self._handles.pop(key, ()):
@@ -293,7 +302,7 @@ def is_adapted(module: nn.Module) -> bool:
     """Whether some runtime has hooks or subclasses on the module."""
     hooks = (
         *(ForwardHook, CaptureHook, MaskHook, GridHook, BranchHook, EnterHook, LeafHook),
-        *(PromptHook, UnpromptHook, CopyHook, StartHook, CollectHook, ReadoutHook),
+        *(PromptHook, UnpromptHook, CopyHook, StartHook, EntryHook, CollectHook, ReadoutHook),
     )
     return any(
         raw.KEY in part.__dict__
@@ -574,11 +583,23 @@ class StartHook:
     of them out."""
 
     runtime: Runtime
-    tower: str
+    site: str
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if self.runtime.plan().readout.get(self.tower):
-            self.runtime.local.states[self.tower] = {}
+        if self.runtime.plan().readout.get(self.site):
+            self.runtime.local.states[self.site] = {}
+
+
+@dataclass(eq=False)
+class EntryHook:
+    """The same on entering the first block; and keeps what entered."""
+
+    runtime: Runtime
+    site: str
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.runtime.plan().readout.get(self.site):
+            self.runtime.local.states[self.site] = {-1: first_input(args, kwargs)}
 
 
 @dataclass(eq=False)
@@ -586,28 +607,28 @@ class CollectHook:
     """Keeps what a block gave until its tower has run."""
 
     runtime: Runtime
-    tower: str
+    site: str
     index: int
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         # A library may run the blocks without their tower: then nothing reads them.
-        states = self.runtime.local.states.get(self.tower)
+        states = self.runtime.local.states.get(self.site)
         if states is not None:
             states[self.index] = first_output(output)
 
 
 @dataclass(eq=False)
 class ReadoutHook:
-    """Lets the active `Readout` modules act on a tower's last hidden state."""
+    """Lets the active `Readout` modules act on what a tower gives last."""
 
     runtime: Runtime
-    tower: str
+    site: str
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        states = self.runtime.local.states.pop(self.tower, None)
+        states = self.runtime.local.states.pop(self.site, None)
         if not states:
             return None
         last = first_output(output)
-        for adapter in self.runtime.plan().readout.get(self.tower, ()):
+        for adapter in self.runtime.plan().readout.get(self.site, ()):
             last = adapter(last, states=states)
         return with_first(output, last)

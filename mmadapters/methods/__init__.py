@@ -24,6 +24,7 @@ from .conformer import ConformerAdapterConfig
 from .conv import ConvpassConfig, MonaConfig
 from .fact import FacTConfig
 from .fusion import FusionConfig
+from .ladder import LadderConfig
 from .lora import DoRAConfig, LoRAConfig
 from .prefix import PrefixConfig
 from .prompt import PromptConfig
@@ -53,6 +54,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         DoRAConfig,
         FacTConfig,
         RepAdapterConfig,
+        LadderConfig,
         IA3Config,
         SSFConfig,
         BitFitConfig,
@@ -161,6 +163,7 @@ __all__ = [
     "FusionConfig",
     "IA3Config",
     "LAdapterConfig",
+    "LadderConfig",
     "LoRAConfig",
     "MAMConfig",
     "MMSAdapterConfig",

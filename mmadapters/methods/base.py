@@ -7,7 +7,7 @@ run each kind at a site; a method only picks sites and computes.
     Delta    on a linear map or a LayerNorm, as activations or as a changed weight
     Prefix   on the keys and values of an attention
     Prompt   on the tokens that enter a block
-    Readout  on a tower's last hidden state, from what all its blocks gave
+    Readout  on what a tower gives last, from what all its blocks gave
 """
 
 from __future__ import annotations
@@ -106,11 +106,15 @@ class Prompt(nn.Module):
 
 
 class Readout(nn.Module):
-    """Acts on what a tower gives last, and sees what each of its blocks gave."""
+    """Acts on what a tower gives last, and sees what each of its blocks gave.
+
+    At the name of the tower that is its last hidden state, behind its norm where it has one; at
+    the name of its last block, what that block gives.
+    """
 
     def forward(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
-        """last: (B, N, D), behind the tower's norm where it has one; states: (B, N, D) by block,
-        without those that LayerDrop left out -> (B, N, D)."""
+        """last: (B, N, D); states: (B, N, D) by block, without those that LayerDrop left out; -1
+        is what entered the first block, for readouts at a block -> (B, N, D)."""
         raise TypeError(f"{type(self).__name__} does not say what it computes")
 
 

@@ -31,6 +31,7 @@ from mmadapters import (
     FrontEndAdapterConfig,
     IA3Config,
     LAdapterConfig,
+    LadderConfig,
     LoRAConfig,
     MAMConfig,
     MethodConfig,
@@ -74,6 +75,7 @@ METHODS: dict[str, MethodConfig] = {
     "fact": FacTConfig(rank=4),
     "fact-tk": FacTConfig(rank=4, core=3, scale=0.5, targets=("q", "v", "up")),
     "repadapter": RepAdapterConfig(scale=0.5),
+    "ladder": LadderConfig(heads=2, mlp_ratio=2),
     "ia3": IA3Config(targets=("q", "k", "v", "o", "down")),
     "ssf": SSFConfig(),
     "bitfit": BitFitConfig(),
@@ -146,6 +148,8 @@ def refusal(family: Family, method: str) -> str | None:
         return r"reads this weight itself.*(use dropout=0|leave it out with sites=)"
     if method in FOR_SPEECH and family.name not in SPEECH:
         return r"is for speech, and .* has no audio tower; it has "
+    if method == "ladder" and "vision" not in towers(family):
+        return r"ladder is for image encoders, and .* has no vision tower; it has "
     if method == "conv_front_end" and family.name not in SPEECH - {"hf-whisper"}:
         return r"has no convolutional front end that conv_front_end can enter; wav2vec 2.0, "
     if method in NEEDS_BIASES and family.name in NO_BIAS:

@@ -195,7 +195,7 @@ PAIRS = [
     for name, case in CASES.items()
     for method in METHODS
     # Prompts and convolutions over patches go into image towers, which have no padding.
-    if method not in HAS_PROMPT | FOR_IMAGES
+    if method not in HAS_PROMPT | FOR_IMAGES | {"ladder"}  # these act on images alone
     and name not in NOT_INVARIANT
     and refusal(case.family, method) is None
 ]

@@ -25,6 +25,7 @@ from mmadapters import (
     FrontEndAdapterConfig,
     IA3Config,
     LAdapterConfig,
+    LadderConfig,
     LoRAConfig,
     MAMConfig,
     MethodConfig,
@@ -86,6 +87,7 @@ CONFIGS: list[MethodConfig] = [
         dropout=0.1,
     ),
     LAdapterConfig(residual=False),
+    LadderConfig(size=24, heads=3, mlp_ratio=2, every=2, temperature=0.5, dropout=0.1),
     FrontEndAdapterConfig(size=4, kernel=1, sites=("audio.front.[0-2]",)),
     ConfigUnion(
         LoRAConfig(sites=("*.0",)),

@@ -1,0 +1,147 @@
+"""Ladder side-tuning: a small network beside the frozen encoder, which no gradient enters.
+
+For what a tower's blocks gave, b_1 .. b_L, and what entered the first of them, b_0, D wide,
+
+    h_0 = W_0 b_0
+    h_l = f_l(g_l W_l b_l + (1 - g_l) h_(l-1)),  g_l = sigmoid(a_l / T)
+    b_L' = b_L + U h_L
+
+The W_l are linear maps to the side network's width, f_l its transformer blocks, T = 0.1, a_l zero
+at the start. All b are cut off from the graph: the backward pass runs through the side network
+alone, whatever else acts in the encoder. U starts at zero: a fresh adapter is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sites import SiteMap, Tower
+from .base import AdapterModule, MethodConfig, Readout, check_count, check_number, check_rate
+from .bottleneck import bottleneck_size, check_size, linear, zero_linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderConfig(MethodConfig):
+    """Ladder side-tuning, Sung, Cho and Bansal 2022, on the image tower of any encoder.
+
+    The paper's side blocks are the encoder's own, made narrow and pruned from its weights; ours are
+    pre-norm transformer blocks with fresh weights. The result is added to the last block's output,
+    before the tower's last norm, so that all that reads an encoder reads it there.
+
+    size: the side network's width; or `reduction_factor`, 4 by default, of the encoder's.
+    heads: of its attention; they must divide its width.
+    mlp_ratio: width of its feed-forward part over its own.
+    every: one side block for every so many blocks of the encoder, counted from its last one.
+    temperature: T, of the gates.
+    dropout: on what its sublayers give.
+
+    `sites` bounds the blocks that are read: `("vision.blocks.[6-9]",)`.
+    """
+
+    size: int | None = None
+    reduction_factor: float | None = None
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    every: int = 1
+    temperature: float = 0.1
+    dropout: float = 0.0
+
+    method: ClassVar[str] = "ladder"
+    mergeable: ClassVar[bool | str] = "a ladder is a network beside the encoder, which no weight is"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is None and self.reduction_factor is None:
+            object.__setattr__(self, "reduction_factor", 4)
+        check_size(self.size, self.reduction_factor)
+        check_count("heads", self.heads)
+        check_count("every", self.every)
+        check_rate("dropout", self.dropout)
+        for what, value in (("mlp_ratio", self.mlp_ratio), ("temperature", self.temperature)):
+            check_number(what, value)
+            if value <= 0:
+                raise ValueError(f"{what} must be above 0, not {value!r}")
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        tower, selection = sites.towers.get("vision"), sites.select(self.sites)
+        if tower is None:
+            raise ValueError(
+                f"{self.method} is for image encoders, and {sites.architecture} has no vision "
+                f"tower; it has {', '.join(sites.towers)}"
+            )
+        below = [block.index for block in tower.blocks if block.name in selection]
+        chosen = sorted(below[:: -self.every])
+        if not chosen:
+            raise ValueError(
+                f"no block of the vision tower of {sites.architecture} lies under "
+                f"sites={self.sites!r}; name whole blocks, e.g. sites=('vision.blocks.*',)"
+            )
+        return {tower.blocks[-1].name: Ladder(self, tower, chosen)}
+
+
+class Ladder(Readout):
+    """Parameters `entry` (W_0), `downs` and `blocks` by layer, `gates` (layers,) and `up`."""
+
+    def __init__(self, config: LadderConfig, tower: Tower, layers: list[int]) -> None:
+        super().__init__()
+        sublayer = next(iter(tower.blocks[0].sublayers.values()))
+        like, width = sublayer.like(), tower.width
+        size = bottleneck_size(sublayer, config.size, config.reduction_factor)
+        if size % config.heads:
+            raise ValueError(
+                f"{config.heads} heads do not divide the side network's width, {size}; set heads "
+                "or size"
+            )
+        self.layers, self.temperature = tuple(layers), config.temperature
+        self.batch_first = tower.batch_first
+        self.entry = linear(width, size, like)
+        self.downs = nn.ModuleDict({str(layer): linear(width, size, like) for layer in layers})
+        self.blocks = nn.ModuleDict({str(layer): SideBlock(config, size, like) for layer in layers})
+        self.gates = nn.Parameter(torch.zeros(len(layers), **like))
+        self.up = zero_linear(size, width, like)
+
+    def forward(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
+        tokens = last.shape[1 if self.batch_first else 0]
+        shares = (self.gates / self.temperature).sigmoid()
+        h = self.entry(self._seen(states[-1], tokens))
+        for place, layer in enumerate(self.layers):
+            if layer not in states:
+                continue
+            own = self.downs[str(layer)](self._seen(states[layer], tokens))
+            h = self.blocks[str(layer)](h + shares[place] * (own - h))
+        change = self.up(h).to(last.dtype)
+        return last + (change if self.batch_first else change.transpose(0, 1))
+
+    def _seen(self, state: Tensor, tokens: int) -> Tensor:
+        """(B, N, D) out of the graph, without prompts, which are appended inside the blocks."""
+        state = state.detach() if self.batch_first else state.detach().transpose(0, 1)
+        return state[:, :tokens]
+
+
+class SideBlock(nn.Module):
+    """A pre-norm transformer block: parameters `norm_1`, `qkv`, `proj`, `norm_2`, `fc1`, `fc2`."""
+
+    def __init__(self, config: LadderConfig, size: int, like: dict) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        hidden = max(1, int(config.mlp_ratio * size))
+        self.norm_1, self.norm_2 = nn.LayerNorm(size, **like), nn.LayerNorm(size, **like)
+        self.qkv, self.proj = linear(size, 3 * size, like), linear(size, size, like)
+        self.fc1, self.fc2 = linear(size, hidden, like), linear(hidden, size, like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, size) -> (B, N, size)."""
+        batch, tokens, size = x.shape
+        parts = self.qkv(self.norm_1(x)).view(batch, tokens, 3, self.heads, size // self.heads)
+        attended = F.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4))
+        x = x + self._dropped(self.proj(attended.transpose(1, 2).flatten(2)))
+        return x + self._dropped(self.fc2(F.gelu(self.fc1(self.norm_2(x)))))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
