@@ -6,10 +6,11 @@ Shape legend: N examples, C classes, S resamples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from ..metrics import CHUNK, Metric, summed_metric
+from ..metrics import CHUNK, Metric, interval, summed_metric
 
 LARGEST = 1e7  # statistics of all examples from which the means over classes get an interval
 
@@ -153,7 +154,7 @@ def mean_average_precision(
         return _nanmean(np.stack(each, axis=1))
 
     value = float(over(np.ones((1, number)))[0])
-    low = high = None
+    samples = None
     if resamples and number > 1:
         rng = np.random.default_rng(seed)
         values = [
@@ -164,8 +165,9 @@ def mean_average_precision(
             )
             for start in range(0, resamples, CHUNK)
         ]
-        low, high = map(float, np.nanpercentile(np.concatenate(values), [2.5, 97.5]))
-    return Metric("mAP", value, low, high, count=number)
+        samples = np.concatenate(values)
+    low, high = interval(samples)
+    return Metric("mAP", value, low, high, count=number, samples=samples)
 
 
 def _of_classes(
@@ -177,7 +179,7 @@ def _of_classes(
 ) -> Metric:
     """A mean over classes of (N, 3C) statistics, or of (1, 3C) sums, which give no interval."""
     found = summed_metric(name, statistics, function, resamples=resamples)
-    return Metric(name, found.value, found.low, found.high, count=number)
+    return replace(found, count=number)
 
 
 def _share(sums: np.ndarray) -> np.ndarray:

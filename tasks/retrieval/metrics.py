@@ -11,13 +11,14 @@ Shape legend: M images, N texts, Q queries, G gallery, E width of the embeddings
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics import Metric, bootstrap, summed_metric
+from ..metrics import Metric, summed_metric
 
 TIE = 1e-6  # products of equal vectors differ by less where they stand in other blocks of a matmul
 CUTS = (1, 5, 10)
@@ -136,8 +137,8 @@ def _mean_recall(
     def value(sums: np.ndarray) -> np.ndarray:
         return (sums[..., 0] / sums[..., 1] + sums[..., 2] / sums[..., 3]) / 2
 
-    low, high = bootstrap(statistics, value, resamples=resamples)
-    return Metric("mean R@1", float(value(statistics.sum(axis=0))), low, high, len(images))
+    found = summed_metric("mean R@1", statistics, value, resamples=resamples)
+    return replace(found, count=len(images))
 
 
 def grouped(

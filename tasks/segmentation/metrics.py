@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..metrics import Metric, bootstrap
+from ..metrics import Metric, bootstrap, summed_metric
 from ..task import Table
 
 Values = Callable[[np.ndarray], np.ndarray]
@@ -143,20 +143,29 @@ def metrics(
     """mIoU first, with intervals over images."""
     sums = statistics(counts, len(classes))
     found = [
-        _metric("mIoU", sums, lambda s: nanmean(class_iou(s)), resamples),
-        _metric("pixel accuracy", sums, pixel_accuracy, resamples),
-        _metric("mean accuracy", sums, lambda s: nanmean(class_accuracy(s)), resamples),
-        _metric("Dice", sums, lambda s: nanmean(class_dice(s)), resamples),
+        summed_metric("mIoU", sums, lambda s: nanmean(class_iou(s)), resamples=resamples),
+        summed_metric("pixel accuracy", sums, pixel_accuracy, resamples=resamples),
+        summed_metric(
+            "mean accuracy", sums, lambda s: nanmean(class_accuracy(s)), resamples=resamples
+        ),
+        summed_metric("Dice", sums, lambda s: nanmean(class_dice(s)), resamples=resamples),
     ]
     if background in classes:
         front = [number for number, name in enumerate(classes) if name != background]
         found.append(
-            _metric("foreground IoU", sums, lambda s: nanmean(class_iou(s)[..., front]), resamples)
+            summed_metric(
+                "foreground IoU",
+                sums,
+                lambda s: nanmean(class_iou(s)[..., front]),
+                resamples=resamples,
+            )
         )
     if any(len(part.outlines) for part in counts):
         outlines = outline_statistics(counts, len(classes))
         found.append(
-            _metric("boundary F1", outlines, lambda s: nanmean(class_outline(s)), resamples)
+            summed_metric(
+                "boundary F1", outlines, lambda s: nanmean(class_outline(s)), resamples=resamples
+            )
         )
     return found
 
@@ -205,12 +214,6 @@ def confused(matrix: np.ndarray, classes: Sequence[str], *, count: int = 10) -> 
             rows.append([classes[truth], classes[predicted], pixels, _percent(share)])
     columns = ["truth", "prediction", "pixels", "% of the class"]
     return Table("What is taken for what", columns, rows)
-
-
-def _metric(name: str, sums: np.ndarray, function: Values, resamples: int) -> Metric:
-    value = float(function(sums.sum(axis=0)))
-    low, high = bootstrap(sums, function, resamples=resamples)
-    return Metric(name, value, low, high, count=len(sums))
 
 
 def _class_intervals(sums: np.ndarray, resamples: int) -> tuple[np.ndarray, np.ndarray]:
