@@ -167,6 +167,50 @@ def continual(
 
 @app.command()
 @friendly
+def compare(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that ships.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the trainings that are done already.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is there.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", help="Train this method alone, to be collected later; may be repeated."
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Methods beside plain bottlenecks of as many parameters: metric, step time, memory."""
+    from mmadapters.tasks.comparison_config import read_comparison, read_contenders
+
+    read = read_comparison(config, overrides or [])
+    read_contenders(read)
+    _quiet_libraries()
+    from mmadapters.tasks import comparison
+    from mmadapters.tasks.comparison_report import show
+
+    with bar("comparing", 1) as progress:
+
+        def tell(what: str, done: int, of: int) -> None:
+            progress(done, of)
+            if not quiet:
+                Console(stderr=True).print(f"{done + 1}/{of} {plain(what)}", highlight=False)
+
+        done = comparison.compare(
+            read, resume=resume, overwrite=overwrite, only=only or (), tell=tell
+        )
+    if done is None:
+        Console().print("Trained; `mmadapters compare … --resume` collects all that are.")
+    else:
+        show(done, Console())
+
+
+@app.command()
+@friendly
 def evaluate(
     directory: Annotated[Path, typer.Argument(help="A run or an adapter directory.")],
     overrides: Overrides = None,

@@ -48,8 +48,8 @@ __all__ = [
     "read_config",
 ]
 
-# What a file of each kind says at its top; `mmadapters train` and `continual` read one each.
-KINDS = {"job": "task", "continual": "jobs"}
+# What a file of each kind says at its top; `mmadapters train`, `continual` and `compare` read one.
+KINDS = {"job": "task", "continual": "jobs", "comparison": "methods"}
 
 
 def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -243,6 +243,10 @@ def _task(source: Source, tree: DictConfig, overrides: Sequence[str]) -> str:
     if task is None and KINDS["continual"] in tree:
         raise ConfigError(
             f"{source.name} lists jobs to be learned in turn: give it to mmadapters continual"
+        )
+    if task is None and KINDS["comparison"] in tree:
+        raise ConfigError(
+            f"{source.name} lists methods to be compared: give it to mmadapters compare"
         )
     if task is None:
         raise ConfigError(
