@@ -83,7 +83,7 @@ def scores(
                 np.concatenate([values, np.ones((count, 1))], axis=1)[chosen],
                 _FUNCTIONS[name],
                 resamples=resamples,
-                **({} if name in (ROUGE, *BLEU) else {"unit": ""}),
+                unit="%" if name in (ROUGE, *BLEU) else "",
                 greater_is_better=name != PERPLEXITY,
             )
             for name, values in statistics.items()

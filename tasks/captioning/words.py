@@ -2,9 +2,9 @@
 
 COCO (Chen et al. 2015, §4) takes the Penn Treebank tokenizer of Stanford CoreNLP in lower case and
 drops punctuation. This is the part of it that captions meet, without Java: contractions become two
-words (do n't, man 's, can not), words with hyphens, numbers with a point or comma, abbreviations
-with dots and signs like $ and % stay. Ours differs in that it drops all brackets, which COCO means
-to drop, but leaves in as -lrb- and -rrb-; and a clock's 10:30 stays one word.
+words (do n't, man 's, can not, gon na); words with hyphens, numbers with a point or comma,
+abbreviations with dots and signs like $ and % stay. Ours differs in that it drops all brackets,
+which COCO means to drop, but leaves in as -lrb- and -rrb-; and a clock's 10:30 stays one word.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"'})
 _NOT = re.compile(r"(?<=\w)n't\b")
 _SHORT = re.compile(r"(?<=\w)('(?:s|m|d|re|ve|ll))\b")
-_CANNOT = re.compile(r"\bcannot\b")
+_JOINED = re.compile(r"\b(?:(can)(not)|(gon|wan)(na)|(got)(ta)|(gim|lem)(me))\b")
 _WORD = re.compile(
     r"""
       \bn't\b | '(?:s|m|d|re|ve|ll)\b   # cut off by the two patterns above
@@ -31,4 +31,5 @@ def words(caption: str) -> list[str]:
     """The words of a caption, in lower case and without punctuation."""
     text = caption.lower().translate(_QUOTES)
     text = _SHORT.sub(r" \1", _NOT.sub(" n't", text))
-    return _WORD.findall(_CANNOT.sub("can not", text))
+    text = _JOINED.sub(lambda found: " ".join(filter(None, found.groups())), text)
+    return _WORD.findall(text)

@@ -116,6 +116,19 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
+def test_checkpointed_blocks_give_the_same_gradient(fluent: Fluent, several: SceneRows) -> None:
+    task, model = adapted(fluent, METHODS["double_seq_bn"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    batch = batch_of(task, several, 0, 1)
+    expected = torch.autograd.grad(loss(model, batch), trained)
+    model.encoder.set_grad_checkpointing(True)
+    for one, other in zip(
+        expected, torch.autograd.grad(loss(model.train(), batch), trained), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    assert model.eval().generate(model.captioner.image_tokens(batch["pixels"])).shape[0] == 2
+
+
 def test_the_prompt_is_given_and_not_learned(fluent: Fluent, one: SceneRows) -> None:
     task, model = made(fluent[0].config, one, backbone=copied(fluent))
     batch = batch_of(task, one, 0)
