@@ -2,9 +2,9 @@
 
 COCO (Chen et al. 2015, §4) takes the Penn Treebank tokenizer of Stanford CoreNLP in lower case and
 drops punctuation. This is the part of it that captions meet, without Java: contractions become two
-words (do n't, man 's, can not, gon na); words with hyphens, numbers with a point or comma,
+words (do n't, man 's, can not, gon na); words with hyphens, numbers with a point, comma or colon,
 abbreviations with dots and signs like $ and % stay. Ours differs in that it drops all brackets,
-which COCO means to drop, but leaves in as -lrb- and -rrb-; and a clock's 10:30 stays one word.
+which COCO means to drop, but leaves in as -lrb- and -rrb-.
 """
 
 from __future__ import annotations
