@@ -169,7 +169,7 @@ class JobConfig(Section):
     """The whole file. Tasks subclass this and set their own `head`, `data` and other sections."""
 
     task: str
-    """segmentation, asr, vqa, retrieval or classification."""
+    """segmentation, asr, vqa, retrieval, captioning or classification."""
     name: str = "adapter"
     """Of the run and of its adapter."""
     output: str = "runs/${name}"

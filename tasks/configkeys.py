@@ -23,6 +23,7 @@ TASKS: dict[str, str] = {
     "asr": "mmadapters.tasks.asr.config:ASRConfig",
     "vqa": "mmadapters.tasks.vqa.config:VQAConfig",
     "retrieval": "mmadapters.tasks.retrieval.config:RetrievalConfig",
+    "captioning": "mmadapters.tasks.captioning.config:CaptioningConfig",
     "classification": "mmadapters.tasks.classification.config:ClassificationConfig",
 }
 _NAMES: dict[Any, str] = {

@@ -184,7 +184,7 @@ class BlipMatcher:
     """
 
     def __init__(self, encoder: AdapterModel) -> None:
-        _require(encoder, "BlipForImageTextRetrieval", "hf/blip-retrieval")
+        require_blip(encoder, "BlipForImageTextRetrieval", "hf/blip-retrieval")
         mend_cross_attention(encoder.backbone)
         self.encoder = encoder
         self.backbone = cast(Any, encoder.backbone)
@@ -194,7 +194,7 @@ class BlipMatcher:
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, D), a class token first."""
-        return _image_tokens(self.encoder, pixels)
+        return image_tokens_of(self.encoder, pixels)
 
     def images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> contrastive features (B, E), not of unit length."""
@@ -207,7 +207,7 @@ class BlipMatcher:
     def texts(self, tokens: Tensor) -> Tensor:
         """(B, L) of `BlipTokenizer.__call__` -> contrastive features (B, E), not of unit length."""
         states = self.backbone.text_encoder(
-            input_ids=tokens, attention_mask=_mask(tokens, self.tokens), return_dict=True
+            input_ids=tokens, attention_mask=token_mask(tokens, self.tokens), return_dict=True
         ).last_hidden_state
         return self.backbone.text_proj(states[:, 0])
 
@@ -223,7 +223,7 @@ class BlipMatcher:
         """
         states = self.backbone.text_encoder(
             input_ids=tokens,
-            attention_mask=_mask(tokens, self.tokens),
+            attention_mask=token_mask(tokens, self.tokens),
             encoder_hidden_states=image_tokens,
             return_dict=True,
         ).last_hidden_state
@@ -241,7 +241,7 @@ class BlipAnswerer:
     """
 
     def __init__(self, encoder: AdapterModel) -> None:
-        _require(encoder, "BlipForQuestionAnswering", "hf/blip-vqa")
+        require_blip(encoder, "BlipForQuestionAnswering", "hf/blip-vqa")
         mend_cross_attention(encoder.backbone)
         self.encoder = encoder
         self.backbone = cast(Any, encoder.backbone)
@@ -249,7 +249,7 @@ class BlipAnswerer:
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, D)."""
-        return _image_tokens(self.encoder, pixels)
+        return image_tokens_of(self.encoder, pixels)
 
     def question_states(self, image_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Questions read together with their images: states (B, L, D) and their mask (B, L).
@@ -258,7 +258,7 @@ class BlipAnswerer:
             image_tokens: (B, N, D).
             tokens: (B, L) of `BlipTokenizer.with_image`.
         """
-        mask = _mask(tokens, self.tokens)
+        mask = token_mask(tokens, self.tokens)
         states = self.backbone.text_encoder(
             input_ids=tokens,
             attention_mask=mask,
@@ -279,7 +279,7 @@ class BlipAnswerer:
         decoder = self.backbone.text_decoder
         hidden = decoder.bert(
             input_ids=answers,
-            attention_mask=_mask(answers, self.tokens),
+            attention_mask=token_mask(answers, self.tokens),
             encoder_hidden_states=states,
             encoder_attention_mask=mask,
             is_decoder=True,
@@ -404,16 +404,19 @@ def _in_place_of(module: nn.Module, other: nn.Module | None) -> Iterator[None]:
         handle.remove()
 
 
-def _require(encoder: AdapterModel, kind: str, name: str) -> None:
+def require_blip(encoder: AdapterModel, kind: str, name: str) -> None:
+    """Raises a ValueError unless the encoder is BLIP's class `kind`, which `name` builds."""
     found = type(encoder.backbone)
     if not is_blip(encoder.backbone) or found.__name__ != kind:
         raise ValueError(f"this needs a {kind} ({name}), not a {found.__name__}")
 
 
-def _image_tokens(encoder: AdapterModel, pixels: Tensor) -> Tensor:
+def image_tokens_of(encoder: AdapterModel, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, N, D), a class token first."""
     backbone = cast(Any, encoder.backbone)
     return backbone.vision_model(pixel_values=pixels, return_dict=True).last_hidden_state
 
 
-def _mask(tokens: Tensor, special: BlipTokens) -> Tensor:
+def token_mask(tokens: Tensor, special: BlipTokens) -> Tensor:
+    """(B, L) ids -> (B, L) int64, 0 where padding stands."""
     return (tokens != special.pad).long()

@@ -7,7 +7,6 @@ L text tokens.
 from __future__ import annotations
 
 import functools
-import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from mmadapters import AdapterModel
 
 from .. import media
+from ..captions import all_captions, captions_of, image_id, number_of
 from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
 from ..encoders.clip import load_tokenizer, text_limits
 from ..encoders.preprocessing import image_preprocessing, to_tensor
 from ..task import (
-    BadRow,
     Batch,
     Column,
     Example,
@@ -200,57 +199,12 @@ class RetrievalTask(Task[RetrievalConfig]):
         """Captions that are longer than the encoder reads."""
         length = self.state["text"]["context_length"]
         found = []
-        for index, texts in enumerate(_all_captions(rows)):
+        for index, texts in enumerate(all_captions(rows)):
             longest = max((self.tokenizer.count(self.sentence(text)) for text in texts), default=0)
             if longest > length:
                 reason = f"a caption of {longest} tokens is cut to the {length} that are read"
                 found.append(Problem(index, reason))
         return found
-
-
-def captions_of(row: Mapping[str, Any]) -> list[str]:
-    """All captions of a row, without those that say nothing.
-
-    Raises:
-        BadRow: there is none, or one is not text.
-    """
-    texts: list[Any] = []
-    for value in (row.get("caption"), row.get("captions")):
-        texts += value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise BadRow(f"a caption is {type(text).__name__} {text!r}, not text")
-    kept = [text.strip() for text in texts if text and text.strip()]
-    if not kept:
-        raise BadRow("there is no caption")
-    return kept
-
-
-def image_id(row: Mapping[str, Any]) -> int:
-    """Equal for rows of one image: of its `image_id`, else of the picture's bytes."""
-    name = row.get("image_id")
-    if name not in (None, ""):
-        return number_of(str(name).encode())
-    value = row["image"]
-    digest = media.media_digest(value)
-    return number_of(np.asarray(value).tobytes() if digest is None else digest.encode())
-
-
-def number_of(data: bytes) -> int:
-    """63 bits of a hash, to compare in tensors."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
-
-
-def _all_captions(rows: Rows) -> Iterator[list[str]]:
-    """The captions of each row, read without its picture; none where they are not text."""
-    columns = {
-        name: list(rows[name]) for name in ("caption", "captions") if name in rows.column_names
-    }
-    for values in zip(*columns.values(), strict=True):
-        try:
-            yield captions_of(dict(zip(columns, values, strict=True)))
-        except BadRow:
-            yield []
 
 
 def _cropped(image: Image.Image, least: float) -> Image.Image:

@@ -244,7 +244,7 @@ def test_what_is_missing_is_named_with_what_it_is(write) -> None:
     ]
     assert problems(write("name: x\n")) == [
         "job.yaml: there is no key 'task', which says what kind of job this is; there are "
-        "segmentation, asr, vqa, retrieval, classification"
+        "segmentation, asr, vqa, retrieval, captioning, classification"
     ]
     assert problems(write("# nothing\n")) == [
         "job.yaml is empty; a config says at least task, backbone, data"

@@ -1,0 +1,1 @@
+"""Captioning: what an image shows, written by BLIP."""

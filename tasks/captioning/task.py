@@ -1,0 +1,227 @@
+"""Captioning: a row is an image with one caption or several, which BLIP learns to write."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mmadapters import AdapterModel
+
+from .. import media
+from ..captions import all_captions, caption_rows, captions_of, image_id, stated_captions
+from ..encoders.blip import BlipTokenizer, BlipTokens, blip_tokenizer, is_blip
+from ..encoders.preprocessing import image_preprocessing, to_tensor
+from ..task import (
+    BadRow,
+    Batch,
+    Column,
+    Example,
+    Figure,
+    Problem,
+    Record,
+    Rows,
+    Scores,
+    Table,
+    Task,
+    TaskModel,
+)
+from . import metrics
+from .config import CaptioningConfig
+from .model import CaptioningModel
+
+PREDICTED_AT_ONCE = 32
+SHORTEST = 4  # tokens of a caption that a prompt must leave room for
+
+
+class CaptioningTask(Task[CaptioningConfig]):
+    """`state`: preprocessing and text (the decoder's special tokens and limits)."""
+
+    name = "captioning"
+    metric = metrics.CIDER
+    columns: ClassVar[Mapping[str, Column]] = {
+        "image": Column("image", description="the picture"),
+        "caption": Column("text", required=False, description="a text that tells of it"),
+        "captions": Column("texts", required=False, description="or several of them"),
+        "image_id": Column(
+            "text", required=False, description="rows of one image; without it, equal files"
+        ),
+    }
+    usage = "image files"
+
+    def __init__(self, config: CaptioningConfig, state: dict[str, Any] | None = None) -> None:
+        super().__init__(config, state)
+        self.metric = config.evaluation.deciding  # type: ignore[misc]
+        self.greater_is_better = self.metric != metrics.PERPLEXITY  # type: ignore[misc]
+
+    def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
+        if rows is not None and not {"caption", "captions"} & set(rows.column_names):
+            raise ValueError(
+                "captioning needs a column of captions: name it in data.columns, as caption (one "
+                f"text) or captions (a list); there are {', '.join(rows.column_names)}"
+            )
+        name = self.config.backbone.name
+        if not is_blip(backbone) or type(backbone).__name__ != "BlipForConditionalGeneration":
+            raise ValueError(
+                f"captioning needs a BLIP that writes captions, and {name} is a "
+                f"{type(backbone).__name__}: set backbone.name to hf/Salesforce/"
+                "blip-image-captioning-base or, for one of its own config, to hf/blip-caption"
+            )
+        preprocessing = image_preprocessing(self.config.backbone, backbone)
+        resize = self.config.data.resize
+        preprocessing |= {"resize": resize, "crop": 1.0} if resize != "shortest" else {}
+        self.state = {"preprocessing": preprocessing, "text": BlipTokens.of(backbone).to_dict()}
+        if self.length < SHORTEST:
+            raise ValueError(
+                f"data.prompt has {len(self.prompt) - 1} tokens and leaves no room for captions in "
+                f"the {self.tokenizer.length} that {name} reads: shorten it"
+            )
+
+    @functools.cached_property
+    def tokenizer(self) -> BlipTokenizer:
+        return blip_tokenizer(self.config.backbone, BlipTokens(**self.state["text"]))
+
+    @functools.cached_property
+    def prompt(self) -> Tensor:
+        """(P,) int64: [DEC] and the tokens that every caption begins with."""
+        return self.tokenizer.answers([self.config.data.prompt])[0, :-1]
+
+    @property
+    def length(self) -> int:
+        """The most tokens of a caption, start and end included, without the prompt's."""
+        room = self.tokenizer.length - len(self.prompt) + 1
+        return min(self.config.data.caption_length, room)
+
+    def build(self, encoder: AdapterModel) -> CaptioningModel:
+        return CaptioningModel(encoder, self.config, prompt=self.prompt)
+
+    def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
+        captions = captions_of(row)
+        pixels = self.pixels(row["image"])
+        if train and self.config.data.captions == "one":
+            captions = [random.choice(captions)]
+        return {
+            "pixels": pixels,
+            "tokens": self.tokens(captions),
+            "reference": {"image_id": image_id(row), "captions": captions},
+        }
+
+    def pixels(self, image: Any) -> Tensor:
+        """A picture as the encoder reads it, (3, H, W).
+
+        Raises:
+            BadRow: it cannot be read.
+        """
+        return to_tensor(media.read_image(image), self.state["preprocessing"])
+
+    def tokens(self, captions: Sequence[str]) -> list[Tensor]:
+        """(T,) of each caption: [DEC] prompt caption [SEP]."""
+        cut = BlipTokenizer(self.tokenizer.source, self.tokenizer.tokens, length=self.length)
+        return [torch.cat([self.prompt, cut([caption])[0, 1:]]) for caption in captions]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Every image once, however many of the rows are of it."""
+        references = [example["reference"] for example in examples]
+        places: dict[int, int] = {}
+        image_of_row = [places.setdefault(r["image_id"], len(places)) for r in references]
+        firsts = {place: row for row, place in reversed([*enumerate(image_of_row)])}
+        counts = torch.tensor([len(example["tokens"]) for example in examples])
+        return {
+            "pixels": torch.stack([examples[firsts[n]]["pixels"] for n in range(len(firsts))]),
+            "tokens": pad_sequence(
+                [ids for example in examples for ids in example["tokens"]],
+                batch_first=True,
+                padding_value=self.state["text"]["pad"],
+            ),
+            "image_of": torch.tensor(image_of_row).repeat_interleave(counts),
+            "weights": (1 / counts / len(examples)).repeat_interleave(counts),
+            "references": [
+                {**reference, "image": place}
+                for reference, place in zip(references, image_of_row, strict=True)
+            ],
+        }
+
+    def records(self, model: TaskModel, batch: Batch) -> list[Record]:
+        assert isinstance(model, CaptioningModel)
+        images = model.captioner.image_tokens(batch["pixels"])
+        written = self.tokenizer.decode(model.generate(images))
+        sums, counts = model.likelihoods(images, batch["tokens"], batch["image_of"])
+        captions = [len(reference["captions"]) for reference in batch["references"]]
+        return [
+            {
+                "image_id": reference["image_id"],
+                "caption": written[reference["image"]],
+                "captions": reference["captions"],
+                "likelihood": float(own.sum()),
+                "tokens": int(number.sum()),
+            }
+            for reference, own, number in zip(
+                batch["references"],
+                sums.cpu().split(captions),
+                counts.cpu().split(captions),
+                strict=True,
+            )
+        ]
+
+    def score(self, records: Sequence[Record], *, bootstrap: int) -> Scores:
+        evaluation = self.config.evaluation
+        return metrics.scores(
+            records, deciding=self.metric, groups=evaluation.groups, resamples=bootstrap
+        )
+
+    def illustrate(
+        self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
+    ) -> list[Figure | Table]:
+        from .illustrate import illustrate
+
+        return illustrate(rows, metrics.images_of(records), count=count)
+
+    def predict(
+        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+    ) -> Iterator[dict[str, Any]]:
+        assert isinstance(model, CaptioningModel)
+        for start in range(0, len(inputs), PREDICTED_AT_ONCE):
+            part = inputs[start : start + PREDICTED_AT_ONCE]
+            pixels = torch.stack([self._read(path) for path in part]).to(model.device)
+            with torch.no_grad():
+                written = model.generate(model.captioner.image_tokens(pixels))
+            for path, caption in zip(part, self.tokenizer.decode(written), strict=True):
+                yield {"image": path, "caption": caption}
+
+    def _read(self, path: str) -> Tensor:
+        try:
+            return self.pixels(path)
+        except BadRow as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def check(self, rows: Rows) -> list[Problem]:
+        """Captions that are cut, and empty ones beside others."""
+        found = []
+        for index, row in enumerate(caption_rows(rows)):
+            texts = [text for text in stated_captions(row) if isinstance(text, str)]
+            longest = max((self.tokenizer.count(text) for text in texts), default=0)
+            empty = sum(not text.strip() for text in texts)
+            if longest > self.length:
+                reason = f"a caption of {longest} tokens is cut to the {self.length} that are read"
+            elif empty:
+                reason = f"{empty} of its {len(texts)} captions say nothing and are left out"
+            else:
+                continue
+            found.append(Problem(index, reason))
+        return found
+
+    def survey(self, rows: Rows) -> list[Table]:
+        """How many captions there are, and of how many words."""
+        captions = [text for texts in all_captions(rows) for text in texts]
+        lengths = sorted(len(text.split()) for text in captions)
+        if not lengths:
+            return []
+        line = (len(captions), lengths[0], lengths[len(lengths) // 2], lengths[-1])
+        columns = ("captions", "fewest words", "median", "most")
+        return [Table("Captions", columns, [line])]
