@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         SeqBnConfig,
         SequentialPlacement,
         SSFConfig,
+        UniAdapterConfig,
         UniPELTConfig,
     )
     from .model import AdapterModel, init
@@ -98,6 +99,7 @@ _HOMES = {
         "SSFConfig",
         "SeqBnConfig",
         "SequentialPlacement",
+        "UniAdapterConfig",
         "UniPELTConfig",
     ),
     "model": (

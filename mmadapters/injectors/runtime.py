@@ -24,6 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..sites import Block, Grid, Leaf, SiteMap, Tower
 from . import raw
+from .calls import first_input, first_output, with_first
+from .reading import OF_BLOCK, CaptureHook, ForgetHook, block_hooks
 
 Kind = Literal["branch", "delta", "prefix", "prompt", "readout"]
 
@@ -73,7 +75,7 @@ class Plan:
 
 NOTHING = Plan()
 # What a branch may read beside the residual and the sublayer's input.
-MORE_READS = ("mask", "grid")
+MORE_READS = ("mask", "grid", *OF_BLOCK)
 
 
 class _ThreadState(threading.local):
@@ -235,6 +237,9 @@ class Runtime:
                 hook: Any = MaskHook(self, site)
                 yield self._masked(site).register_forward_pre_hook(hook, with_kwargs=True)
                 return
+            if rest[0] in OF_BLOCK:
+                yield from block_hooks(self, self._block_of(site), (site, rest[0]))
+                return
             module = sublayer.residual if rest[0] == "residual" else sublayer.input
             capture = CaptureHook(self, (site, rest[0]))
             yield module.register_forward_pre_hook(capture, with_kwargs=True)
@@ -270,9 +275,11 @@ class Runtime:
     def _masked(self, site: str) -> nn.Module:
         """The attention of a sublayer's block, which is given the mask: like all that adapters
         read it runs again where the block is checkpointed, as the block's own call does not."""
-        block = next(b for b in self._blocks.values() if site in _names(b))
-        attn = block.sublayers["attn"]
+        attn = self._block_of(site).sublayers["attn"]
         return attn.input if attn.attention is None else attn.attention
+
+    def _block_of(self, sublayer: str) -> Block:
+        return next(block for block in self._blocks.values() if sublayer in _names(block))
 
     def _readout_hooks(self, tower: Tower) -> Iterable[RemovableHandle]:
         assert tower.runner is not None
@@ -292,8 +299,8 @@ class Runtime:
 def is_adapted(module: nn.Module) -> bool:
     """Whether some runtime has hooks or subclasses on the module."""
     hooks = (
-        *(ForwardHook, CaptureHook, MaskHook, GridHook, BranchHook, EnterHook, LeafHook),
-        *(PromptHook, UnpromptHook, CopyHook, StartHook, CollectHook, ReadoutHook),
+        *(ForwardHook, CaptureHook, ForgetHook, MaskHook, GridHook, BranchHook, EnterHook),
+        *(LeafHook, PromptHook, UnpromptHook, CopyHook, StartHook, CollectHook, ReadoutHook),
     )
     return any(
         raw.KEY in part.__dict__
@@ -303,48 +310,11 @@ def is_adapted(module: nn.Module) -> bool:
     )
 
 
-def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor that a module reads first, given by position or by keyword."""
-    if args:
-        return args[0]
-    if "hidden_states" in kwargs:
-        return kwargs["hidden_states"]
-    return next(value for value in kwargs.values() if isinstance(value, Tensor))
-
-
-def first_output(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def with_first(output: Any, value: Tensor) -> Any:
-    """`output` with its first tensor replaced, in the same type."""
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, Mapping):  # an output of transformers
-        return type(output)(**{**output, next(iter(output)): value})
-    rest = tuple(output[1:])
-    if hasattr(output, "_fields"):
-        return type(output)(value, *rest)
-    return [value, *rest] if isinstance(output, list) else (value, *rest)
-
-
 class ForwardHook:
     """Changes nothing, but makes a parent that looks for hooks call the module."""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         return None
-
-
-@dataclass(eq=False)
-class CaptureHook:
-    """Keeps a sublayer's residual stream or input until its branch is there."""
-
-    runtime: Runtime
-    key: tuple[str, str]
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.runtime.plan().branch.get(self.key[0]):
-            self.runtime.local.stash[self.key] = first_input(args, kwargs)
 
 
 @dataclass(eq=False)

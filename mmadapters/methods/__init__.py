@@ -35,6 +35,7 @@ from .speech import (
     LAdapterConfig,
     MMSAdapterConfig,
 )
+from .uniadapter import UniAdapterConfig
 from .union import ConfigUnion, MAMConfig, UniPELTConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -63,6 +64,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         ConformerAdapterConfig,
         LAdapterConfig,
         FrontEndAdapterConfig,
+        UniAdapterConfig,
         ConfigUnion,
         MAMConfig,
         UniPELTConfig,
@@ -177,6 +179,7 @@ __all__ = [
     "SSFConfig",
     "SeqBnConfig",
     "SequentialPlacement",
+    "UniAdapterConfig",
     "UniPELTConfig",
     "from_dict",
     "method_named",

@@ -44,6 +44,7 @@ from mmadapters import (
     SeqBnConfig,
     SequentialPlacement,
     SSFConfig,
+    UniAdapterConfig,
     UniPELTConfig,
 )
 
@@ -87,6 +88,7 @@ METHODS: dict[str, MethodConfig] = {
     "l_adapter": LAdapterConfig(),
     "l_adapter-replacing": LAdapterConfig(residual=False),
     "conv_front_end": FrontEndAdapterConfig(size=8),
+    "uniadapter": UniAdapterConfig(size=8),
     "union": ConfigUnion(
         LoRAConfig(rank=4),
         SeqBnConfig(reduction_factor=2, activation="gelu"),
@@ -150,6 +152,10 @@ def refusal(family: Family, method: str) -> str | None:
         return r"has no convolutional front end that conv_front_end can enter; wav2vec 2.0, "
     if method in NEEDS_BIASES and family.name in NO_BIAS:
         return r"has no bias under sites="
+    if method == "uniadapter" and not sees_and_reads(family):
+        return r"shares one adapter between images and texts, and .*: take an image-text encoder"
+    if method == "uniadapter" and family.name == "open_clip-timm_tower":
+        return r"shares the down-projection .* is 32 wide .* 64: take mma, which shares between"
     if method in FOR_IMAGES and "vision" not in towers(family):
         return r"reads the grid of an image's patches, which .*image encoders can take it"
     if method in ("ssf", "repadapter") and family.name in KEYS_WITHOUT_BIAS:
@@ -157,9 +163,14 @@ def refusal(family: Family, method: str) -> str | None:
     return None
 
 
+def sees_and_reads(family: Family) -> bool:
+    """Whether an encoder has a tower for images and one for texts."""
+    return "vision" in towers(family) and bool({"text", "decoder"} & set(towers(family)))
+
+
 def home(method: str) -> Family:
     """A family that takes the method: an image encoder if one does."""
-    families = (FAMILIES[name] for name in ("timm-vit", "hf-wav2vec2"))
+    families = (FAMILIES[name] for name in ("timm-vit", "hf-wav2vec2", "hf-clip", "hf-blip-vqa"))
     return next(family for family in families if refusal(family, method) is None)
 
 

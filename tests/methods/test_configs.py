@@ -38,6 +38,7 @@ from mmadapters import (
     SeqBnConfig,
     SequentialPlacement,
     SSFConfig,
+    UniAdapterConfig,
     UniPELTConfig,
 )
 from mmadapters.injectors import describe
@@ -87,6 +88,7 @@ CONFIGS: list[MethodConfig] = [
     ),
     LAdapterConfig(residual=False),
     FrontEndAdapterConfig(size=4, kernel=1, sites=("audio.front.[0-2]",)),
+    UniAdapterConfig(size=6, scale=0.2, dropout=0.1, sites=("text", "vision.blocks.1")),
     ConfigUnion(
         LoRAConfig(sites=("*.0",)),
         SeqBnConfig(placement=ParallelPlacement(at=("attn",))),
