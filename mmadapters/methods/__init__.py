@@ -25,6 +25,7 @@ from .conv import ConvpassConfig, MonaConfig
 from .fact import FacTConfig
 from .fusion import FusionConfig
 from .lora import DoRAConfig, LoRAConfig
+from .mma import MMAConfig
 from .prefix import PrefixConfig
 from .prompt import PromptConfig
 from .reparam import RepAdapterConfig
@@ -65,6 +66,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         LAdapterConfig,
         FrontEndAdapterConfig,
         UniAdapterConfig,
+        MMAConfig,
         ConfigUnion,
         MAMConfig,
         UniPELTConfig,
@@ -165,6 +167,7 @@ __all__ = [
     "LAdapterConfig",
     "LoRAConfig",
     "MAMConfig",
+    "MMAConfig",
     "MMSAdapterConfig",
     "MethodConfig",
     "MonaConfig",

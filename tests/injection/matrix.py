@@ -34,6 +34,7 @@ from mmadapters import (
     LoRAConfig,
     MAMConfig,
     MethodConfig,
+    MMAConfig,
     MMSAdapterConfig,
     MonaConfig,
     ParallelPlacement,
@@ -89,6 +90,7 @@ METHODS: dict[str, MethodConfig] = {
     "l_adapter-replacing": LAdapterConfig(residual=False),
     "conv_front_end": FrontEndAdapterConfig(size=8),
     "uniadapter": UniAdapterConfig(size=8),
+    "mma": MMAConfig(size=8, scale=0.1, lowest=0),
     "union": ConfigUnion(
         LoRAConfig(rank=4),
         SeqBnConfig(reduction_factor=2, activation="gelu"),
@@ -156,6 +158,10 @@ def refusal(family: Family, method: str) -> str | None:
         return r"shares one adapter between images and texts, and .*: take an image-text encoder"
     if method == "uniadapter" and family.name == "open_clip-timm_tower":
         return r"shares the down-projection .* is 32 wide .* 64: take mma, which shares between"
+    if method == "mma" and not {"vision", "text"} <= set(towers(family)):
+        return (
+            r"couples the blocks of an image tower with those of a text tower, and .* has no tower"
+        )
     if method in FOR_IMAGES and "vision" not in towers(family):
         return r"reads the grid of an image's patches, which .*image encoders can take it"
     if method in ("ssf", "repadapter") and family.name in KEYS_WITHOUT_BIAS:

@@ -28,6 +28,7 @@ from mmadapters import (
     LoRAConfig,
     MAMConfig,
     MethodConfig,
+    MMAConfig,
     MMSAdapterConfig,
     MonaConfig,
     ParallelPlacement,
@@ -89,6 +90,7 @@ CONFIGS: list[MethodConfig] = [
     LAdapterConfig(residual=False),
     FrontEndAdapterConfig(size=4, kernel=1, sites=("audio.front.[0-2]",)),
     UniAdapterConfig(size=6, scale=0.2, dropout=0.1, sites=("text", "vision.blocks.1")),
+    MMAConfig(size=6, scale=0.01, lowest=2),
     ConfigUnion(
         LoRAConfig(sites=("*.0",)),
         SeqBnConfig(placement=ParallelPlacement(at=("attn",))),
