@@ -22,6 +22,7 @@ from .bottleneck import (
 from .compacter import CompacterConfig
 from .conformer import ConformerAdapterConfig
 from .conv import ConvpassConfig, MonaConfig
+from .cross_modal import CrossModalConfig
 from .fact import FacTConfig
 from .fusion import FusionConfig
 from .lora import DoRAConfig, LoRAConfig
@@ -67,6 +68,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         FrontEndAdapterConfig,
         UniAdapterConfig,
         MMAConfig,
+        CrossModalConfig,
         ConfigUnion,
         MAMConfig,
         UniPELTConfig,
@@ -156,6 +158,7 @@ __all__ = [
     "ConfigUnion",
     "ConformerAdapterConfig",
     "ConvpassConfig",
+    "CrossModalConfig",
     "Delta",
     "DoRAConfig",
     "DoubleSeqBnConfig",

@@ -24,6 +24,7 @@ from mmadapters import (
     ConfigUnion,
     ConformerAdapterConfig,
     ConvpassConfig,
+    CrossModalConfig,
     DoRAConfig,
     DoubleSeqBnConfig,
     EAdapterConfig,
@@ -48,6 +49,7 @@ from mmadapters import (
     UniAdapterConfig,
     UniPELTConfig,
 )
+from mmadapters.injectors import describe
 
 EVERYWHERE = ("q", "k", "v", "o", "up", "down")
 
@@ -91,6 +93,7 @@ METHODS: dict[str, MethodConfig] = {
     "conv_front_end": FrontEndAdapterConfig(size=8),
     "uniadapter": UniAdapterConfig(size=8),
     "mma": MMAConfig(size=8, scale=0.1, lowest=0),
+    "cross_modal": CrossModalConfig(size=8),
     "union": ConfigUnion(
         LoRAConfig(rank=4),
         SeqBnConfig(reduction_factor=2, activation="gelu"),
@@ -162,6 +165,8 @@ def refusal(family: Family, method: str) -> str | None:
         return (
             r"couples the blocks of an image tower with those of a text tower, and .* has no tower"
         )
+    if method == "cross_modal" and not _crossed(family.name):
+        return r"acts inside cross-attention, and .* has none: take gated_cross_attention"
     if method in FOR_IMAGES and "vision" not in towers(family):
         return r"reads the grid of an image's patches, which .*image encoders can take it"
     if method in ("ssf", "repadapter") and family.name in KEYS_WITHOUT_BIAS:
@@ -207,6 +212,11 @@ def bare_outputs(family: Family, *, frozen: bool = True) -> list[Tensor]:
 @functools.cache
 def _towers(name: str) -> tuple[str, ...]:
     return tuple(mmadapters.init(bare(FAMILIES[name])).sites.towers)
+
+
+@functools.cache
+def _crossed(name: str) -> bool:
+    return any(part.kind == "cross" for part in describe(_built(name))[0].sublayers())
 
 
 def towers(family: Family) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from mmadapters import (
     ConfigUnion,
     ConformerAdapterConfig,
     ConvpassConfig,
+    CrossModalConfig,
     DoRAConfig,
     DoubleSeqBnConfig,
     EAdapterConfig,
@@ -91,6 +92,7 @@ CONFIGS: list[MethodConfig] = [
     FrontEndAdapterConfig(size=4, kernel=1, sites=("audio.front.[0-2]",)),
     UniAdapterConfig(size=6, scale=0.2, dropout=0.1, sites=("text", "vision.blocks.1")),
     MMAConfig(size=6, scale=0.01, lowest=2),
+    CrossModalConfig(size=6, activation="silu", scale=0.5, dropout=0.1),
     ConfigUnion(
         LoRAConfig(sites=("*.0",)),
         SeqBnConfig(placement=ParallelPlacement(at=("attn",))),
