@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from ..sites import Block, Grid, Leaf, SiteMap, Tower
 from . import raw
 from .calls import first_input, first_output, with_first
+from .looking import BlockHook, Gaze, ImageHook
 from .reading import OF_BLOCK, CaptureHook, ForgetHook, block_hooks
 
 Kind = Literal["branch", "delta", "prefix", "prompt", "readout"]
@@ -81,13 +82,14 @@ MORE_READS = ("mask", "grid", *OF_BLOCK)
 class _ThreadState(threading.local):
     """`plan` stands above the model's own in this thread; `stash` holds tensors on their way from
     one hook to a later one of the same block; `memo` computed weights during one forward; `states`
-    what the blocks of a tower have given so far, by index."""
+    what the blocks of a tower have given so far, by index; `gaze` what texts look at now."""
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
         self.stash: dict[tuple[str, str], Any] = {}
         self.memo: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
         self.states: dict[str, dict[int, Tensor]] = {}
+        self.gaze: Gaze | None = None
 
     def __reduce__(self) -> tuple:
         return _ThreadState, ()
@@ -144,6 +146,11 @@ class Runtime:
                 if stash.pop(key, None) is not None and key in before:
                     stash[key] = before[key]
 
+    @property
+    def looks(self) -> bool:
+        """Whether some adapter, active or not, looks at images."""
+        return ("image", "vision") in self._handles
+
     def sync(self, plans: Iterable[Plan]) -> None:
         """Installs the hooks that `plans` need and removes all others."""
         wanted: dict[tuple[str, ...], None] = {}
@@ -153,9 +160,12 @@ class Runtime:
         self._copies = self._copies and bool(wanted)
         if self._copies:
             wanted.update({("copy", block.name): None for block in self.sites.blocks()})
+        # Behind the hook that takes prompts off the same block, whichever was there first.
+        last = ("image", "vision")
         for key in [key for key in {**self._handles, **self._raw} if key not in wanted]:
             self._remove(key)
-        for key in wanted:
+        self._remove(last)
+        for key in sorted(wanted, key=lambda key: key == last):
             if key not in self._handles and key not in self._raw:
                 self._install(key)
         self.generation = str(int(self.generation) + 1)
@@ -180,6 +190,8 @@ class Runtime:
             for read in sorted(getattr(module, "reads", ())):
                 if read == "grid":
                     yield "grid", self._tower_of(site).name
+                elif read == "image":
+                    yield "image", "vision"
                 else:
                     yield "capture", site, read
             yield "branch", site
@@ -248,6 +260,13 @@ class Runtime:
             assert tower.patches is not None
             hook = GridHook(self, tower.patches.prefix, _sublayers(tower))
             yield tower.patches.module.register_forward_hook(hook)
+        elif what == "image":
+            vision = self.sites.towers[site]
+            hook = ImageHook(self, vision.batch_first)
+            yield vision.blocks[-1].module.register_forward_hook(hook)
+        elif what == "branch" and site in self._blocks:
+            hook = BlockHook(self, site, self._tower(site).batch_first)
+            yield self._blocks[site].module.register_forward_pre_hook(hook, with_kwargs=True)
         elif what == "branch":
             front = self._fronts.get(site)
             output = self._sublayers[site].output if front is None else front.module
@@ -300,7 +319,17 @@ def is_adapted(module: nn.Module) -> bool:
     """Whether some runtime has hooks or subclasses on the module."""
     hooks = (
         *(ForwardHook, CaptureHook, ForgetHook, MaskHook, GridHook, BranchHook, EnterHook),
-        *(LeafHook, PromptHook, UnpromptHook, CopyHook, StartHook, CollectHook, ReadoutHook),
+        *(
+            LeafHook,
+            ImageHook,
+            BlockHook,
+            PromptHook,
+            UnpromptHook,
+            CopyHook,
+            StartHook,
+            CollectHook,
+            ReadoutHook,
+        ),
     )
     return any(
         raw.KEY in part.__dict__

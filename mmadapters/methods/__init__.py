@@ -25,6 +25,7 @@ from .conv import ConvpassConfig, MonaConfig
 from .cross_modal import CrossModalConfig
 from .fact import FacTConfig
 from .fusion import FusionConfig
+from .gated import GatedCrossAttentionConfig
 from .lora import DoRAConfig, LoRAConfig
 from .mma import MMAConfig
 from .prefix import PrefixConfig
@@ -69,6 +70,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         UniAdapterConfig,
         MMAConfig,
         CrossModalConfig,
+        GatedCrossAttentionConfig,
         ConfigUnion,
         MAMConfig,
         UniPELTConfig,
@@ -166,6 +168,7 @@ __all__ = [
     "FacTConfig",
     "FrontEndAdapterConfig",
     "FusionConfig",
+    "GatedCrossAttentionConfig",
     "IA3Config",
     "LAdapterConfig",
     "LoRAConfig",

@@ -30,6 +30,7 @@ from mmadapters import (
     EAdapterConfig,
     FacTConfig,
     FrontEndAdapterConfig,
+    GatedCrossAttentionConfig,
     IA3Config,
     LAdapterConfig,
     LoRAConfig,
@@ -94,6 +95,8 @@ METHODS: dict[str, MethodConfig] = {
     "uniadapter": UniAdapterConfig(size=8),
     "mma": MMAConfig(size=8, scale=0.1, lowest=0),
     "cross_modal": CrossModalConfig(size=8),
+    "gated_cross_attention": GatedCrossAttentionConfig(size=16, heads=2),
+    "gated_cross_attention-ffn": GatedCrossAttentionConfig(size=8, heads=1, feed_forward=1),
     "union": ConfigUnion(
         LoRAConfig(rank=4),
         SeqBnConfig(reduction_factor=2, activation="gelu"),
@@ -107,6 +110,8 @@ METHODS: dict[str, MethodConfig] = {
         PrefixConfig(length=3), LoRAConfig(rank=4), SeqBnConfig(reduction_factor=2)
     ),
 }
+# Whose text crosses to the image by itself.
+LOOKING = {"hf-blip-retrieval", "hf-blip-vqa", "hf-blip-caption"}
 HAS_PREFIX = {"prefix", "prefix-reparametrised", "mam", "unipelt"}
 HAS_PROMPT = {"prompt", "prompt-shallow"}
 FOR_IMAGES = {"convpass", "mona"}
@@ -167,6 +172,10 @@ def refusal(family: Family, method: str) -> str | None:
         )
     if method == "cross_modal" and not _crossed(family.name):
         return r"acts inside cross-attention, and .* has none: take gated_cross_attention"
+    if method.startswith("gated") and family.name in LOOKING and "vision" in towers(family):
+        return r"looks at the image already, by cross-attention of its own: take cross_modal"
+    if method.startswith("gated") and not {"vision", "text"} <= set(towers(family)):
+        return r"lets a text tower look at an image, and .* has no tower .*: take an image-text"
     if method in FOR_IMAGES and "vision" not in towers(family):
         return r"reads the grid of an image's patches, which .*image encoders can take it"
     if method in ("ssf", "repadapter") and family.name in KEYS_WITHOUT_BIAS:

@@ -24,6 +24,7 @@ from mmadapters import (
     EAdapterConfig,
     FacTConfig,
     FrontEndAdapterConfig,
+    GatedCrossAttentionConfig,
     IA3Config,
     LAdapterConfig,
     LoRAConfig,
@@ -93,6 +94,7 @@ CONFIGS: list[MethodConfig] = [
     UniAdapterConfig(size=6, scale=0.2, dropout=0.1, sites=("text", "vision.blocks.1")),
     MMAConfig(size=6, scale=0.01, lowest=2),
     CrossModalConfig(size=6, activation="silu", scale=0.5, dropout=0.1),
+    GatedCrossAttentionConfig(size=12, heads=3, every=2, feed_forward=4, dropout=0.1),
     ConfigUnion(
         LoRAConfig(sites=("*.0",)),
         SeqBnConfig(placement=ParallelPlacement(at=("attn",))),
@@ -139,7 +141,7 @@ def test_reading_a_config_leaves_the_data_as_it_was() -> None:
         ({"method": "bottelneck"}, "did you mean 'bottleneck'"),
         ({}, "no method is called ''"),
         ({"method": None}, "no method is called"),
-        ({"method": "gated"}, "no method is called 'gated'"),
+        ({"method": "gate"}, "no method is called 'gate'"),
         ({"method": "lora", "rnak": 8}, "LoRAConfig has no option 'rnak'; did you mean 'rank'"),
         (
             {"method": "seq_bn", "reduction": 4},
