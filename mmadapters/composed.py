@@ -226,7 +226,7 @@ class _Builder:
                 f"{what} cannot hold {name!r}, a {method}: it acts on what a whole tower gives, of "
                 "all its blocks and tokens; use Stack or Average, or Route for each sample its own"
             )
-        if isinstance(node, Parallel) and "image" in self._reads(name):
+        if isinstance(node, Parallel) and "image" in self.adapter(name).reads:
             raise ValueError(
                 f"Parallel cannot hold {name!r}, a {method}: it looks at the images of the batch "
                 "as it came; repeat images and texts and use BatchSplit"
@@ -240,20 +240,12 @@ class _Builder:
 
     def _check_whole(self, node: Composition, members: list[list[Any]]) -> None:
         if "grid" in reads_of(module for modules in members for module in modules):
-            name = next(n for n in node.names() if "grid" in self._reads(n))
+            name = next(n for n in node.names() if "grid" in self.adapter(n).reads)
             raise ValueError(
                 f"{type(node).__name__} cannot hold {name!r}, a {self.adapter(name).config.method}:"
                 " it convolves over all patches of an image, which a stretch of tokens is not; use "
                 "Stack or Average, or Route for each sample its own"
             )
-
-    def _reads(self, name: str) -> set[str]:
-        """What the modules of an adapter read."""
-        return {
-            read
-            for _, module in self.adapter(name).entries()
-            for read in getattr(module, "reads", ())
-        }
 
     def _check_axes(self, node: Composition, site: str) -> None:
         if site in self.time_first:

@@ -753,7 +753,7 @@ class AdapterModel(nn.Module):
         adapter = self.adapter(name)
         identity = self.identity()
         used = {site for site, _ in adapter.entries()}
-        if any("image" in getattr(module, "reads", ()) for _, module in adapter.entries()):
+        if "image" in adapter.reads:
             used.add("vision")
         towers = {
             tower.name: identity["towers"][tower.name]
