@@ -35,6 +35,12 @@ class Adapter(nn.Module):
             assert module is not None
             yield key.split("#")[0].replace("/", "."), module  # type: ignore[misc]
 
+    @property
+    def reads(self) -> set[str]:
+        """What its branches read beside what they change."""
+        modules = self._modules.values()
+        return {read for module in modules for read in getattr(module, "reads", ())}
+
     def plan(self) -> Plan:
         plan = Plan()
         for site, module in self.entries():

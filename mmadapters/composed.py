@@ -225,6 +225,11 @@ class _Builder:
                 f"{what} cannot hold {name!r}, a {method}: it acts on what a whole tower gives, of "
                 "all its blocks and tokens; use Stack or Average, or Route for each sample its own"
             )
+        if isinstance(node, Parallel) and "image" in self.adapter(name).reads:
+            raise ValueError(
+                f"Parallel cannot hold {name!r}, a {method}: it looks at the images of the batch "
+                "as it came; repeat images and texts and use BatchSplit"
+            )
         if site in self.fronts:
             raise ValueError(
                 f"{what} cannot hold {name!r}, a {method}: at {site} there are samples of sound "
@@ -234,16 +239,12 @@ class _Builder:
 
     def _check_whole(self, node: Composition, members: list[list[Any]]) -> None:
         if "grid" in reads_of(module for modules in members for module in modules):
-            name = next(n for n in node.names() if self._reads_grid(n))
+            name = next(n for n in node.names() if "grid" in self.adapter(n).reads)
             raise ValueError(
                 f"{type(node).__name__} cannot hold {name!r}, a {self.adapter(name).config.method}:"
                 " it convolves over all patches of an image, which a stretch of tokens is not; use "
                 "Stack or Average, or Route for each sample its own"
             )
-
-    def _reads_grid(self, name: str) -> bool:
-        modules = (module for _, module in self.adapter(name).entries())
-        return any("grid" in getattr(module, "reads", ()) for module in modules)
 
     def _check_axes(self, node: Composition, site: str) -> None:
         if site in self.time_first:
@@ -369,7 +370,11 @@ class SplitBranch(Replacing):
     ) -> Tensor:
         sizes = token_sizes(self.site, self.splits, len(self.members), branch)
         parts = [_pieces(x, sizes) for x in (branch, residual, input)]
-        pieces = {name: _pieces(x, sizes) for name, x in more.items()}
+        # Whatever tokens a member has, it sees the whole image.
+        pieces = {
+            name: [x] * len(sizes) if name == "image" else _pieces(x, sizes)
+            for name, x in more.items()
+        }
         return torch.cat(
             [
                 member(own, residual=res, input=read, **{n: p[i] for n, p in pieces.items()})

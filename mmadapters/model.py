@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import bundles, fusions, methods, storage
 from .adapter import Adapter
@@ -25,6 +25,7 @@ from .injectors import (
     describe,
     is_adapted,
 )
+from .injectors.looking import Gaze, gazing
 from .merging import Merged, merged_tensors
 from .methods import AdapterModule, FusionConfig, MethodConfig
 from .plans import Plans
@@ -117,6 +118,12 @@ class AdapterModel(nn.Module):
         # hooks have changed.
         if self._runtime.generation == "":
             raise RuntimeError("this model has lost its hooks")
+        if self._runtime.looks:
+            with gazing(self._runtime, Gaze()):
+                return self._run(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and self._random_drop is not None and self._runtime.local.plan is None:
             with self.randomly_dropped():
                 return self.backbone(*args, **kwargs)
@@ -339,6 +346,47 @@ class AdapterModel(nn.Module):
         """
         with self._runtime.pinned(self._plan(parse(setup), drop)):
             yield self
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether what acts now, in this thread, lets texts look at images (gated
+        cross-attention)."""
+        plan = self._runtime.plan()
+        return any("image" in act.reads for acts in plan.branch.values() for act in acts)
+
+    @contextlib.contextmanager
+    def looking_at(self, image_tokens: Tensor | None) -> Iterator[AdapterModel]:
+        """Inside the block, in this thread alone, texts look at these images: gated cross-attention
+        where the towers are run one after another (`encode_text`, `get_text_features`).
+
+        Args:
+            image_tokens: (B, N, D), what the image tower's last block gave (see `paired`), of one
+                image for each text; None lets texts stand alone, without these adapters.
+
+        Raises:
+            ValueError: another shape.
+        """
+        width = next((t.width for t in self.sites.towers.values() if t.name == "vision"), None)
+        if image_tokens is not None and (
+            not isinstance(image_tokens, Tensor)
+            or image_tokens.dim() != 3
+            or image_tokens.shape[-1] != width
+        ):
+            given = tuple(image_tokens.shape) if isinstance(image_tokens, Tensor) else image_tokens
+            raise ValueError(
+                f"looking_at takes image tokens of shape (images, tokens, {width}), what the image "
+                f"tower's last block gives, or None, not {given!r}"
+            )
+        with gazing(self._runtime, Gaze(image_tokens, given=True)):
+            yield self
+
+    @contextlib.contextmanager
+    def paired(self) -> Iterator[Gaze]:
+        """Inside the block, in this thread alone, texts look at the images that were encoded last
+        in it, as they do in one call of the model. Gives what holds their `tokens` (B, N, D), once
+        there are some."""
+        with gazing(self._runtime, Gaze()) as gaze:
+            yield gaze
 
     def train_adapter(self, setup: Setup, *, drop: int | tuple[int, int] = 0) -> None:
         """Makes adapters active and trainable, all others frozen, and enters train mode.
@@ -705,6 +753,8 @@ class AdapterModel(nn.Module):
         adapter = self.adapter(name)
         identity = self.identity()
         used = {site for site, _ in adapter.entries()}
+        if "image" in adapter.reads:
+            used.add("vision")
         towers = {
             tower.name: identity["towers"][tower.name]
             for tower in self.sites.towers.values()

@@ -24,6 +24,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..sites import Block, Grid, Leaf, SiteMap, Tower
 from . import raw
+from .calls import first_input, first_output, with_first
+from .looking import BlockHook, Gaze, ImageHook
+from .reading import OF_BLOCK, CaptureHook, ForgetHook, block_hooks
 
 Kind = Literal["branch", "delta", "prefix", "prompt", "readout"]
 
@@ -73,19 +76,20 @@ class Plan:
 
 NOTHING = Plan()
 # What a branch may read beside the residual and the sublayer's input.
-MORE_READS = ("mask", "grid")
+MORE_READS = ("mask", "grid", *OF_BLOCK)
 
 
 class _ThreadState(threading.local):
     """`plan` stands above the model's own in this thread; `stash` holds tensors on their way from
     one hook to a later one of the same block; `memo` computed weights during one forward; `states`
-    what the blocks under a readout have given so far, by index."""
+    what the blocks under a readout have given so far, by index; `gaze` what texts look at now."""
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
         self.stash: dict[tuple[str, str], Any] = {}
         self.memo: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
         self.states: dict[str, dict[int, Tensor]] = {}
+        self.gaze: Gaze | None = None
 
     def __reduce__(self) -> tuple:
         return _ThreadState, ()
@@ -142,6 +146,11 @@ class Runtime:
                 if stash.pop(key, None) is not None and key in before:
                     stash[key] = before[key]
 
+    @property
+    def looks(self) -> bool:
+        """Whether some adapter, active or not, looks at images."""
+        return ("image", "vision") in self._handles
+
     def sync(self, plans: Iterable[Plan]) -> None:
         """Installs the hooks that `plans` need and removes all others."""
         wanted: dict[tuple[str, ...], None] = {}
@@ -151,9 +160,12 @@ class Runtime:
         self._copies = self._copies and bool(wanted)
         if self._copies:
             wanted.update({("copy", block.name): None for block in self.sites.blocks()})
+        # Behind all that changes what the same block gives, whichever was there first.
+        last = ("image", "vision")
         for key in [key for key in {**self._handles, **self._raw} if key not in wanted]:
             self._remove(key)
-        for key in wanted:
+        self._remove(last)
+        for key in sorted(wanted, key=lambda key: key == last):
             if key not in self._handles and key not in self._raw:
                 self._install(key)
         self.generation = str(int(self.generation) + 1)
@@ -178,6 +190,8 @@ class Runtime:
             for read in sorted(getattr(module, "reads", ())):
                 if read == "grid":
                     yield "grid", self._tower_of(site).name
+                elif read == "image":
+                    yield "image", "vision"
                 else:
                     yield "capture", site, read
             yield "branch", site
@@ -235,6 +249,9 @@ class Runtime:
                 hook: Any = MaskHook(self, site)
                 yield self._masked(site).register_forward_pre_hook(hook, with_kwargs=True)
                 return
+            if rest[0] in OF_BLOCK:
+                yield from block_hooks(self, self._block_of(site), (site, rest[0]))
+                return
             module = sublayer.residual if rest[0] == "residual" else sublayer.input
             capture = CaptureHook(self, (site, rest[0]))
             yield module.register_forward_pre_hook(capture, with_kwargs=True)
@@ -243,6 +260,13 @@ class Runtime:
             assert tower.patches is not None
             hook = GridHook(self, tower.patches.prefix, _sublayers(tower))
             yield tower.patches.module.register_forward_hook(hook)
+        elif what == "image":
+            vision = self.sites.towers[site]
+            hook = ImageHook(self, vision.batch_first)
+            yield vision.blocks[-1].module.register_forward_hook(hook)
+        elif what == "branch" and site in self._blocks:
+            hook = BlockHook(self, site, self._tower(site).batch_first)
+            yield self._blocks[site].module.register_forward_pre_hook(hook, with_kwargs=True)
         elif what == "branch":
             front = self._fronts.get(site)
             output = self._sublayers[site].output if front is None else front.module
@@ -282,9 +306,11 @@ class Runtime:
     def _masked(self, site: str) -> nn.Module:
         """The attention of a sublayer's block, which is given the mask: like all that adapters
         read it runs again where the block is checkpointed, as the block's own call does not."""
-        block = next(b for b in self._blocks.values() if site in _names(b))
-        attn = block.sublayers["attn"]
+        attn = self._block_of(site).sublayers["attn"]
         return attn.input if attn.attention is None else attn.attention
+
+    def _block_of(self, sublayer: str) -> Block:
+        return next(block for block in self._blocks.values() if sublayer in _names(block))
 
     def _collect_hooks(self, site: str, blocks: Iterable[Block]) -> Iterable[RemovableHandle]:
         for block in blocks:
@@ -301,8 +327,9 @@ class Runtime:
 def is_adapted(module: nn.Module) -> bool:
     """Whether some runtime has hooks or subclasses on the module."""
     hooks = (
-        *(ForwardHook, CaptureHook, MaskHook, GridHook, BranchHook, EnterHook, LeafHook),
-        *(PromptHook, UnpromptHook, CopyHook, StartHook, EntryHook, CollectHook, ReadoutHook),
+        *(ForwardHook, CaptureHook, ForgetHook, MaskHook, GridHook, BranchHook, EnterHook),
+        *(LeafHook, ImageHook, BlockHook, PromptHook, UnpromptHook, CopyHook),
+        *(StartHook, EntryHook, CollectHook, ReadoutHook),
     )
     return any(
         raw.KEY in part.__dict__
@@ -312,48 +339,11 @@ def is_adapted(module: nn.Module) -> bool:
     )
 
 
-def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor that a module reads first, given by position or by keyword."""
-    if args:
-        return args[0]
-    if "hidden_states" in kwargs:
-        return kwargs["hidden_states"]
-    return next(value for value in kwargs.values() if isinstance(value, Tensor))
-
-
-def first_output(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def with_first(output: Any, value: Tensor) -> Any:
-    """`output` with its first tensor replaced, in the same type."""
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, Mapping):  # an output of transformers
-        return type(output)(**{**output, next(iter(output)): value})
-    rest = tuple(output[1:])
-    if hasattr(output, "_fields"):
-        return type(output)(value, *rest)
-    return [value, *rest] if isinstance(output, list) else (value, *rest)
-
-
 class ForwardHook:
     """Changes nothing, but makes a parent that looks for hooks call the module."""
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         return None
-
-
-@dataclass(eq=False)
-class CaptureHook:
-    """Keeps a sublayer's residual stream or input until its branch is there."""
-
-    runtime: Runtime
-    key: tuple[str, str]
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.runtime.plan().branch.get(self.key[0]):
-            self.runtime.local.stash[self.key] = first_input(args, kwargs)
 
 
 @dataclass(eq=False)

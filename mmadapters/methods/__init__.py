@@ -22,10 +22,13 @@ from .bottleneck import (
 from .compacter import CompacterConfig
 from .conformer import ConformerAdapterConfig
 from .conv import ConvpassConfig, MonaConfig
+from .cross_modal import CrossModalConfig
 from .fact import FacTConfig
 from .fusion import FusionConfig
+from .gated import GatedCrossAttentionConfig
 from .ladder import LadderConfig
 from .lora import DoRAConfig, LoRAConfig
+from .mma import MMAConfig
 from .prefix import PrefixConfig
 from .prompt import PromptConfig
 from .reparam import RepAdapterConfig
@@ -36,6 +39,7 @@ from .speech import (
     LAdapterConfig,
     MMSAdapterConfig,
 )
+from .uniadapter import UniAdapterConfig
 from .union import ConfigUnion, MAMConfig, UniPELTConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -65,6 +69,10 @@ METHODS: dict[str, type[MethodConfig]] = {
         ConformerAdapterConfig,
         LAdapterConfig,
         FrontEndAdapterConfig,
+        UniAdapterConfig,
+        MMAConfig,
+        CrossModalConfig,
+        GatedCrossAttentionConfig,
         ConfigUnion,
         MAMConfig,
         UniPELTConfig,
@@ -154,6 +162,7 @@ __all__ = [
     "ConfigUnion",
     "ConformerAdapterConfig",
     "ConvpassConfig",
+    "CrossModalConfig",
     "Delta",
     "DoRAConfig",
     "DoubleSeqBnConfig",
@@ -161,11 +170,13 @@ __all__ = [
     "FacTConfig",
     "FrontEndAdapterConfig",
     "FusionConfig",
+    "GatedCrossAttentionConfig",
     "IA3Config",
     "LAdapterConfig",
     "LadderConfig",
     "LoRAConfig",
     "MAMConfig",
+    "MMAConfig",
     "MMSAdapterConfig",
     "MethodConfig",
     "MonaConfig",
@@ -180,6 +191,7 @@ __all__ = [
     "SSFConfig",
     "SeqBnConfig",
     "SequentialPlacement",
+    "UniAdapterConfig",
     "UniPELTConfig",
     "from_dict",
     "method_named",

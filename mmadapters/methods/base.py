@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..sites import Leaf, SiteMap, nearest
 
-Read = Literal["residual", "input", "mask", "grid"]
+Read = Literal["residual", "input", "mask", "grid", "query", "attended", "image"]
 
 
 def wanted(module: Any, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,12 @@ class Branch(nn.Module):
 
     A module that reads "mask" takes it as one more keyword: (B, N), True where a token is no
     padding; None where none is. So it is with "grid": how an image's patches lie among the tokens;
-    None where no image has been embedded.
+    None where no image has been embedded. Beside a feed-forward part, "query" is the residual
+    stream (B, N, D) that entered the block's cross-attention, None where the block did not cross in
+    this call, and "attended" what the block's self-attention read.
+
+    At a block's own site the branch is what enters the block, and there are no residual and input;
+    "image" (B, N, D) is there what the image tower gave in the same call.
     """
 
     reads: frozenset[Read] = frozenset()

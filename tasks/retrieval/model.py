@@ -164,7 +164,14 @@ def _refuse_unused(encoder: AdapterModel, *, matching: bool) -> None:
     used = {"vision", "text", *(["fusion"] if matching else [])}
     acting = encoder.active_adapters
     for name in encoder.adapter_names if acting is None else acting.names():
-        towers = {site.partition(".")[0] for site, _ in encoder.adapter(name).entries()}
+        adapter = encoder.adapter(name)
+        if "image" in adapter.reads:
+            raise ValueError(
+                f"adapter.method {adapter.config.method} lets a text look at an image, and "
+                "retrieval encodes texts without one: take mma or uniadapter, which couple the two "
+                "towers, or a method for each (double_seq_bn, lora)"
+            )
+        towers = {site.partition(".")[0] for site, _ in adapter.entries()}
         if unused := sorted(towers - used):
             raise ValueError(
                 f"the adapter sits in {', '.join(unused)} of {type(encoder.backbone).__name__}, "

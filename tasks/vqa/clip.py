@@ -5,6 +5,7 @@ Shape legend: B questions, I images, T texts, L text tokens, A answers.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -62,12 +63,20 @@ class ClipVQA(TaskModel):
         return {"logits": logits, "loss": classifier_loss(logits, targets, binary=self.binary)}
 
     def logits(self, pixels: Tensor, tokens: Tensor, image_of: Tensor, text_of: Tensor) -> Tensor:
-        towers = self.towers
-        if isinstance(self.head, CoAttentionHead):
-            texts, mask = towers.text_tokens(tokens)
-            images = towers.image_tokens(pixels)
-            return self.head(images, texts, mask, image_of=image_of, text_of=text_of)
-        return self.head(towers.images(pixels)[image_of], towers.texts(tokens)[text_of])
+        towers, encoder = self.towers, self.encoder
+        coattention = isinstance(self.head, CoAttentionHead)
+        with encoder.paired() as pair:
+            images = towers.image_tokens(pixels) if coattention else towers.images(pixels)
+        with contextlib.ExitStack() as stack:
+            if encoder.looks_at_images:
+                # Then a question is another text with each image.
+                assert pair.tokens is not None
+                stack.enter_context(encoder.looking_at(pair.tokens[image_of]))
+                tokens, text_of = tokens[text_of], torch.arange(len(text_of), device=text_of.device)
+            if coattention:
+                texts, mask = towers.text_tokens(tokens)
+                return self.head(images, texts, mask, image_of=image_of, text_of=text_of)
+            return self.head(images[image_of], towers.texts(tokens)[text_of])
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, A) logits -> how likely each answer is right."""

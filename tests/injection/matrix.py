@@ -24,17 +24,20 @@ from mmadapters import (
     ConfigUnion,
     ConformerAdapterConfig,
     ConvpassConfig,
+    CrossModalConfig,
     DoRAConfig,
     DoubleSeqBnConfig,
     EAdapterConfig,
     FacTConfig,
     FrontEndAdapterConfig,
+    GatedCrossAttentionConfig,
     IA3Config,
     LAdapterConfig,
     LadderConfig,
     LoRAConfig,
     MAMConfig,
     MethodConfig,
+    MMAConfig,
     MMSAdapterConfig,
     MonaConfig,
     ParallelPlacement,
@@ -45,8 +48,10 @@ from mmadapters import (
     SeqBnConfig,
     SequentialPlacement,
     SSFConfig,
+    UniAdapterConfig,
     UniPELTConfig,
 )
+from mmadapters.injectors import describe
 
 EVERYWHERE = ("q", "k", "v", "o", "up", "down")
 
@@ -89,6 +94,11 @@ METHODS: dict[str, MethodConfig] = {
     "l_adapter": LAdapterConfig(),
     "l_adapter-replacing": LAdapterConfig(residual=False),
     "conv_front_end": FrontEndAdapterConfig(size=8),
+    "uniadapter": UniAdapterConfig(size=8),
+    "mma": MMAConfig(size=8, scale=0.1, lowest=0),
+    "cross_modal": CrossModalConfig(size=8),
+    "gated_cross_attention": GatedCrossAttentionConfig(size=16, heads=2),
+    "gated_cross_attention-ffn": GatedCrossAttentionConfig(size=8, heads=1, feed_forward=1),
     "union": ConfigUnion(
         LoRAConfig(rank=4),
         SeqBnConfig(reduction_factor=2, activation="gelu"),
@@ -102,6 +112,8 @@ METHODS: dict[str, MethodConfig] = {
         PrefixConfig(length=3), LoRAConfig(rank=4), SeqBnConfig(reduction_factor=2)
     ),
 }
+# Whose text crosses to the image by itself.
+LOOKING = {"hf-blip-retrieval", "hf-blip-vqa", "hf-blip-caption"}
 HAS_PREFIX = {"prefix", "prefix-reparametrised", "mam", "unipelt"}
 HAS_PROMPT = {"prompt", "prompt-shallow"}
 FOR_IMAGES = {"convpass", "mona"}
@@ -154,6 +166,20 @@ def refusal(family: Family, method: str) -> str | None:
         return r"has no convolutional front end that conv_front_end can enter; wav2vec 2.0, "
     if method in NEEDS_BIASES and family.name in NO_BIAS:
         return r"has no bias under sites="
+    if method == "uniadapter" and not sees_and_reads(family):
+        return r"shares one adapter between images and texts, and .*: take an image-text encoder"
+    if method == "uniadapter" and family.name == "open_clip-timm_tower":
+        return r"shares the down-projection .* is 32 wide .* 64: take mma, which shares between"
+    if method == "mma" and not {"vision", "text"} <= set(towers(family)):
+        return (
+            r"couples the blocks of an image tower with those of a text tower, and .* has no tower"
+        )
+    if method == "cross_modal" and not _crossed(family.name):
+        return r"acts inside cross-attention, and .* has none: take gated_cross_attention"
+    if method.startswith("gated") and family.name in LOOKING and "vision" in towers(family):
+        return r"looks at the image already, by cross-attention of its own: take cross_modal"
+    if method.startswith("gated") and not {"vision", "text"} <= set(towers(family)):
+        return r"lets a text tower look at an image, and .* has no tower .*: take an image-text"
     if method in FOR_IMAGES and "vision" not in towers(family):
         return r"reads the grid of an image's patches, which .*image encoders can take it"
     if method in ("ssf", "repadapter") and family.name in KEYS_WITHOUT_BIAS:
@@ -161,9 +187,14 @@ def refusal(family: Family, method: str) -> str | None:
     return None
 
 
+def sees_and_reads(family: Family) -> bool:
+    """Whether an encoder has a tower for images and one for texts."""
+    return "vision" in towers(family) and bool({"text", "decoder"} & set(towers(family)))
+
+
 def home(method: str) -> Family:
     """A family that takes the method: an image encoder if one does."""
-    families = (FAMILIES[name] for name in ("timm-vit", "hf-wav2vec2"))
+    families = (FAMILIES[name] for name in ("timm-vit", "hf-wav2vec2", "hf-clip", "hf-blip-vqa"))
     return next(family for family in families if refusal(family, method) is None)
 
 
@@ -194,6 +225,11 @@ def bare_outputs(family: Family, *, frozen: bool = True) -> list[Tensor]:
 @functools.cache
 def _towers(name: str) -> tuple[str, ...]:
     return tuple(mmadapters.init(bare(FAMILIES[name])).sites.towers)
+
+
+@functools.cache
+def _crossed(name: str) -> bool:
+    return any(part.kind == "cross" for part in describe(_built(name))[0].sublayers())
 
 
 def towers(family: Family) -> tuple[str, ...]:

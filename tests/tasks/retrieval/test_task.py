@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import BlipImageProcessor
 
 import mmadapters
-from mmadapters import LoRAConfig, SeqBnConfig
+from mmadapters import GatedCrossAttentionConfig, LoRAConfig, SeqBnConfig
 from mmadapters.tasks.evaluation import evaluate
 from mmadapters.tasks.retrieval.gallery import Gallery
 from mmadapters.tasks.retrieval.metrics import TO_IMAGE, TO_TEXT
@@ -338,6 +338,13 @@ def test_adapters_where_nothing_passes_are_refused() -> None:
     coca.add_adapter("a", SeqBnConfig(size=4))
     with pytest.raises(ValueError, match=r"decoder, fusion of CoCa.*adapter\.sites"):
         RetrievalModel(coca, job())
+
+
+def test_texts_that_look_at_an_image_are_refused() -> None:
+    clip = mmadapters.init(next(f for f in CLIP_FAMILIES if f.name == "hf-clip").build())
+    clip.add_adapter("a", GatedCrossAttentionConfig(size=4, heads=1))
+    with pytest.raises(ValueError, match=r"gated_cross_attention lets.*without one: take mma"):
+        RetrievalModel(clip, job())
 
 
 # BLIP: contrastive embeddings, then matching.

@@ -1,0 +1,153 @@
+"""Gated cross-attention: a frozen text tower that looks at the tokens of an image.
+
+Before a block of the text tower, with x the tokens that enter it and z the image's,
+
+    x'  = x  + tanh(g) O Attention(Q LN(x), K LN(z), V LN(z))
+    x'' = x' + tanh(g') F2 GELU(F1 LN(x'))                       with `feed_forward`
+
+g = g' = 0 at the start, for a fresh adapter to be the identity; Q, K, V, O, F1 and F2 have no bias.
+Alayrac et al. 2022 (Flamingo), section 3.1.2 and figure 4. z is what the image tower's last block
+gives, before any norm of the tower's; there it is what a Perceiver resampler makes of it, already
+normed, which is why ours has a LayerNorm of z. Theirs always has the feed-forward part, four times
+as wide as the tower, and masks all images but the last before a text token: here a text has one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sites import Block, SiteMap, Tower
+from .adding import Adding
+from .base import AdapterModule, MethodConfig, check_count, check_rate, kaiming
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedCrossAttentionConfig(MethodConfig):
+    """`size`: the width of all heads together; `every`: before blocks 0, n, 2n, ...
+
+    feed_forward: the inner width of F1 and F2 over the tower's; 0 leaves that part out.
+    dropout: on the attention weights and inside the feed-forward part.
+    """
+
+    size: int = 256
+    heads: int = 4
+    every: int = 1
+    feed_forward: int = 0
+    dropout: float = 0.0
+
+    method: ClassVar[str] = "gated_cross_attention"
+    mergeable: ClassVar[bool | str] = "it depends on the image, so no weight equals it"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for what in ("size", "heads", "every"):
+            check_count(what, getattr(self, what))
+        if self.size % self.heads:
+            raise ValueError(f"size {self.size} is no multiple of the {self.heads} heads")
+        if self.feed_forward != 0:
+            check_count("feed_forward", self.feed_forward)
+        check_rate("dropout", self.dropout)
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        vision, text = _towers(sites)
+        selection = sites.select(self.sites)
+        chosen = [b for b in text.blocks[:: self.every] if b.name in selection]
+        if not chosen:
+            raise ValueError(
+                f"gated_cross_attention acts before the blocks {text.blocks[0].name} to "
+                f"{text.blocks[-1].name} (every={self.every}), and sites={self.sites!r} names none"
+            )
+        return {block.name: GatedCrossAttention(self, block, vision.width) for block in chosen}
+
+
+def _towers(sites: SiteMap) -> tuple[Tower, Tower]:
+    vision, text = sites.towers.get("vision"), sites.towers.get("text")
+    crossed = any(tower.crossed for tower in sites.towers.values())
+    if vision is not None and (text.crossed if text is not None else crossed):
+        raise ValueError(
+            f"the text of {sites.architecture} looks at the image already, by cross-attention of "
+            "its own: take cross_modal, which adapts that"
+        )
+    if vision is None or text is None:
+        missing = "vision" if vision is None else "text"
+        raise ValueError(
+            "gated_cross_attention lets a text tower look at an image, and "
+            f"{sites.architecture} has no tower {missing!r}: take an image-text encoder (CLIP, "
+            "SigLIP)"
+        )
+    return vision, text
+
+
+class GatedCrossAttention(Adding):
+    """Parameters of `norm` (D,) and `norm_image` (E,), `query` (w, D), `key` and `value` (w, E),
+    `out` (D, w) and `gate` (); with `feed_forward` those of `inner`. E: width of the image tower.
+    """
+
+    reads = frozenset({"image"})
+
+    def __init__(self, config: GatedCrossAttentionConfig, block: Block, image_width: int) -> None:
+        super().__init__()
+        sublayer = next(iter(block.sublayers.values()))
+        width, size, like = sublayer.width, config.size, sublayer.like()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.norm = nn.LayerNorm(width, **like)
+        self.norm_image = nn.LayerNorm(image_width, **like)
+        self.query = _map(width, size, like)
+        self.key, self.value = _map(image_width, size, like), _map(image_width, size, like)
+        self.out = _map(size, width, like)
+        self.gate = nn.Parameter(torch.zeros((), **like))
+        hidden = config.feed_forward * width
+        self.inner = _FeedForward(width, hidden, config.dropout, like) if hidden else None
+
+    def change(
+        self,
+        branch: Tensor,
+        *,
+        residual: Tensor | None,
+        input: Tensor | None,
+        image: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """branch: (B, L, D), what enters the block; image: (B, N, E)."""
+        assert image is not None
+        change = self.gate.tanh() * self.fetched(branch, image)
+        if self.inner is not None:
+            change = change + self.inner(branch + change)
+        return change.to(branch.dtype)
+
+    def fetched(self, x: Tensor, image: Tensor) -> Tensor:
+        """What the attention gives, (B, L, D), without the gate."""
+        image = self.norm_image(image.to(self.norm_image.weight.dtype))
+        q, k, v = (
+            states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for states in (self.query(self.norm(x)), self.key(image), self.value(image))
+        )
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class _FeedForward(nn.Module):
+    """The gated feed-forward part: what is added to its input."""
+
+    def __init__(self, width: int, hidden: int, dropout: float, like: dict) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.norm = nn.LayerNorm(width, **like)
+        self.up, self.down = _map(width, hidden, like), _map(hidden, width, like)
+        self.gate = nn.Parameter(torch.zeros((), **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.dropout(F.gelu(self.up(self.norm(x))), self.dropout, self.training)
+        return self.gate.tanh() * self.down(inner)
+
+
+def _map(in_features: int, out_features: int, like: dict) -> nn.Linear:
+    module = nn.Linear(in_features, out_features, bias=False, **like)
+    kaiming(module.weight)
+    return module

@@ -1,0 +1,140 @@
+"""MMA: adapters of both towers' top blocks that meet in a shared middle.
+
+    u' = u + s U ReLU(M ReLU(D n + b) + c)        u: the feed-forward part's branch
+
+n is what the block's self-attention reads, the block's input behind its first LayerNorm; D (r, D)
+and U (D, r) are a block's own, M (r, r) and its bias are shared by one block of each tower: the
+towers' last blocks, those before, and so on. U has a bias. Yang et al. 2024, section 3.2; their
+adapters are in blocks 5 to 12 of ViT-B/16's and its text tower's 12, with s = 0.001.
+
+Where ours differs from the authors' code: U starts at zero, for a fresh adapter to be the identity,
+while they start it as D and M; the gradient of an adapter's parameters has the factor s, which they
+divide out (no step of Adam or AdamW sees it, one of SGD does: multiply its learning rate by 1/s);
+towers of different depth are paired from the top. In a post-norm block (BERT in open_clip, BLIP's
+text) n is the block's input itself, and the result is added before the block's last LayerNorm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sites import SiteMap, Sublayer, Tower
+from .adding import Adding
+from .base import AdapterModule, MethodConfig, check_count, check_number
+from .bottleneck import chosen_sublayers, zero_linear
+
+TOWERS = ("vision", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMAConfig(MethodConfig):
+    """`size`: r; `scale`: s.
+
+    lowest: the lowest adapted block, from 0, in the tower that has fewer; in the other as many
+        blocks are adapted. By default a third of the blocks are left out, as in the paper.
+    """
+
+    size: int = 32
+    scale: float = 0.001
+    lowest: int | None = None
+
+    method: ClassVar[str] = "mma"
+    mergeable: ClassVar[bool | str] = (
+        "a bottleneck has a non-linearity between its projections, so no weight equals it"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("size", self.size)
+        check_number("scale", self.scale)
+        if self.scale == 0:
+            raise ValueError(
+                "scale must not be 0: with the up-projection at zero nothing would learn"
+            )
+        lowest = self.lowest
+        if lowest is not None and (
+            isinstance(lowest, bool) or not isinstance(lowest, int) or lowest < 0
+        ):
+            raise ValueError(f"lowest must be the number of a block from 0 on, not {lowest!r}")
+
+    def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
+        towers = _both(sites)
+        count = self._count(towers)
+        chosen = {sublayer.name for sublayer in chosen_sublayers(self, sites, ("ffn",))}
+        middles: dict[int, nn.Linear] = {}
+        built: dict[str, AdapterModule] = {}
+        for tower in towers:
+            for block in tower.blocks[-count:]:
+                ffn, layer = block.sublayers["ffn"], len(tower.blocks) - block.index
+                if ffn.name not in chosen:
+                    continue
+                if layer not in middles:
+                    middles[layer] = _started(nn.Linear(self.size, self.size, **ffn.like()))
+                built[ffn.name] = MMA(self, ffn, middles[layer])
+        if not built:
+            raise ValueError(
+                f"mma adapts the upper {count} blocks of both towers of {sites.architecture}, and "
+                f"sites={self.sites!r} names none of them: set lowest"
+            )
+        return built
+
+    def _count(self, towers: list[Tower]) -> int:
+        """How many blocks of each tower are adapted."""
+        depth = min(len(tower.blocks) for tower in towers)
+        lowest = depth // 3 if self.lowest is None else self.lowest
+        if lowest >= depth:
+            raise ValueError(
+                f"lowest={lowest} leaves no block: a tower has {depth}, numbered from 0 to "
+                f"{depth - 1}"
+            )
+        return depth - lowest
+
+
+def _both(sites: SiteMap) -> list[Tower]:
+    missing = [name for name in TOWERS if name not in sites.towers]
+    if missing:
+        raise ValueError(
+            f"mma couples the blocks of an image tower with those of a text tower, and "
+            f"{sites.architecture} has no tower {missing[0]!r}: take an image-text encoder (CLIP, "
+            "SigLIP), or adaptformer for one tower"
+        )
+    return [sites.towers[name] for name in TOWERS]
+
+
+def _started(linear: nn.Linear) -> nn.Linear:
+    """As the authors start their maps."""
+    nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class MMA(Adding):
+    """One block's part: parameters of `down` (r, D), `middle` (r, r), which is shared, and `up`
+    (D, r), with biases."""
+
+    reads = frozenset({"attended"})
+
+    def __init__(self, config: MMAConfig, sublayer: Sublayer, middle: nn.Linear) -> None:
+        super().__init__()
+        like = sublayer.like()
+        self.scale = config.scale
+        self.down = _started(nn.Linear(sublayer.width, config.size, **like))
+        self.middle = middle
+        self.up = zero_linear(config.size, sublayer.width, like)
+
+    def change(
+        self,
+        branch: Tensor,
+        *,
+        residual: Tensor | None,
+        input: Tensor | None,
+        attended: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        assert attended is not None
+        inner = F.relu(self.middle(F.relu(self.down(attended))))
+        return (self.scale * self.up(inner)).to(branch.dtype)
