@@ -277,7 +277,7 @@ def test_bad_configs_say_what_to_change(
 
 def test_shipped_comparisons_read_and_train_takes_none_of_them() -> None:
     names = config_names("comparison")
-    assert {"compare_vision", "compare_speech"} <= names.keys()
+    assert {"compare_vision", "compare_speech", "compare_vision_language"} <= names.keys()
     for name in names:
         assert read_contenders(read_comparison(name))
         with pytest.raises(ValueError, match="give it to mmadapters compare"):
