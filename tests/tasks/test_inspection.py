@@ -63,6 +63,27 @@ def test_costs_are_those_of_the_adapter_that_is_then_added(
     model.delete_adapter("a")
 
 
+def test_methods_that_couple_two_towers_cost_what_adding_and_saving_then_shows(
+    tmp_path: Path,
+) -> None:
+    """What towers share is counted once."""
+    of_clip = inspect("nano/clip")
+    model = mmadapters.init(mmadapters.load_backbone("nano/clip"))
+    for method in ("mma", "uniadapter", "gated_cross_attention"):
+        told = row(of_clip, method)
+        if told.problem is not None:
+            with pytest.raises(ValueError, match=re.escape(told.problem)):
+                model.add_adapter(method, method)
+            continue
+        model.add_adapter(method, method)
+        own = model.adapter(method)
+        assert told.parameters == sum(parameter.numel() for parameter in own.parameters())
+        assert told.sites == len(list(own.entries()))
+        model.save_adapter(tmp_path / method, method)
+        assert told.fp32_bytes == (tmp_path / method / "adapter.safetensors").stat().st_size
+    assert {"mma", "gated_cross_attention"} <= set(model.adapter_names)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_can_be_merged_is_what_merging_then_accepts(
     without_biases: Inspection, model_without_biases: mmadapters.AdapterModel, method: str
