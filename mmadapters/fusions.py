@@ -39,11 +39,11 @@ def build(model: AdapterModel, members: Fuse, config: FusionConfig) -> Fusion:
         ValueError: a member is not here, or is no bottleneck.
     """
     sites: dict[str, None] = {}
-    fronts = {layer.name for layer in model.sites.fronts()}
+    points = {point.name for point in model.sites.points()}
     for name in members.names():
         adapter = model.adapter(name)
         for site, module in adapter.entries():
-            if kind_of(module) != "branch" or site in fronts:
+            if kind_of(module) != "branch" or site in points:
                 raise ValueError(
                     f"adapter {name!r}, a {adapter.config.method}, cannot be fused: AdapterFusion "
                     "attends over what bottleneck adapters add to a sublayer; use Average or Stack"

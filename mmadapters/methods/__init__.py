@@ -19,6 +19,7 @@ from .bottleneck import (
     SeqBnConfig,
     SequentialPlacement,
 )
+from .clip_adapter import CLIPAdapterConfig
 from .compacter import CompacterConfig
 from .conformer import ConformerAdapterConfig
 from .conv import ConvpassConfig, MonaConfig
@@ -47,6 +48,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         AdaptFormerConfig,
         AdapterPlusConfig,
         CompacterConfig,
+        CLIPAdapterConfig,
         ConvpassConfig,
         MonaConfig,
         LoRAConfig,
@@ -148,6 +150,7 @@ __all__ = [
     "BitFitConfig",
     "BottleneckConfig",
     "Branch",
+    "CLIPAdapterConfig",
     "CompacterConfig",
     "ConfigUnion",
     "ConformerAdapterConfig",
