@@ -15,7 +15,7 @@ from torch import Tensor
 from mmadapters import AdapterModel
 from mmadapters.sites import nearest
 
-from ..encoders.vision import ImageTower
+from ..encoders.vision import ImageTower, refuse_embedding_adapters
 from ..encoders.watch import Watch
 from ..task import TaskModel
 from .config import ClassificationConfig
@@ -78,6 +78,7 @@ class ImageClassifier(Classifier):
 
     def __init__(self, encoder: AdapterModel, config: ClassificationConfig, **options: Any) -> None:
         tower = ImageTower(encoder)
+        refuse_embedding_adapters(encoder, f"head.kind {config.head.kind}")
         if config.head.pooling == "cls" and not tower.has_class_token:
             raise ValueError(
                 f"{config.backbone.name} has no class token: set head.pooling to mean or attention"
