@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 from mmadapters.sites import nearest
@@ -32,7 +32,7 @@ class Classifier(TaskModel):
     def __init__(
         self,
         encoder: AdapterModel,
-        head: ClassificationHead,
+        head: nn.Module,
         config: ClassificationConfig,
         *,
         weights: Tensor | None,
