@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from .backbones import load_backbone
     from .composition import Average, BatchSplit, Fuse, Parallel, Route, Split, Stack
     from .heads import RoutedHeads
-    from .injectors import Architecture, LeafSpec, PatchSpec, SublayerSpec, TowerSpec
+    from .injectors import Architecture, EmbeddingSpec, LeafSpec, PatchSpec, SublayerSpec, TowerSpec
     from .methods import (
         AdapterPlusConfig,
         AdaptFormerConfig,
         BitFitConfig,
         BottleneckConfig,
+        CLIPAdapterConfig,
         CompacterConfig,
         ConfigUnion,
         ConformerAdapterConfig,
@@ -68,6 +69,7 @@ _HOMES = {
     "heads": ("RoutedHeads",),
     "injectors": (
         "Architecture",
+        "EmbeddingSpec",
         "LeafSpec",
         "PatchSpec",
         "SublayerSpec",
@@ -78,6 +80,7 @@ _HOMES = {
         "AdapterPlusConfig",
         "BitFitConfig",
         "BottleneckConfig",
+        "CLIPAdapterConfig",
         "CompacterConfig",
         "ConfigUnion",
         "ConformerAdapterConfig",

@@ -121,6 +121,10 @@ class _Builder:
         return {layer.name for layer in self.sites.fronts()}
 
     @functools.cached_property
+    def embeddings(self) -> set[str]:
+        return {embedding.name for embedding in self.sites.embeddings()}
+
+    @functools.cached_property
     def time_first(self) -> set[str]:
         towers: list[Tower] = [t for t in self.sites.towers.values() if not t.batch_first]
         return {name for tower in towers for name in tower.site_names()}
@@ -229,6 +233,11 @@ class _Builder:
             raise ValueError(
                 f"Parallel cannot hold {name!r}, a {method}: it looks at the images of the batch "
                 "as it came; repeat images and texts and use BatchSplit"
+            )
+        if site in self.embeddings and not isinstance(node, Parallel):
+            raise ValueError(
+                f"{what} cannot hold {name!r}, a {method}: at {site} there is one embedding for "
+                "each sample and no tokens; use Stack or Average, or Route for each sample its own"
             )
         if site in self.fronts:
             raise ValueError(

@@ -39,8 +39,7 @@ def build(model: AdapterModel, members: Fuse, config: FusionConfig) -> Fusion:
         ValueError: a member is not here, or is no bottleneck.
     """
     sites: dict[str, None] = {}
-    outside = {layer.name for layer in model.sites.fronts()}
-    outside |= {block.name for block in model.sites.blocks()}
+    outside = {point.name for point in (*model.sites.points(), *model.sites.blocks())}
     for name in members.names():
         adapter = model.adapter(name)
         for site, module in adapter.entries():

@@ -3,9 +3,10 @@
 A `SiteMap` holds towers (`vision`, `audio`, `text`, `fusion`, `decoder`); a tower holds blocks in
 the order in which they run; a block holds sublayers (`attn`, `ffn`, `cross`); a sublayer holds its
 leaves: the linear maps `q k v o` (attention) or `up down` (feed-forward) and its `norm`. The
-convolutions that make a speech encoder's frames of samples stand before its blocks: `front`.
-Canonical names join them by dots: `vision.blocks.3.attn.q`, `audio.front.0`. Neither methods nor
-injectors import each other: this file is all that they share.
+convolutions that make a speech encoder's frames of samples stand before its blocks: `front`; what
+a tower of an image-text encoder gives into the shared space stands behind them: `embedding`.
+Canonical names join them by dots: `vision.blocks.3.attn.q`, `audio.front.0`, `vision.embedding`.
+Neither methods nor injectors import each other: this file is all that they share.
 """
 
 from __future__ import annotations
@@ -138,6 +139,19 @@ class FrontLayer:
         return like(next(self.module.parameters(), None))
 
 
+@dataclass(eq=False)
+class Embedding:
+    """What a tower gives into the space shared with another one; the (first) output of `module` is
+    (B, width), not yet of unit length."""
+
+    name: str
+    module: nn.Module
+    width: int
+
+    def like(self) -> dict:
+        return like(next(self.module.parameters(), None))
+
+
 class Grid(NamedTuple):
     """How the tokens (B, N, D) of an image lie: `prefix` class and register tokens, then `height` x
     `width` patches row by row, then whatever has been appended."""
@@ -166,7 +180,9 @@ class Tower:
     else the reason why not; `copies` the same of repeating the batch there. `batch_first`: blocks
     take (B, N, D), not (N, B, D). `front`: the convolutions before the blocks, if any are known.
     `runner`: the module whose call runs all blocks and gives the tower's last hidden state first.
-    `patches`: where an image becomes tokens, None if none does.
+    `patches`: where an image becomes tokens, None if none does. `embedding`: where the tower's
+    embedding in a shared space comes out of a module; None if there is none, or for the reason that
+    `unembedded` gives.
     """
 
     name: str
@@ -180,6 +196,8 @@ class Tower:
     front: list[FrontLayer] = field(default_factory=list)
     runner: nn.Module | None = None
     patches: Patches | None = None
+    embedding: Embedding | None = None
+    unembedded: str | None = None
 
     @property
     def crossed(self) -> bool:
@@ -196,6 +214,8 @@ class Tower:
                 found.extend(leaf.name for leaf in sublayer.leaves.values())
         if self.norm is not None:
             found.append(self.norm.name)
+        if self.embedding is not None:
+            found.append(self.embedding.name)
         return found
 
 
@@ -214,6 +234,16 @@ class SiteMap:
     def fronts(self) -> Iterator[FrontLayer]:
         for tower in self.towers.values():
             yield from tower.front
+
+    def embeddings(self) -> Iterator[Embedding]:
+        for tower in self.towers.values():
+            if tower.embedding is not None:
+                yield tower.embedding
+
+    def points(self) -> Iterator[FrontLayer | Embedding]:
+        """Where a branch is what one module gives, before the blocks or behind them."""
+        yield from self.fronts()
+        yield from self.embeddings()
 
     def sublayers(self) -> Iterator[Sublayer]:
         for block in self.blocks():

@@ -20,7 +20,7 @@ import mmadapters
 from mmadapters.adapter import Adapter
 from mmadapters.merging import merged_tensors
 from mmadapters.methods import METHODS, AdapterModule, MethodConfig
-from mmadapters.sites import FrontLayer, Leaf, SiteMap, Sublayer, Tower
+from mmadapters.sites import Embedding, FrontLayer, Leaf, SiteMap, Sublayer, Tower
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,6 +136,8 @@ def _tower_row(tower: Tower) -> TowerRow:
     if tower.norm is not None:
         sites.append(_leaf_row(tower.norm))
         parameters += sites[-1].parameters
+    if tower.embedding is not None:
+        sites.append(_embedding_row(tower.embedding))
     return TowerRow(tower.name, len(parts), tower.width, parameters, tower.prompts, sites)
 
 
@@ -143,6 +145,10 @@ def _front_row(layer: FrontLayer) -> SiteRow:
     conv = next(part for part in layer.module.modules() if isinstance(part, nn.Conv1d))
     parameters = _count(layer.module.parameters())
     return SiteRow(layer.name, "conv", conv.in_channels, layer.width, parameters)
+
+
+def _embedding_row(embedding: Embedding) -> SiteRow:
+    return SiteRow(embedding.name, "embedding", embedding.width, embedding.width, 0)
 
 
 def _sublayer_row(sublayer: Sublayer) -> SiteRow:

@@ -106,11 +106,17 @@ def train_model(
     first = state.is_main_process
     run = Run(Path(config.output), task, model, facts=sizes(model, config.name))
     model.to(device_of(config))
+    if "train" in splits and not isinstance(splits["train"], data.Stream):
+        splits = {**splits, "train": task.choose(splits["train"])}
+    known: dict[Split, Rows] = {name: rows for name, rows in splits.items() if name != "test"}
     if config.evaluation.before:
         name, rows = measured_split(splits)
-        run.before = _score(run, evaluate_split(task, model, rows), name)
+        with _untrained(run):
+            run.before = _score(run, evaluate_split(task, model, rows), name)
+    task.prepare(model, known)
     if any(parameter.requires_grad for parameter in model.parameters()):
         _fit(run, splits, checkpoint, quiet=quiet or not first)
+    run.facts |= task.settle(model.eval(), known)
     model.eval()  # pictures are drawn with it too, and must not move a head's running statistics
     encoder = model.encoder
     with encoder.using(encoder.active_adapters, drop=artifact.blocks_dropped(config)):
@@ -349,6 +355,19 @@ def _evaluate(run: Run, splits: dict[Split, Rows]) -> dict[Split, list[Record]]:
             run.scores[name] = _score(run, found, name)
             records[name] = found.records
     return records
+
+
+@contextlib.contextmanager
+def _untrained(run: Run) -> Iterator[None]:
+    """The encoder as it is before training: without this run's adapter, if a fresh one would
+    change it."""
+    config, encoder = run.task.config, run.model.encoder
+    adapter = adapter_config(config)
+    if adapter is None or adapter.identity or config.composition is not None:
+        yield
+        return
+    with encoder.using(None):
+        yield
 
 
 def _score(run: Run, found: Evaluation, split: str) -> Scores:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from .config import JobConfig
+from .config import JobConfig, Split
 from .metrics import Metric
 
 Example = dict[str, Any]
@@ -202,6 +202,23 @@ class Task(ABC, Generic[C]):
         """Adds to the records of a split what needs all of them at once and the model (a second
         look at the best candidates). Every process calls it, without gradients, model in eval
         mode, with the same records in the order of the rows, and must end with the same."""
+
+    def choose(self, rows: Rows) -> Rows:
+        """The training rows that are used."""
+        return rows
+
+    def prepare(self, model: TaskModel, splits: Mapping[Split, Rows]) -> None:
+        """Gives the head what it takes from the training rows before it is trained. `splits` have
+        the chosen training rows and no test. Every process calls it.
+
+        Raises:
+            ValueError: a split that it needs is not there.
+        """
+
+    def settle(self, model: TaskModel, splits: Mapping[Split, Rows]) -> dict[str, Any]:
+        """Sets what is chosen after training, on the same splits; gives what is worth telling of
+        it, JSON-ready."""
+        return {}
 
     def lengths(self, rows: Rows) -> list[int] | None:
         """The size of each row where batches should be of similar sizes, None where not."""

@@ -14,6 +14,7 @@ from . import audio, blip, checkpointing, clip, text, vision
 from .runtime import NOTHING, Plan, Runtime, is_adapted
 from .spec import (
     Architecture,
+    EmbeddingSpec,
     Example,
     LeafSpec,
     PatchSpec,
@@ -81,6 +82,7 @@ __all__ = [
     "NOTHING",
     "ROWS",
     "Architecture",
+    "EmbeddingSpec",
     "Example",
     "LeafSpec",
     "PatchSpec",

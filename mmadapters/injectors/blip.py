@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ._huggingface import path_of, place, token_ids
-from .spec import Architecture, PatchSpec, Row, SublayerSpec, TowerSpec
+from .spec import Architecture, EmbeddingSpec, PatchSpec, Row, SublayerSpec, TowerSpec
 from .text import NO_PROMPTS, post_norm_layer
+
+EITHER = (
+    "it passes its projections without use_itm_head only, so that matching would not see the "
+    "adapter; adapt its blocks"
+)
 
 
 def _vision() -> TowerSpec:
@@ -74,6 +80,15 @@ def _blip(model: Any) -> Iterable[Architecture]:
         towers.append(_text("text", "text_encoder", crossed=crossed, names={"cross": "fusion"}))
     if hasattr(model, "text_decoder"):
         towers.append(_text("decoder", "text_decoder.bert", crossed=True))
+    if hasattr(model, "visual_projection"):
+        paths = {"vision": "visual_projection", "text": "text_projection"}
+        width = model.visual_projection.out_features
+        towers = [
+            dataclasses.replace(tower, embedding=EmbeddingSpec(path=paths[tower.name], width=width))
+            for tower in towers
+        ]
+    elif hasattr(model, "vision_proj"):
+        towers = [dataclasses.replace(tower, embedding=EITHER) for tower in towers]
     yield Architecture(towers=tuple(towers), example=blip_example, library="transformers")
 
 

@@ -13,13 +13,30 @@ from torch import Tensor, nn
 from . import text, vision
 from ._huggingface import below, if_sdpa
 from .paths import at, first_at, nested, patches_at
-from .spec import Architecture, Example, PatchSpec, Row, SublayerSpec, TowerSpec, Unresolved
+from .spec import (
+    Architecture,
+    EmbeddingSpec,
+    Example,
+    PatchSpec,
+    Row,
+    SublayerSpec,
+    TowerSpec,
+    Unresolved,
+)
 from .vision import random_image, square
 
 TEXT = "the masks of its text tower have the length of the text"
 POOLED = "its text is pooled at the place that the ids of the batch as it came tell"
 MASKED = "its text is pooled under the mask of the batch as it came"
 IN_TURNS = "two stacks of its decoder take turns"
+BARE_PROJECTION = (
+    "open_clip multiplies its text's embedding by a bare parameter, which no module gives; leave "
+    "its text tower out, or build a CustomTextCLIP"
+)
+UNPROJECTED = (
+    "it ends before the projection into the shared space; load the whole model or one "
+    "WithProjection"
+)
 TIME_FIRST = "its blocks take tokens in the first dimension and the batch in the second"
 
 
@@ -95,7 +112,21 @@ def _transformers_tower(model: nn.Module, name: str, norm: str) -> TowerSpec:
             int(hasattr(at(tower, "embeddings"), "class_embedding")),
             below(holder, "embeddings.patch_embedding"),
         ),
+        embedding=_transformers_embedding(model, name, holder),
     )
+
+
+def _transformers_embedding(model: Any, name: str, holder: str) -> EmbeddingSpec | str:
+    """CLIP's projections stand beside its towers, SigLIP's heads end them."""
+    projection = "visual_projection" if name == "vision" else "text_projection"
+    for path in (projection, below(holder, "head")):
+        module: Any = at(model, path)
+        # A classifier on patches calls SigLIP's head and throws away what it gives.
+        if module is not None and at(model, "classifier") is None:
+            own = getattr(model.config, f"{name}_config", model.config)
+            width = getattr(module, "out_features", own.hidden_size)
+            return EmbeddingSpec(path=path, width=width)
+    return UNPROJECTED
 
 
 def _transformers_example(towers: tuple[str, ...]) -> Example:
@@ -155,13 +186,37 @@ def _batch_first(blocks: nn.Module) -> bool:
     return getattr(at(blocks, "0.attn"), "batch_first", True)
 
 
+def _open_clip_width(model: Any) -> int:
+    """Of the space that both towers share."""
+    holder = getattr(model, "text", model)
+    projection = getattr(holder, "text_projection", None)
+    if isinstance(projection, nn.Linear):
+        return projection.out_features
+    if isinstance(projection, Tensor):
+        return projection.shape[1]
+    if at(holder, "ln_final") is not None:
+        return holder.ln_final.normalized_shape[0]
+    return holder.output_dim
+
+
+def _open_clip_text_embedding(model: nn.Module) -> EmbeddingSpec | str:
+    for path in ("text", "text_projection"):
+        if at(model, path) is not None:
+            return EmbeddingSpec(path=path, width=_open_clip_width(model))
+    return BARE_PROJECTION
+
+
 def _open_clip_vision(model: nn.Module) -> list[TowerSpec]:
     """Candidates for the image tower.
 
     Raises:
         ValueError: it is not a vision transformer.
     """
-    found = list(nested(model, "visual.trunk", vision.ROWS, "vision"))
+    embedding = EmbeddingSpec(path="visual", width=_open_clip_width(model))
+    found = [
+        dataclasses.replace(tower, embedding=embedding)
+        for tower in nested(model, "visual.trunk", vision.ROWS, "vision")
+    ]
     blocks = at(model, "visual.transformer.resblocks")
     if blocks is not None:
         batch_first = _batch_first(blocks)
@@ -175,6 +230,7 @@ def _open_clip_vision(model: nn.Module) -> list[TowerSpec]:
                 prompts=None if batch_first else TIME_FIRST,
                 batch_first=batch_first,
                 patches=PatchSpec(path="visual.conv1"),
+                embedding=embedding,
             )
         )
     if not found:
@@ -203,6 +259,7 @@ def _open_clip_text(model: nn.Module) -> list[TowerSpec]:
                 prompts=TEXT,
                 copies=POOLED,
                 batch_first=_batch_first(blocks),
+                embedding=_open_clip_text_embedding(model),
             )
             return [tower]
     found = list(nested(model, "text.transformer", text.ROWS, "text"))
@@ -212,7 +269,8 @@ def _open_clip_text(model: nn.Module) -> list[TowerSpec]:
             f"the text tower of this {type(model).__name__} is a {type(module).__name__}, which "
             "mmadapters does not know"
         )
-    return [dataclasses.replace(tower, copies=MASKED) for tower in found]
+    embedding = _open_clip_text_embedding(model)
+    return [dataclasses.replace(tower, copies=MASKED, embedding=embedding) for tower in found]
 
 
 def open_clip_example(model: nn.Module) -> tuple[tuple, dict]:

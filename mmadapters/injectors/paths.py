@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from .spec import PatchSpec, Row, TowerSpec
+from .spec import EmbeddingSpec, PatchSpec, Row, TowerSpec
 
 
 def at(root: nn.Module, path: str) -> nn.Module | None:
@@ -41,12 +41,16 @@ def under(prefix: str, tower: TowerSpec, name: str | None = None) -> TowerSpec:
     patches = tower.patches
     if patches is not None:
         patches = dataclasses.replace(patches, path=f"{prefix}.{patches.path}")
+    embedding = tower.embedding
+    if isinstance(embedding, EmbeddingSpec):
+        embedding = dataclasses.replace(embedding, path=f"{prefix}.{embedding.path}")
     return dataclasses.replace(
         tower,
         name=name or tower.name,
         blocks=f"{prefix}.{tower.blocks}",
         norm=None if tower.norm is None else f"{prefix}.{tower.norm}",
         patches=patches,
+        embedding=embedding,
     )
 
 

@@ -110,7 +110,7 @@ class Runtime:
         self._sublayers = {sublayer.name: sublayer for sublayer in sites.sublayers()}
         self._leaves = {leaf.name: leaf for leaf in sites.leaves()}
         self._blocks = {block.name: block for block in sites.blocks()}
-        self._fronts = {layer.name: layer for layer in sites.fronts()}
+        self._points = {point.name: point for point in sites.points()}
 
     def plan(self) -> Plan:
         """What is active in this thread."""
@@ -268,8 +268,8 @@ class Runtime:
             hook = BlockHook(self, site, self._tower(site).batch_first)
             yield self._blocks[site].module.register_forward_pre_hook(hook, with_kwargs=True)
         elif what == "branch":
-            front = self._fronts.get(site)
-            output = self._sublayers[site].output if front is None else front.module
+            point = self._points.get(site)
+            output = self._sublayers[site].output if point is None else point.module
             yield output.register_forward_hook(BranchHook(self, site))
         elif what == "enter":
             yield self._leaves[site].module.register_forward_pre_hook(EnterHook(self, site))

@@ -32,6 +32,7 @@ from torch import nn
 
 from ..sites import (
     Block,
+    Embedding,
     FrontLayer,
     Leaf,
     Parameter,
@@ -86,6 +87,15 @@ class PatchSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec:
+    """Where a tower's embedding in a shared space comes out: `path` of the module whose (first)
+    output is (B, width)."""
+
+    path: str
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TowerSpec:
     """A stack of blocks. `blocks`: the path of a ModuleList, or a glob (`encoder.*.layer`).
 
@@ -94,7 +104,8 @@ class TowerSpec:
     cross-attentions live in its text blocks and are named `fusion.blocks.N.cross`. `front` is the
     path of the ModuleList of convolutions before the blocks, `runner` that of the module whose call
     runs them all ("" for the model itself). `patches`: of a tower for images, for methods that
-    convolve over the grid of its patches.
+    convolve over the grid of its patches. `embedding`: of a tower whose output is compared with
+    another's, or a sentence's end that says why no module gives it.
     """
 
     name: str
@@ -109,6 +120,7 @@ class TowerSpec:
     front: str | None = None
     runner: str | None = None
     patches: PatchSpec | None = None
+    embedding: EmbeddingSpec | str | None = None
 
 
 Example = Callable[[nn.Module], tuple[tuple, dict]]
@@ -160,6 +172,10 @@ def _tower(root: nn.Module, spec: TowerSpec) -> Tower:
     patches = None
     if spec.patches is not None:
         patches = Patches(_module(root, spec.patches.path), spec.patches.prefix)
+    embedding = None
+    if isinstance(spec.embedding, EmbeddingSpec):
+        module = _module(root, spec.embedding.path)
+        embedding = Embedding(f"{spec.name}.embedding", module, spec.embedding.width)
     return Tower(
         name=spec.name,
         width=width,
@@ -172,6 +188,8 @@ def _tower(root: nn.Module, spec: TowerSpec) -> Tower:
         front=[] if spec.front is None else _front(root, spec.name, spec.front),
         runner=None if spec.runner is None else _module(root, spec.runner),
         patches=patches,
+        embedding=embedding,
+        unembedded=spec.embedding if isinstance(spec.embedding, str) else None,
     )
 
 

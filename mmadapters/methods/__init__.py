@@ -19,6 +19,7 @@ from .bottleneck import (
     SeqBnConfig,
     SequentialPlacement,
 )
+from .clip_adapter import CLIPAdapterConfig
 from .compacter import CompacterConfig
 from .conformer import ConformerAdapterConfig
 from .conv import ConvpassConfig, MonaConfig
@@ -52,6 +53,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         AdaptFormerConfig,
         AdapterPlusConfig,
         CompacterConfig,
+        CLIPAdapterConfig,
         ConvpassConfig,
         MonaConfig,
         LoRAConfig,
@@ -158,6 +160,7 @@ __all__ = [
     "BitFitConfig",
     "BottleneckConfig",
     "Branch",
+    "CLIPAdapterConfig",
     "CompacterConfig",
     "ConfigUnion",
     "ConformerAdapterConfig",

@@ -74,6 +74,8 @@ class ClassificationData(DataConfig):
     labels: tuple[str, ...] = ()
     """The classes, in order; by default those of the training split, sorted (of its first rows, if
     it is streamed)."""
+    shots: int | None = Field(default=None, ge=1)
+    """Use at most so many training rows of each class, drawn with the seed."""
     size: int | tuple[int, int] | None = None
     """Side, or height and width, of the images that the encoder sees; its own by default."""
     max_seconds: float | None = Field(default=None, gt=0)
@@ -82,9 +84,29 @@ class ClassificationData(DataConfig):
     augment_audio: AudioAugmentation = AudioAugmentation()
 
 
+# Seven templates that do about as well on ImageNet as all eighty of CLIP's; from its repository.
+TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+_POOLED, _EMBEDDED, _TIP = ("linear", "mlp"), ("zero_shot", "tip_adapter"), ("tip_adapter",)
+_OF_KIND = {
+    **dict.fromkeys(("pooling", "layers", "hidden", "dropout", "heads"), _POOLED),
+    **dict.fromkeys(("templates", "class_names"), _EMBEDDED),
+    **dict.fromkeys(("shots", "augment_epochs", "alpha", "beta", "finetune"), _TIP),
+}
+
+
 class HeadConfig(Section):
-    kind: Literal["linear", "mlp"] = "linear"
-    """What computes the classes from pooled features."""
+    kind: Literal["linear", "mlp", "zero_shot", "tip_adapter"] = "linear"
+    """linear, mlp: on pooled features of any encoder; zero_shot: the image's embedding is compared
+    with those of the class names, of CLIP, SigLIP and their like; tip_adapter: with those of a few
+    training pictures, too."""
     pooling: Literal["auto", "mean", "cls", "attention"] = "auto"
     """auto: the class token of an image encoder that has one, else the mean of patches or frames;
     attention: a learned query."""
@@ -97,6 +119,39 @@ class HeadConfig(Section):
     """Before each linear map of the head."""
     heads: int = Field(default=4, ge=1)
     """Of the attention pooling; must divide the encoder's width."""
+    templates: tuple[str, ...] = TEMPLATES
+    """Sentences in which {} stands for a class; a class is the mean of its sentences."""
+    class_names: dict[str, str] = Field(default_factory=dict)
+    """What classes are called in the templates, where their labels are no words: {n01443537:
+    goldfish}."""
+    shots: int = Field(default=16, ge=1)
+    """Training pictures of each class in the cache of tip_adapter, drawn with data.seed."""
+    augment_epochs: int = Field(default=0, ge=0)
+    """Keys of the cache are means over so many passes of augmented pictures (10 in the paper's
+    code); 0: of the pictures as they are."""
+    alpha: float | None = Field(default=None, ge=0)
+    """Weight of the cache beside the class names; null: searched on the validation split."""
+    beta: float | None = Field(default=None, gt=0)
+    """Sharpness of the cache; null: searched on the validation split."""
+    finetune: bool = False
+    """Train the keys (Tip-Adapter-F) on the pictures of the cache; else nothing of it learns."""
+
+    @field_validator("templates")
+    @classmethod
+    def _has_a_place(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or any(text.count("{}") != 1 for text in value):
+            raise ValueError("at least one sentence, each with one {} where the class stands")
+        return value
+
+    @model_validator(mode="after")
+    def _acts(self) -> HeadConfig:
+        for option, kinds in _OF_KIND.items():
+            default = type(self).model_fields[option].get_default(call_default_factory=True)
+            if self.kind not in kinds and getattr(self, option) != default:
+                raise ValueError(
+                    f"{option} does nothing with kind {self.kind}, only with {' and '.join(kinds)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> HeadConfig:
@@ -144,6 +199,45 @@ class ClassificationConfig(JobConfig):
                 f"are {', '.join(known)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> ClassificationConfig:
+        head, data, mode = self.head, self.data, self.trainer.mode
+        few = data.shots is not None or head.kind == "tip_adapter"
+        if few and (data.multi_label or data.streaming):
+            raise ValueError(
+                "shots are drawn of each class: they need one label for each row "
+                "(data.multi_label: false) and all rows at once (data.streaming: false)"
+            )
+        if not self.by_embeddings:
+            return self
+        if data.multi_label or self.kind == "audio":
+            raise ValueError(
+                f"head.kind {head.kind} chooses one class for a picture: take linear or mlp for "
+                "several labels or for sound"
+            )
+        if data.size is not None:
+            raise ValueError(f"head.kind {head.kind} sees pictures of the encoder's own size alone")
+        if head.kind == "zero_shot" and mode == "head":
+            raise ValueError(
+                "trainer.mode head has nothing to train with head.kind zero_shot: take none to "
+                "evaluate the encoder as it is, or an adapter"
+            )
+        if head.kind == "tip_adapter" and mode == "none":
+            raise ValueError(
+                "trainer.mode none evaluates the encoder as it is, without a cache: take mode head "
+                "for tip_adapter, which trains nothing without head.finetune"
+            )
+        if head.finetune and mode != "head":
+            raise ValueError(
+                "head.finetune trains the keys of a frozen encoder: take trainer.mode head"
+            )
+        return self
+
+    @property
+    def by_embeddings(self) -> bool:
+        """Whether the head compares embeddings."""
+        return self.head.kind in ("zero_shot", "tip_adapter")
 
     @property
     def kind(self) -> Literal["image", "audio"]:

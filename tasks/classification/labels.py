@@ -90,19 +90,20 @@ def _name(value: Any, coded: Sequence[str]) -> str:
 
 
 def fit_labels(
-    rows: Rows, *, names: Sequence[str], separator: str | None
+    rows: Rows | None, *, names: Sequence[str], separator: str | None
 ) -> tuple[LabelMap, list[int]]:
     """The label map of a training split and how many of its rows have each class.
 
     Args:
+        rows: None where the classes are `names` and nothing is trained.
         names: the classes, where the config gives them.
 
     Raises:
         ValueError: there are fewer classes than a classifier needs, or none of those given.
     """
-    coded = coded_names(rows)
+    coded = () if rows is None else coded_names(rows)
     counts: Counter[str] = Counter()
-    for value in rows["label"]:
+    for value in () if rows is None else rows["label"]:
         try:
             counts.update(set(labels_of(value, coded, separator)))
         except BadRow:
@@ -114,7 +115,7 @@ def fit_labels(
         raise ValueError(f"the training split has {found}; a classifier needs {least} classes")
     if len(set(names)) < len(names):
         raise ValueError("data.labels names a class twice")
-    if not any(counts[name] for name in names):
+    if rows is not None and not any(counts[name] for name in names):
         raise ValueError(
             f"no training row has one of data.labels ({', '.join(names[:3])}, …); there are "
             f"{', '.join(list(counts)[:3]) or 'no labels'}"

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 from mmadapters.sites import nearest
 
-from ..encoders.vision import ImageTower
+from ..encoders.vision import ImageTower, refuse_embedding_adapters
 from ..encoders.watch import Watch
 from ..task import TaskModel
 from .config import ClassificationConfig
@@ -32,7 +32,7 @@ class Classifier(TaskModel):
     def __init__(
         self,
         encoder: AdapterModel,
-        head: ClassificationHead,
+        head: nn.Module,
         config: ClassificationConfig,
         *,
         weights: Tensor | None,
@@ -78,6 +78,7 @@ class ImageClassifier(Classifier):
 
     def __init__(self, encoder: AdapterModel, config: ClassificationConfig, **options: Any) -> None:
         tower = ImageTower(encoder)
+        refuse_embedding_adapters(encoder, f"head.kind {config.head.kind}")
         if config.head.pooling == "cls" and not tower.has_class_token:
             raise ValueError(
                 f"{config.backbone.name} has no class token: set head.pooling to mean or attention"

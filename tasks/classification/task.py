@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
+from mmadapters.sites import nearest
 
 from .. import media
+from ..config import Split
 from ..encoders.vision import image_preprocessing, to_tensor
 from ..evaluation import to_device
 from ..metrics import Metric
@@ -31,10 +33,12 @@ from ..task import (
     Task,
     TaskModel,
 )
-from . import metrics
+from . import few_shot, metrics
 from .audio import audio_preprocessing
 from .augment import ImageAugmenter, augment_audio, cut
 from .config import ClassificationConfig
+from .embedding_heads import ALPHA, BETA, TipAdapterHead
+from .embeddings import EmbeddingClassifier, spoken
 from .labels import LabelMap, fit_labels
 from .model import AudioClassifier, Classifier, ImageClassifier, class_weights
 
@@ -63,23 +67,31 @@ class ClassificationTask(Task[ClassificationConfig]):
 
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
         config = self.config
-        if rows is None:
+        if rows is None and not (config.head.kind == "zero_shot" and config.data.labels):
             raise ValueError(
                 "the classes are those of a training split, and there is none: name it in "
-                "data.splits"
+                "data.splits, or, for head.kind zero_shot, the classes in data.labels"
             )
-        if config.kind not in rows.column_names:
+        if rows is not None and config.kind not in rows.column_names:
             raise ValueError(
                 f"the data has no column {config.kind}, only {', '.join(rows.column_names)}; what "
                 "is classified is said by data.kind"
             )
         separator = config.data.separator if config.data.multi_label else None
         labels, counts = fit_labels(rows, names=config.data.labels, separator=separator)
+        counts = [min(count, config.data.shots or count) for count in counts]
         self.state = {
             "labels": labels.to_state(),
             "counts": counts,
-            "rows": len(rows),
+            "rows": sum(counts) if config.data.shots else 0 if rows is None else len(rows),
         }
+        if config.head.kind == "tip_adapter":
+            self.state["keys"] = sum(min(count, config.head.shots) for count in counts)
+        if unknown := set(config.head.class_names) - set(labels.names):
+            name = min(unknown)
+            raise ValueError(
+                f"head.class_names has {name!r}, no class{nearest(name, labels.names)}"
+            )
         if self.kind == "image":
             preprocessing = image_preprocessing(config.backbone, backbone)
             if config.data.size is not None:
@@ -118,10 +130,84 @@ class ClassificationTask(Task[ClassificationConfig]):
             "classes": len(self.labels.names),
             "weights": self._weights(),
         }
+        if self.config.by_embeddings:
+            names = spoken(self.labels.names, self.config.head.class_names)
+            return EmbeddingClassifier(
+                encoder,
+                self.config,
+                names=names,
+                keys=self.state.get("keys", 0),
+                weights=self._weights(),
+            )
         if self.kind == "image":
             return ImageClassifier(encoder, self.config, **options)
         normalise = self.state["preprocessing"]["normalise"]
         return AudioClassifier(encoder, self.config, normalise=normalise, **options)
+
+    def choose(self, rows: Rows) -> Rows:
+        config = self.config
+        bounds = [config.data.shots, config.head.shots if config.head.finetune else None]
+        shots = [bound for bound in bounds if bound is not None]
+        return rows if not shots else self._drawn(rows, min(shots))
+
+    def _drawn(self, rows: Any, shots: int) -> Rows:
+        chosen = few_shot.drawn(rows, self.labels, shots, seed=self.config.data.seed)
+        return rows if len(chosen) == len(rows) else rows.select(chosen)
+
+    def prepare(self, model: TaskModel, splits: Mapping[Split, Rows]) -> None:
+        if not isinstance(model, EmbeddingClassifier):
+            return
+        model.text_weights()
+        head, config = model.head, self.config.head
+        if not isinstance(head, TipAdapterHead):
+            return
+        if None in (config.alpha, config.beta) and "validation" not in splits:
+            raise ValueError(
+                "head.alpha and head.beta are searched on a validation split, and there is none: "
+                "cut one with data.fractions: {validation: 0.2}, or write both"
+            )
+        if config.finetune:
+            self._fill(model, head, splits)
+            head.alpha.fill_(ALPHA if config.alpha is None else config.alpha)
+            head.beta.fill_(BETA if config.beta is None else config.beta)
+
+    def settle(self, model: TaskModel, splits: Mapping[Split, Rows]) -> dict[str, Any]:
+        if not isinstance(model, EmbeddingClassifier):
+            return {}
+        model.text_weights()
+        head, config = model.head, self.config.head
+        if not isinstance(head, TipAdapterHead):
+            return {}
+        if not config.finetune:
+            # Only now: an adapter that was trained has changed what pictures look like.
+            self._fill(model, head, splits)
+        alpha, beta = config.alpha, config.beta
+        told: dict[str, Any] = {"keys": len(head.keys)}
+        if alpha is None or beta is None:
+            features, targets = few_shot.embedded(self, model, splits["validation"])
+            alpha, beta, told["validation_accuracy"] = few_shot.search(
+                head,
+                features,
+                targets,
+                alphas=few_shot.ALPHAS if alpha is None else (alpha,),
+                betas=few_shot.BETAS if beta is None else (beta,),
+            )
+        head.alpha.fill_(alpha)
+        head.beta.fill_(beta)
+        return {"tip_adapter": {**told, "alpha": alpha, "beta": beta}}
+
+    def _fill(
+        self, model: EmbeddingClassifier, head: TipAdapterHead, splits: Mapping[Split, Rows]
+    ) -> None:
+        if "train" not in splits:
+            raise ValueError(
+                "the cache of tip_adapter holds training pictures, and there is no training split: "
+                "name it in data.splits"
+            )
+        config = self.config.head
+        rows = self._drawn(splits["train"], config.shots)
+        head.fill(*few_shot.embedded(self, model, rows, epochs=config.augment_epochs))
+        self.state["keys"] = len(head.keys)
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
         found = self.labels.indices(row.get("label"))

@@ -39,6 +39,21 @@ class ImageStates:
     pooled: Tensor
 
 
+def refuse_embedding_adapters(encoder: AdapterModel, what: str) -> None:
+    """Raises a ValueError for an active adapter behind all blocks, where `what` reads no more."""
+    acting = encoder.active_adapters
+    behind = {embedding.name for embedding in encoder.sites.embeddings()}
+    for name in () if acting is None else acting.names():
+        adapter = encoder.adapter(name)
+        if found := sorted({site for site, _ in adapter.entries()} & behind):
+            raise ValueError(
+                f"{what} reads the tokens of the encoder's blocks, so that a "
+                f"{adapter.config.method} at {', '.join(found)} would do nothing: compare "
+                "embeddings (classification with head.kind zero_shot or tip_adapter, retrieval), "
+                "or adapt the blocks"
+            )
+
+
 class FrontEnd(Protocol):
     """How a library's image tower is run on images of any size.
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mmadapters import AdapterModel
 
 from ..encoders.blip import BlipMatcher, is_blip
-from ..encoders.clip import ClipTowers
+from ..encoders.clip import ClipTowers, refuse_unused
 from ..task import TaskModel
 from .config import RetrievalConfig
 from .head import RetrievalHead
@@ -36,7 +36,8 @@ class RetrievalModel(TaskModel):
         blip = is_blip(encoder.backbone)
         towers: BlipMatcher | ClipTowers = BlipMatcher(encoder) if blip else ClipTowers(encoder)
         matching = blip and config.loss.matching > 0
-        _refuse_unused(encoder, matching=matching)
+        used = {"vision", "text", *(["fusion"] if matching else [])}
+        refuse_unused(encoder, used, "retrieval")
         super().__init__(encoder, _head(towers, config, matching=matching))
         self.towers = towers
         self.loss = config.loss
@@ -157,23 +158,3 @@ def _head(
         logit_bias=bias,
         itm_head=backbone.itm_head if matching else None,
     )
-
-
-def _refuse_unused(encoder: AdapterModel, *, matching: bool) -> None:
-    """Raises a ValueError for an adapter in a tower through which no embedding passes."""
-    used = {"vision", "text", *(["fusion"] if matching else [])}
-    acting = encoder.active_adapters
-    for name in encoder.adapter_names if acting is None else acting.names():
-        adapter = encoder.adapter(name)
-        if "image" in adapter.reads:
-            raise ValueError(
-                f"adapter.method {adapter.config.method} lets a text look at an image, and "
-                "retrieval encodes texts without one: take mma or uniadapter, which couple the two "
-                "towers, or a method for each (double_seq_bn, lora)"
-            )
-        towers = {site.partition(".")[0] for site, _ in adapter.entries()}
-        if unused := sorted(towers - used):
-            raise ValueError(
-                f"the adapter sits in {', '.join(unused)} of {type(encoder.backbone).__name__}, "
-                f"where retrieval never passes: set adapter.sites to {sorted(used)}"
-            )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmadapters import AdapterModel
 
-from ..encoders.vision import ImageTower
+from ..encoders.vision import ImageTower, refuse_embedding_adapters
 from ..task import TaskModel
 from .config import SegmentationConfig
 from .heads import head_layers, make_head
@@ -31,6 +31,7 @@ class SegmentationModel(TaskModel):
         self, encoder: AdapterModel, config: SegmentationConfig, classes: tuple[str, ...]
     ) -> None:
         tower = ImageTower(encoder)
+        refuse_embedding_adapters(encoder, "segmentation")
         layers = head_layers(config.head, tower.depth)
         _refuse_unused(encoder, layers)
         head = make_head(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 
 from ..encoders.clip import ClipTowers
+from ..encoders.vision import refuse_embedding_adapters
 from ..task import TaskModel
 from .config import VQAHeadConfig
 from .heads import BilinearHead, CoAttentionHead, FusionHead
@@ -30,6 +31,7 @@ class ClipVQA(TaskModel):
         towers = ClipTowers(encoder)
         head: nn.Module
         if config.kind == "coattention":
+            refuse_embedding_adapters(encoder, "head.kind coattention")
             head = CoAttentionHead(towers.image_width, towers.text_width, answers, config)
         elif config.kind == "bilinear":
             head = BilinearHead(towers.width, answers, config)

@@ -20,6 +20,7 @@ from mmadapters import (
     AdaptFormerConfig,
     BitFitConfig,
     BottleneckConfig,
+    CLIPAdapterConfig,
     CompacterConfig,
     ConfigUnion,
     ConformerAdapterConfig,
@@ -72,6 +73,8 @@ METHODS: dict[str, MethodConfig] = {
     "adaptformer": AdaptFormerConfig(size=16),
     "adapter_plus": AdapterPlusConfig(),
     "compacter": CompacterConfig(reduction_factor=4),
+    "clip_adapter": CLIPAdapterConfig(),
+    "clip_adapter-both": CLIPAdapterConfig(ratio=0.5, towers=("vision", "text")),
     "convpass": ConvpassConfig(scale=2.0),
     "mona": MonaConfig(size=8),
     "lora": LoRAConfig(rank=4, alpha=8, targets=EVERYWHERE),
@@ -118,6 +121,22 @@ HAS_PREFIX = {"prefix", "prefix-reparametrised", "mam", "unipelt"}
 HAS_PROMPT = {"prompt", "prompt-shallow"}
 FOR_IMAGES = {"convpass", "mona"}
 FOR_SPEECH = {"conformer_adapter", "l_adapter", "l_adapter-replacing"}
+# Towers whose embedding in a shared space comes out of a module.
+EMBEDDINGS = {
+    "hf-clip": ("vision", "text"),
+    "hf-clip-vision-projected": ("vision",),
+    "hf-clip-text-projected": ("text",),
+    "hf-siglip": ("vision", "text"),
+    "hf-siglip-vision": ("vision",),
+    "hf-siglip-text": ("text",),
+    "open_clip-clip": ("vision",),
+    "open_clip-custom_text": ("vision", "text"),
+    "open_clip-own_attention": ("vision", "text"),
+    "open_clip-timm_tower": ("vision", "text"),
+    "open_clip-bert": ("vision", "text"),
+    "open_clip-coca": ("vision", "text"),
+}
+ON_EMBEDDINGS = {"clip_adapter": 1, "clip_adapter-both": 2}
 # What needs the activations at a linear map, so not a map whose weight the library reads itself.
 NEEDS_CALLED_MAPS = {"lora-dropout", "unipelt"}
 # Read weights themselves, other than in `nn.MultiheadAttention`, which adapters compute anew.
@@ -147,6 +166,8 @@ def config_for(family: Family, method: str) -> MethodConfig:
         return PromptConfig(length=3, deep=deep, sites=("vision",))
     if method in FOR_IMAGES and "vision" in towers(family):
         return dataclasses.replace(METHODS[method], sites=("vision",))
+    if method == "clip_adapter" and EMBEDDINGS.get(family.name) == ("text",):
+        return CLIPAdapterConfig(towers=("text",))
     return METHODS[method]
 
 
@@ -158,6 +179,8 @@ def refusal(family: Family, method: str) -> str | None:
         return r"prompt tuning cannot enter .*(can take it|name sites=)"
     if method in NEEDS_CALLED_MAPS and family.name in READS_WEIGHTS:
         return r"reads this weight itself.*(use dropout=0|leave it out with sites=)"
+    if len(EMBEDDINGS.get(family.name, ())) < ON_EMBEDDINGS.get(method, 0):
+        return r"acts on the embedding of tower|clip_adapter cannot enter tower"
     if method in FOR_SPEECH and family.name not in SPEECH:
         return r"is for speech, and .* has no audio tower; it has "
     if method == "ladder" and "vision" not in towers(family):

@@ -20,7 +20,10 @@ def test_sites_are_what_the_model_computes(family: Family) -> None:
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: f"{twin.source}={twin.target}")
 def test_twins_have_equal_names_and_features(twin: Twin) -> None:
     source, target = twin.pair()
-    assert describe(source)[0].names() == describe(target)[0].names()
+    # open_clip's own text tower ends in a bare parameter, which is no place for an adapter.
+    names, own = ([*describe(model)[0].names()] for model in (source, target))
+    bare = "text.embedding" in names and "text.embedding" not in own
+    assert own == [name for name in names if not (bare and name == "text.embedding")]
     with torch.no_grad():
         theirs, mine = twin.source_features(source), twin.target_features(target)
     for one, other in zip(theirs, mine, strict=True):

@@ -213,6 +213,18 @@ def test_a_speech_encoder_shows_its_front_end_and_what_adapters_of_it_cost() -> 
     assert "…" not in printed(found, width=80)
 
 
+def test_an_image_text_encoder_shows_its_embeddings_and_what_an_adapter_of_one_costs() -> None:
+    found = inspect("nano/clip")
+    (site,) = (site for site in found.towers[0].sites if site.kind == "embedding")
+    assert site.name == "vision.embedding"
+    told = row(found, "clip_adapter")
+    assert told.sites == 1
+    assert told.parameters == 2 * site.outputs * (site.outputs // 4)
+    assert told.identity is False
+    assert "no weight equals it" in str(told.mergeable)
+    assert "vision.embedding" in printed(found, width=80)
+
+
 def test_speech_methods_say_why_they_are_not_for_an_image_encoder(found: Inspection) -> None:
     assert "is for speech" in str(row(found, "conformer_adapter").problem)
     assert "is for speech" in str(row(found, "l_adapter").problem)
