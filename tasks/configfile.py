@@ -48,8 +48,9 @@ __all__ = [
     "read_config",
 ]
 
-# What a file of each kind says at its top; `mmadapters train` and `continual` read one each.
-KINDS = {"job": "task", "continual": "jobs"}
+# What a file of each kind says at its top; `mmadapters train`, `continual` and `multitask` read one
+# each.
+KINDS = {"job": "task", "continual": "jobs", "multitask": "tasks"}
 
 
 def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -243,6 +244,10 @@ def _task(source: Source, tree: DictConfig, overrides: Sequence[str]) -> str:
     if task is None and KINDS["continual"] in tree:
         raise ConfigError(
             f"{source.name} lists jobs to be learned in turn: give it to mmadapters continual"
+        )
+    if task is None and KINDS["multitask"] in tree:
+        raise ConfigError(
+            f"{source.name} lists tasks to be learned together: give it to mmadapters multitask"
         )
     if task is None:
         raise ConfigError(

@@ -100,15 +100,22 @@ def train_model(
         ValueError: there is no split to train on, or none to evaluate.
     """
     config = task.config
-    state = process_state(config)
-    first = state.is_main_process
+    first = process_state(config).is_main_process
     run = Run(Path(config.output), task, model, facts=sizes(model, config.name))
     model.to(device_of(config))
     if config.evaluation.before:
         name, rows = measured_split(splits)
-        run.before = _score(run, evaluate_split(task, model, rows), name)
+        run.before = scored(run, evaluate_split(task, model, rows), name)
     if any(parameter.requires_grad for parameter in model.parameters()):
         _fit(run, splits, checkpoint, quiet=quiet or not first)
+    finish(run, splits)
+    return run
+
+
+def finish(run: Run, splits: dict[Split, Rows]) -> None:
+    """Evaluates what was trained and writes the run directory; every process calls it."""
+    task, model = run.task, run.model
+    state = process_state(task.config)
     model.eval()  # pictures are drawn with it too, and must not move a head's running statistics
     records: dict[Split, list[Record]] = {}
     measured: tuple[Split, ...] = ("validation", "test")
@@ -121,12 +128,11 @@ def train_model(
                 fusion: {site: weights.tolist() for site, weights in sites.items()}
                 for fusion, sites in attention.items()
             }
-            run.scores[name] = _score(run, found, name)
+            run.scores[name] = scored(run, found, name)
             records[name] = found.records
-    if first:
+    if state.is_main_process:
         _write(run, splits, records)
     state.wait_for_everyone()
-    return run
 
 
 @contextlib.contextmanager
@@ -341,7 +347,8 @@ def measured_split(splits: dict[Split, Rows]) -> tuple[Split, Rows]:
     )
 
 
-def _score(run: Run, found: Evaluation, split: str) -> Scores:
+def scored(run: Run, found: Evaluation, split: str) -> Scores:
+    """The scores of a split that was evaluated; notes its bad rows."""
     run.problems[split] = found.problems
     return run.task.score(found.records, bootstrap=run.task.config.evaluation.bootstrap)
 
