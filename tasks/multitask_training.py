@@ -89,6 +89,9 @@ class JointTrainer(EncoderTrainer):
     The best model is that of the largest mean of the tasks' deciding metrics on their validation
     splits, each as it is, or its negative where less is better.
 
+    Raises:
+        ValueError: a task has no turn in so few steps.
+
     Attributes:
         bad: by task, the rows of its training split that could not be used, by number.
     """
@@ -127,6 +130,13 @@ class JointTrainer(EncoderTrainer):
             folder=folder,
             quiet=quiet,
         )
+        total = self.total_steps()
+        for name, steps in zip(tasks, self.mixed.steps_of_tasks(total), strict=True):
+            if not steps:
+                raise ValueError(
+                    f"{name} has no turn in {total} steps, and would learn nothing: give the "
+                    "trainer section more max_steps or epochs, or sampling: uniform"
+                )
 
     def get_train_dataloader(self) -> DataLoader:
         workers = self.settings.workers

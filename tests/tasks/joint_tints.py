@@ -50,9 +50,16 @@ def joint(made: dict[str, TintTask], sharing: Any) -> JointModel:
 
 
 def trainer(
-    folder: Path, made: dict[str, TintTask], model: JointModel, *, sampling: Any = "proportional"
+    folder: Path,
+    made: dict[str, TintTask],
+    model: JointModel,
+    *,
+    sampling: Any = "proportional",
+    broken: tuple[int, ...] = (),
 ) -> JointTrainer:
+    """`broken`: rows that cannot be used of the second task."""
     rows = {name: pictures(name) for name in made}
+    rows["second"][0].broken = broken
     config = MultitaskConfig(
         name="both", tasks=({"config": "a"}, {"config": "b"}), sampling=sampling
     )

@@ -274,6 +274,20 @@ def test_each_task_has_a_learning_curve_of_its_own(tmp_path: Path) -> None:
         assert [e["step"] for e in history if "eval_accuracy" in e] == [4, 8]
 
 
+def test_bad_rows_are_counted_for_their_own_task(tmp_path: Path) -> None:
+    made = tasks(max_steps=8, **STEADY)
+    training = trainer(tmp_path, made, joint(made, "half_down"), broken=(3, 9))
+    training.train()
+    found = {name: sorted(bad) for name, bad in training.bad.items()}
+    assert found == {"first": [], "second": [3, 9]}
+
+
+def test_a_task_that_would_have_no_turn_is_refused(tmp_path: Path) -> None:
+    made = tasks(max_steps=1, **STEADY)
+    with pytest.raises(ValueError, match=r"(first|second) has no turn in 1 steps"):
+        trainer(tmp_path, made, joint(made, "half_down"))
+
+
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     program = Path(__file__).with_name("joint_tints.py")
     settings = {"max_steps": 6, "evaluate_every": 3, **STEADY}
