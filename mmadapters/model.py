@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bundles, fusions, methods, storage
+from . import sharing as groups
 from .adapter import Adapter
 from .arithmetic import combined
 from .composed import plan_of
@@ -30,6 +31,7 @@ from .merging import Merged, merged_tensors
 from .methods import AdapterModule, FusionConfig, MethodConfig
 from .plans import Plans
 from .selfcheck import check
+from .sharing import Sharing
 from .sites import SiteMap, nearest
 from .summary import AdapterRow, summary_table
 
@@ -220,6 +222,45 @@ class AdapterModel(nn.Module):
             config = methods.method_named(config)()
         self._insert(name, self._build(name, config))
 
+    def add_adapters(
+        self,
+        names: Iterable[str] | Mapping[str, MethodConfig | str],
+        config: MethodConfig | str | None = None,
+        *,
+        sharing: Sharing | None = None,
+        share_with: str | None = None,
+    ) -> None:
+        """Inserts fresh adapters, one for each task, that share parameters (VL-Adapter, Sung et al.
+        2022); see `mmadapters.sharing`.
+
+        Each is an adapter like any other: it acts, is trained and is saved alone, with all its
+        tensors. Training one moves what the others share with it.
+
+        Args:
+            names: of the adapters, all with `config`, or a mapping to configs of their own.
+            sharing: "single" (one adapter under several names), "multiple" (nothing is shared, the
+                default), "half_down" or "half_up" (the down- or the up-projections).
+            share_with: an adapter that is here, whose group they join. It gives the config, and
+                what is shared, where these are left out. What was trained already is shared as it
+                is, so that with "single" and "half_up" they do not start as the identity.
+
+        Raises:
+            ValueError: as `add_adapter`; or the methods have no such halves, or differ in what is
+                to be shared. Nothing is added then.
+        """
+        groups.add(self, names, config, sharing=sharing, share_with=share_with)
+
+    def share_adapters(self, names: Iterable[str], sharing: Sharing) -> None:
+        """Lets adapters that are here share what has the same bits in all of them.
+
+        So a group is shared again after each of its files was loaded with `load_adapter`. Call it
+        before an optimiser is made: the parameters of all but the first are replaced.
+
+        Raises:
+            ValueError: what is to be shared differs, or an adapter shares with others already.
+        """
+        groups.share(self, names, sharing)
+
     def _build(self, name: str, config: MethodConfig) -> Adapter:
         if self._detached:
             raise ValueError("this model was detached from its encoder; call mmadapters.init anew")
@@ -391,6 +432,8 @@ class AdapterModel(nn.Module):
     def train_adapter(self, setup: Setup, *, drop: int | tuple[int, int] = 0) -> None:
         """Makes adapters active and trainable, all others frozen, and enters train mode.
 
+        What they share with others is trained too, and so moves the others.
+
         Args:
             drop: train without the adapters of so many of the lowest blocks, or, given as
                 (least, most), of a number that every forward pass in train mode draws anew: such an
@@ -398,9 +441,9 @@ class AdapterModel(nn.Module):
         """
         composition = parse(setup)
         self._activate(composition, drop)
-        wanted = set(composition.names()) if composition is not None else set()
-        for name in self.adapter_names:
-            self.adapter(name).requires_grad_(name in wanted)
+        self.adapters.requires_grad_(False)
+        for name in composition.names() if composition is not None else ():
+            self.adapter(name).requires_grad_(True)
         self.fusions.requires_grad_(False)
         self.train()
 
@@ -719,9 +762,11 @@ class AdapterModel(nn.Module):
                     active=name in active,
                     trainable=any(p.requires_grad for p in adapter.parameters()),
                     merged=name in merged,
+                    shares=groups.shared_with(self, name),
                 )
             )
-        print(summary_table(type(self.backbone).__name__, base, rows))
+        total = sum(parameter.numel() for parameter in self.adapters.parameters())
+        print(summary_table(type(self.backbone).__name__, base, rows, total))
         return rows
 
     def identity(self) -> dict[str, Any]:

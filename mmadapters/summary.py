@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One line of `adapter_summary`. `share`: parameters over the encoder's own, in percent."""
+    """One line of `adapter_summary`. `share`: parameters over the encoder's own, in percent;
+    `shares`: the adapters that have parameters in common with this one."""
 
     name: str
     method: str
@@ -17,14 +18,17 @@ class AdapterRow:
     active: bool
     trainable: bool
     merged: bool
+    shares: tuple[str, ...] = ()
 
 
-def summary_table(architecture: str, base: int, rows: list[AdapterRow]) -> str:
-    """The adapters as aligned text."""
+def summary_table(architecture: str, base: int, rows: list[AdapterRow], total: int) -> str:
+    """The adapters as aligned text; `total`: their parameters, shared ones once."""
     head = ("adapter", "method", "sites", "parameters", "% of backbone", "state")
     lines = [head]
     for row in rows:
         states = [what for what in ("active", "trainable", "merged") if getattr(row, what)]
+        if row.shares:
+            states.append(f"shares with {', '.join(row.shares)}")
         lines.append(
             (
                 row.name,
@@ -44,4 +48,6 @@ def summary_table(architecture: str, base: int, rows: list[AdapterRow]) -> str:
             for cell, width, flush in zip(line, widths, right, strict=True)
         )
         text.append("  ".join(cells).rstrip())
+    if any(row.shares for row in rows):
+        text.append(f"{total:,} parameters in all adapters, shared ones counted once")
     return "\n".join(text)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,72 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         by_length = [part[np.argsort(self.lengths[part], kind="stable")] for part in pools]
         batches = np.concatenate(by_length).reshape(self.steps, self.batch_size)
         return batches[rng.permutation(self.steps)]
+
+
+class MixedBatches(Sampler[list[tuple[int, int, int]]]):
+    """Batches of (task, row, seed) of several tasks in turn, in an order drawn anew each epoch.
+
+    All parts of a step are of one task. An epoch has as many steps as the tasks have in theirs
+    together, of which a task of n steps has a share of n^(1/T), T the temperature (Raffel et al.
+    2020, section 3.5.2), and at least one: at T = 1 every row has one turn in an epoch. Each task
+    goes through its own epochs in the order that it would have alone.
+    """
+
+    def __init__(
+        self, tasks: Sequence[EpochBatches], *, seed: int, temperature: float = 1.0
+    ) -> None:
+        self.tasks, self.seed, self.epoch = list(tasks), seed, 0
+        self.accumulation = self.tasks[0].accumulation
+        sizes = np.array([batches.steps for batches in self.tasks], dtype=float)
+        weights = sizes ** (1 / temperature)
+        self.counts = _quotas(weights / weights.sum(), int(sizes.sum()))
+        self.steps = int(self.counts.sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(steps,) the number of each step's task."""
+        order = np.repeat(np.arange(len(self.tasks)), self.counts)
+        np.random.default_rng((self.seed, epoch)).shuffle(order)
+        return order
+
+    def steps_of_tasks(self, steps: int) -> list[int]:
+        """How many of the first steps are each task's."""
+        epochs, rest = divmod(steps, self.steps)
+        begun = np.bincount(self.order(epochs)[:rest], minlength=len(self.tasks))
+        return (epochs * self.counts + begun).tolist()
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        streams = [
+            _endless(batches, self.epoch * int(count))
+            for batches, count in zip(self.tasks, self.counts, strict=True)
+        ]
+        for number in self.order(self.epoch).tolist():
+            for part in itertools.islice(streams[number], self.accumulation):
+                yield [(number, row, seed) for row, seed in part]
+
+
+def _quotas(shares: np.ndarray, steps: int) -> np.ndarray:
+    """How many of the steps are each task's: the largest remainders are rounded up, and nobody has
+    none."""
+    exact = shares * steps
+    counts = np.floor(exact).astype(int)
+    rest = np.argsort(counts - exact, kind="stable")[: steps - counts.sum()]
+    counts[rest] += 1
+    return np.maximum(counts, 1)
+
+
+def _endless(batches: EpochBatches, step: int) -> Iterator[list[tuple[int, int]]]:
+    """The parts of a task's batches from a step on, one epoch after the other."""
+    epoch, done = divmod(step, batches.steps)
+    while True:
+        batches.set_epoch(epoch)
+        yield from itertools.islice(batches, done * batches.accumulation, None)
+        epoch, done = epoch + 1, 0
 
 
 class StreamExamples(IterableDataset):

@@ -211,6 +211,35 @@ def compare(
 
 @app.command()
 @friendly
+def multitask(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that ships.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of the run directory.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is there.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train several tasks together on one encoder, adapters sharing all, a half or nothing."""
+    from mmadapters.tasks.multitask_config import read_multitask, read_tasks
+
+    read = read_multitask(config, overrides or [])
+    jobs = read_tasks(read)
+    _quiet_libraries()
+    from mmadapters.tasks import multitask as joint
+    from mmadapters.tasks import run as runs
+    from mmadapters.tasks.multitask_report import show
+
+    with runs.processes(jobs[0]):
+        done = joint.learn(read, resume=resume, overwrite=overwrite, quiet=quiet)
+    if FIRST:
+        show(done, Console())
+
+
+@app.command()
+@friendly
 def evaluate(
     directory: Annotated[Path, typer.Argument(help="A run or an adapter directory.")],
     overrides: Overrides = None,

@@ -48,8 +48,9 @@ __all__ = [
     "read_config",
 ]
 
-# What a file of each kind says at its top; `mmadapters train`, `continual` and `compare` read one.
-KINDS = {"job": "task", "continual": "jobs", "comparison": "methods"}
+# What a file of each kind says at its top; `mmadapters train` reads the first, `continual`,
+# `multitask` and `compare` one each.
+KINDS = {"job": "task", "continual": "jobs", "multitask": "tasks", "comparison": "methods"}
 
 
 def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -247,6 +248,10 @@ def _task(source: Source, tree: DictConfig, overrides: Sequence[str]) -> str:
     if task is None and KINDS["comparison"] in tree:
         raise ConfigError(
             f"{source.name} lists methods to be compared: give it to mmadapters compare"
+        )
+    if task is None and KINDS["multitask"] in tree:
+        raise ConfigError(
+            f"{source.name} lists tasks to be learned together: give it to mmadapters multitask"
         )
     if task is None:
         raise ConfigError(

@@ -7,9 +7,6 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +14,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from .config import JobConfig, Section
-from .configfile import read_as, read_config
+from .configfile import read_as
+from .joblist import Job, check_jobs, read_job, several
 
 FULL = "full"  # the folder of sequential full fine-tuning, beside those of the jobs
-_NAME = re.compile(r"\w[\w+@ -]*", re.ASCII)
-
-
-class Job(Section):
-    config: str
-    """A config of `mmadapters train`: a YAML file, or the name of one that ships."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Changes to it, by dotted keys or in sections (trainer.epochs: 3)."""
 
 
 class ContinualConfig(Section):
@@ -49,11 +39,7 @@ class ContinualConfig(Section):
     @field_validator("jobs")
     @classmethod
     def _several(cls, value: tuple[Job, ...]) -> tuple[Job, ...]:
-        if len(value) < 2:
-            raise ValueError(
-                f"there must be at least two, not {len(value)}: one alone is for mmadapters train"
-            )
-        return value
+        return several(value)
 
 
 def read_continual(name_or_path: str, overrides: Sequence[str] = ()) -> ContinualConfig:
@@ -73,31 +59,7 @@ def read_jobs(config: ContinualConfig) -> list[JobConfig]:
             all on one encoder.
     """
     jobs = [_read(config, number, {}, "") for number in range(len(config.jobs))]
-    for number, job in enumerate(jobs):
-        place = f"jobs.{number}"
-        if not _NAME.fullmatch(job.name) or job.name == FULL:
-            raise ValueError(
-                f"{place}: {job.name!r} cannot name a folder and an adapter here: set overrides: "
-                f"{{name: …}} to letters, digits and -, other than {FULL!r}"
-            )
-        if job.members or job.composition is not None:
-            raise ValueError(
-                f"{place}: {job.name} has members or a composition, and each job learns with the "
-                "one adapter that it adds: take them out"
-            )
-        if job.trainer.mode in ("full", "head", "none", "fusion"):
-            raise ValueError(
-                f"{place}: trainer.mode is {job.trainer.mode}, and each job gets an adapter; "
-                "sequential full fine-tuning is `contrast: full`"
-            )
-        if job.backbone != jobs[0].backbone:
-            raise ValueError(
-                f"{place}: {job.name} is on another encoder than {jobs[0].name}: "
-                f"{_difference(job, jobs[0])}; all jobs share one backbone section"
-            )
-    twice = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]
-    if twice:
-        raise ValueError(f"jobs: two are called {twice[0]!r}: set overrides: {{name: …}} in one")
+    check_jobs(jobs, "jobs", reserved=(FULL,))
     return jobs
 
 
@@ -122,22 +84,10 @@ def contrast_jobs(config: ContinualConfig, jobs: Sequence[JobConfig]) -> list[Jo
 def _read(
     config: ContinualConfig, number: int, changes: Mapping[str, Any], folder: str
 ) -> JobConfig:
-    job = config.jobs[number]
-    given = [*_overrides(job.overrides), f"seed={config.seed}", *_overrides(changes)]
-    try:
-        name = read_config(job.config, given).name
-        output = Path(config.output) / folder / name
-        return read_config(job.config, [*given, *_overrides({"output": str(output)})])
-    except ValueError as error:
-        raise ValueError(f"jobs.{number}: {error}") from None
-
-
-def _overrides(changes: Mapping[str, Any]) -> list[str]:
-    """As the command line has them; JSON is YAML."""
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes.items()]
-
-
-def _difference(job: JobConfig, other: JobConfig) -> str:
-    own, theirs = job.backbone.model_dump(), other.backbone.model_dump()
-    key = next(key for key in own if own[key] != theirs[key])
-    return f"{key} {own[key]!r}, not {theirs[key]!r}"
+    return read_job(
+        config.jobs[number],
+        f"jobs.{number}",
+        seed=config.seed,
+        output=Path(config.output) / folder,
+        changes=changes,
+    )

@@ -102,29 +102,44 @@ def train_model(
         ValueError: there is no split to train on, or none to evaluate.
     """
     config = task.config
-    state = process_state(config)
-    first = state.is_main_process
+    first = process_state(config).is_main_process
     run = Run(Path(config.output), task, model, facts=sizes(model, config.name))
     model.to(device_of(config))
-    if "train" in splits and not isinstance(splits["train"], data.Stream):
-        splits = {**splits, "train": task.choose(splits["train"])}
-    known: dict[Split, Rows] = {name: rows for name, rows in splits.items() if name != "test"}
+    splits = chosen(task, splits)
     if config.evaluation.before:
         name, rows = measured_split(splits)
         with _untrained(run):
-            run.before = _score(run, evaluate_split(task, model, rows), name)
-    task.prepare(model, known)
+            run.before = scored(run, evaluate_split(task, model, rows), name)
+    task.prepare(model, without_test(splits))
     if any(parameter.requires_grad for parameter in model.parameters()):
         _fit(run, splits, checkpoint, quiet=quiet or not first)
-    run.facts |= task.settle(model.eval(), known)
+    finish(run, splits)
+    return run
+
+
+def chosen(task: Task, splits: dict[Split, Rows]) -> dict[Split, Rows]:
+    """The splits, of the training rows those alone that the task takes."""
+    if "train" not in splits or isinstance(splits["train"], data.Stream):
+        return splits
+    return {**splits, "train": task.choose(splits["train"])}
+
+
+def without_test(splits: dict[Split, Rows]) -> dict[Split, Rows]:
+    """What a task may look at before it is measured."""
+    return {name: rows for name, rows in splits.items() if name != "test"}
+
+
+def finish(run: Run, splits: dict[Split, Rows]) -> None:
+    """Evaluates what was trained and writes the run directory; every process calls it."""
+    task, model, encoder = run.task, run.model, run.model.encoder
+    state = process_state(task.config)
+    run.facts |= task.settle(model.eval(), without_test(splits))
     model.eval()  # pictures are drawn with it too, and must not move a head's running statistics
-    encoder = model.encoder
-    with encoder.using(encoder.active_adapters, drop=artifact.blocks_dropped(config)):
+    with encoder.using(encoder.active_adapters, drop=artifact.blocks_dropped(task.config)):
         records = _evaluate(run, splits)
-        if first:
+        if state.is_main_process:
             _write(run, splits, records)
     state.wait_for_everyone()
-    return run
 
 
 @contextlib.contextmanager
@@ -352,7 +367,7 @@ def _evaluate(run: Run, splits: dict[Split, Rows]) -> dict[Split, list[Record]]:
                 fusion: {site: weights.tolist() for site, weights in sites.items()}
                 for fusion, sites in attention.items()
             }
-            run.scores[name] = _score(run, found, name)
+            run.scores[name] = scored(run, found, name)
             records[name] = found.records
     return records
 
@@ -370,7 +385,8 @@ def _untrained(run: Run) -> Iterator[None]:
         yield
 
 
-def _score(run: Run, found: Evaluation, split: str) -> Scores:
+def scored(run: Run, found: Evaluation, split: str) -> Scores:
+    """The scores of a split that was evaluated; notes its bad rows."""
     run.problems[split] = found.problems
     return run.task.score(found.records, bootstrap=run.task.config.evaluation.bootstrap)
 

@@ -281,11 +281,13 @@ def seeded_example(task: Task, row: Mapping[str, Any], seed: int, *, train: bool
 
 @dataclass
 class Loaded:
-    """A batch as it comes from a loader. `batch` is None when no example of it could be used."""
+    """A batch as it comes from a loader. `batch` is None when no example of it could be used;
+    `task` names one of several that are trained together."""
 
     indices: list[int]
     batch: Batch | None
     problems: list[Problem]
+    task: str = ""
 
     def pin_memory(self) -> Loaded:
         if self.batch is not None:

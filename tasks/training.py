@@ -24,10 +24,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import evaluation
 from .artifact import default_device
-from .batches import EpochBatches, StreamExamples, share_of
+from .batches import EpochBatches, MixedBatches, StreamExamples, share_of
 from .config import TrainerConfig
 from .evaluation import evaluate, processes, refuse, to_device
-from .task import Collate, Examples, Loaded, Problem, Rows, Task, TaskModel
+from .task import Collate, Examples, Loaded, Problem, Rows, Scores, Task, TaskModel
 
 CHECKPOINTS = "checkpoints"
 _WEIGHTS, _WHOLE = "model.safetensors", "whole"
@@ -37,63 +37,56 @@ class TrainLoader(DataLoader):
     """A loader whose batches' order is that of an epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        if isinstance(self.batch_sampler, EpochBatches):
+        if isinstance(self.batch_sampler, (EpochBatches, MixedBatches)):
             self.batch_sampler.set_epoch(epoch)
 
 
-class TaskTrainer(Trainer):
-    """Trains a `TaskModel` on a task's rows.
+class EncoderTrainer(Trainer):
+    """Trains what of a `TaskModel` is trainable; subclasses say on what and how it is validated.
 
     Attributes:
         problems: rows of the training split that could not be used, by number.
         waited: seconds in which the model waited for data, of `seconds` in all.
     """
 
+    # Whether a step may give no gradient to what is trained.
+    finds_unused = False
+
     def __init__(
         self,
-        task: Task,
         model: TaskModel,
         *,
-        train: Any,
-        validation: Rows | None,
+        name: str,
+        seed: int,
+        settings: TrainerConfig,
+        batches: EpochBatches | MixedBatches | None,
+        metric: str | None,
+        greater_is_better: bool = True,
         folder: Path,
         quiet: bool = False,
     ) -> None:
-        self.task, self.task_model = task, model
-        self.train_rows, self.validation_rows = train, validation
-        self.folder = folder
+        """`batches` is None for a stream, which has no epochs; `metric` where nothing is
+        validated."""
+        self.task_model, self.settings, self.batches = model, settings, batches
+        self.name, self.seed, self.metric = name, seed, metric
+        self.greater_is_better, self.folder = greater_is_better, folder
         self.problems: dict[int, Problem] = {}
         self.waited = 0.0
-        config = task.config.trainer
-        self.streaming = not hasattr(train, "__len__")
-        if self.streaming and config.max_steps is None:
-            raise ValueError("a streamed training split has no end: set trainer.max_steps")
-        rank, world = processes()
-        self.batches: EpochBatches | None = None
-        if not self.streaming:
-            self.batches = EpochBatches(
-                len(train),
-                config.batch_size,
-                seed=task.config.seed,
-                accumulation=config.accumulation,
-                rank=rank,
-                world=world,
-                lengths=task.lengths(train),
-                groups=task.groups(train),
-            )
+        _, world = processes()
         super().__init__(
             model=model,
-            args=self._arguments(config, world),
-            eval_dataset=validation,  # type: ignore[arg-type]
+            args=self._arguments(settings, world),
+            # What is validated is the subclass's to know; transformers asks only if it is there.
+            eval_dataset=None if metric is None else [],  # type: ignore[arg-type]
         )
-        self._set_callbacks(config, quiet=quiet)
+        self._set_callbacks(settings, quiet=quiet)
 
     def _arguments(self, config: TrainerConfig, world: int) -> TrainingArguments:
         steps = self.total_steps()
         every = config.evaluate_every
-        if every is None and self.streaming:
+        if every is None and self.batches is None:
             every = max(steps // 10, 1)
-        evaluates = self.validation_rows is not None
+        evaluates = self.metric is not None
         save_every = config.save_every or every
         timing: dict[str, Any] = {
             "eval_strategy": ("epoch" if every is None else "steps") if evaluates else "no",
@@ -119,17 +112,18 @@ class TaskTrainer(Trainer):
             logging_steps=config.log_every,
             logging_nan_inf_filter=False,
             save_total_limit=2,
-            metric_for_best_model=self.task.metric if evaluates else None,
-            greater_is_better=self.task.greater_is_better if evaluates else None,
+            metric_for_best_model=self.metric,
+            greater_is_better=self.greater_is_better if evaluates else None,
             restore_callback_states_from_checkpoint=True,
             dataloader_num_workers=config.workers,
             remove_unused_columns=False,
             # An encoder has parts that a task does not use (poolers, other towers).
-            ddp_find_unused_parameters=config.mode == "full"
+            ddp_find_unused_parameters=self.finds_unused
+            or config.mode == "full"
             or isinstance(config.adapter_drop, tuple),
             report_to=["wandb"] if config.wandb else [],
-            run_name=self.task.config.name,
-            seed=self.task.config.seed,
+            run_name=self.name,
+            seed=self.seed,
             # Without an accelerator transformers refuses bf16 unless it is told so.
             use_cpu="cpu" in (config.device, default_device()),
             **timing,
@@ -139,8 +133,8 @@ class TaskTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if not quiet:
-            self.add_callback(Progress(self.task))
-        if config.early_stopping is not None and self.validation_rows is not None:
+            self.add_callback(Progress())
+        if config.early_stopping is not None and self.metric is not None:
             self.add_callback(Patience(config.early_stopping))
         if config.tensorboard and self.is_world_process_zero():
             from tensorboardX import SummaryWriter
@@ -148,32 +142,10 @@ class TaskTrainer(Trainer):
             self.add_callback(TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"))))
 
     def total_steps(self) -> int:
-        config = self.task.config.trainer
-        if config.max_steps is not None:
-            return config.max_steps
+        if self.settings.max_steps is not None:
+            return self.settings.max_steps
         assert self.batches is not None
-        return math.ceil(config.epochs * self.batches.steps)
-
-    def get_train_dataloader(self) -> DataLoader:
-        config, (rank, world) = self.task.config.trainer, processes()
-        common: dict[str, Any] = {
-            "collate_fn": Collate(self.task),
-            "pin_memory": self.args.device.type == "cuda",
-        }
-        if self.batches is None:
-            examples = StreamExamples(
-                self.task, self.train_rows, seed=self.task.config.seed, rank=rank, world=world
-            )
-            share = share_of(config.batch_size, config.accumulation, world)
-            workers = min(config.workers, 1)
-            return TrainLoader(examples, batch_size=share, num_workers=workers, **common)
-        return TrainLoader(
-            Examples(self.task, self.train_rows, train=True),
-            batch_sampler=self.batches,
-            num_workers=config.workers,
-            persistent_workers=config.workers > 0,
-            **common,
-        )
+        return math.ceil(self.settings.epochs * self.batches.steps)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -185,8 +157,7 @@ class TaskTrainer(Trainer):
             loaded: Loaded | None = next(epoch_iterator, None)
             if loaded is None:
                 break
-            self.problems |= {problem.index: problem for problem in loaded.problems}
-            refuse(self.task, loaded.problems)
+            self.note(loaded)
             if loaded.batch is None:
                 raise evaluation.DataError(
                     f"no row of a training batch can be used: {loaded.problems[0].reason}; "
@@ -196,22 +167,16 @@ class TaskTrainer(Trainer):
         self.waited += time.perf_counter() - started
         return parts, None
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The task's loss, and the penalty of a fusion that is trained; AdapterDrop draws here."""
-        encoder = self.task_model.encoder
-        with encoder.randomly_dropped():
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.task.config.trainer.mode != "fusion":
-            return loss
-        assert isinstance(loss, Tensor)
-        return loss + encoder.fusion_penalty()
+    def note(self, loaded: Loaded) -> None:
+        """Counts the bad rows of a batch, or refuses them."""
+        raise TypeError(f"{type(self).__name__} does not say what it does with bad rows")
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         return to_device(inputs, self.args.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            config = self.task.config.trainer
+            config = self.settings
             groups = parameter_groups(self.task_model if model is None else model, config)
             self.optimizer = torch.optim.AdamW(
                 groups, lr=config.learning_rate, fused=self.args.device.type == "cuda"
@@ -224,26 +189,19 @@ class TaskTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The metrics of the validation split, without intervals; keeps the best model."""
-        assert self.validation_rows is not None
-        config = self.task.config.trainer
+        """What `validate` gives; keeps the best model."""
         started = time.perf_counter()
-        found = evaluate(
-            self.task,
-            self.task_model,
-            self.validation_rows,
-            batch_size=config.eval_batch_size or self.args.per_device_train_batch_size,
-            workers=config.workers,
-            precision=config.precision,
-        )
-        scores = self.task.score(found.records, bootstrap=0)
-        metrics = {f"{metric_key_prefix}_{m.name}": m.value for m in scores.metrics}
+        metrics = {f"{metric_key_prefix}_{name}": v for name, v in self.validate().items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def validate(self) -> dict[str, float]:
+        """The metrics of the validation split by name, without intervals."""
+        raise TypeError(f"{type(self).__name__} does not say how it validates")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         better = super()._determine_best_metric(metrics, trial)
@@ -261,7 +219,7 @@ class TaskTrainer(Trainer):
 
     def load_best(self) -> None:
         """Puts back what was best on the validation split; without one, the last stays."""
-        if self.validation_rows is not None and self.state.best_global_step:
+        if self.metric is not None and self.state.best_global_step:
             read_trained(self.task_model, self.best_file())
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -285,6 +243,109 @@ class TaskTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         read_trained(self.task_model, Path(resume_from_checkpoint) / _WEIGHTS)
+
+
+class TaskTrainer(EncoderTrainer):
+    """Trains the model of one task on its rows."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: TaskModel,
+        *,
+        train: Any,
+        validation: Rows | None,
+        folder: Path,
+        quiet: bool = False,
+    ) -> None:
+        self.task = task
+        self.train_rows, self.validation_rows = train, validation
+        config = task.config.trainer
+        streaming = not hasattr(train, "__len__")
+        if streaming and config.max_steps is None:
+            raise ValueError("a streamed training split has no end: set trainer.max_steps")
+        super().__init__(
+            model,
+            name=task.config.name,
+            seed=task.config.seed,
+            settings=config,
+            batches=None if streaming else task_batches(task, train),
+            metric=None if validation is None else task.metric,
+            greater_is_better=task.greater_is_better,
+            folder=folder,
+            quiet=quiet,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        config, (rank, world) = self.settings, processes()
+        common: dict[str, Any] = {
+            "collate_fn": Collate(self.task),
+            "pin_memory": self.args.device.type == "cuda",
+        }
+        if self.batches is None:
+            examples = StreamExamples(
+                self.task, self.train_rows, seed=self.seed, rank=rank, world=world
+            )
+            share = share_of(config.batch_size, config.accumulation, world)
+            workers = min(config.workers, 1)
+            return TrainLoader(examples, batch_size=share, num_workers=workers, **common)
+        return TrainLoader(
+            Examples(self.task, self.train_rows, train=True),
+            batch_sampler=self.batches,
+            num_workers=config.workers,
+            persistent_workers=config.workers > 0,
+            **common,
+        )
+
+    def note(self, loaded: Loaded) -> None:
+        self.problems |= {problem.index: problem for problem in loaded.problems}
+        refuse(self.task, loaded.problems)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The task's loss, and the penalty of a fusion that is trained; AdapterDrop draws here."""
+        encoder = self.task_model.encoder
+        with encoder.randomly_dropped():
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.settings.mode != "fusion":
+            return loss
+        assert isinstance(loss, Tensor)
+        return loss + encoder.fusion_penalty()
+
+    def validate(self) -> dict[str, float]:
+        assert self.validation_rows is not None
+        scores = validated(self.task, self.task_model, self.validation_rows)
+        return {metric.name: metric.value for metric in scores.metrics}
+
+
+def task_batches(task: Task, rows: Rows) -> EpochBatches:
+    """The batches of one task on its rows, for this process."""
+    config, (rank, world) = task.config.trainer, processes()
+    return EpochBatches(
+        len(rows),
+        config.batch_size,
+        seed=task.config.seed,
+        accumulation=config.accumulation,
+        rank=rank,
+        world=world,
+        lengths=task.lengths(rows),
+        groups=task.groups(rows),
+    )
+
+
+def validated(task: Task, model: TaskModel, rows: Rows) -> Scores:
+    """A task's scores without intervals, in the batches that its config says."""
+    config = task.config.trainer
+    _, world = processes()
+    share = share_of(config.batch_size, config.accumulation, world)
+    found = evaluate(
+        task,
+        model,
+        rows,
+        batch_size=config.eval_batch_size or share,
+        workers=config.workers,
+        precision=config.precision,
+    )
+    return task.score(found.records, bootstrap=0)
 
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -359,10 +420,6 @@ class Patience(EarlyStoppingCallback):
 
 class Progress(ProgressCallback):
     """The progress bar, with a line for each evaluation instead of one for each log."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.task = task
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         if not state.is_world_process_zero or self.training_bar is None or not logs:
