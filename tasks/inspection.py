@@ -250,14 +250,14 @@ def _method_table(rows: Iterable[MethodRow], notes: Notes) -> Any:
     from rich.table import Table
 
     table = Table(
-        *("method", "sites", "parameters", "share", "fp32", "fp16", "merges"),
-        title="Methods with their defaults",
+        *("method", "sites", "parameters", "share", "file", "merges"),
+        title="Methods with their defaults; files in fp32, in fp16 half as large",
         title_justify="left",
         padding=(0, 0, 0, 1),  # the longest names and numbers fit 80 columns just so
     )
     for number, column in enumerate(table.columns):
         column.no_wrap = True
-        column.justify = "right" if 0 < number < 6 else "left"
+        column.justify = "right" if 0 < number < 5 else "left"
     for row in rows:
         if row.problem is not None:
             table.add_row(row.method, f"none ({notes.number(row.problem)})", style="dim")
@@ -265,7 +265,7 @@ def _method_table(rows: Iterable[MethodRow], notes: Notes) -> Any:
         merges = "yes" if row.mergeable is True else f"no ({notes.number(str(row.mergeable))})"
         table.add_row(
             *(row.method, f"{row.sites}", f"{row.parameters:,}", f"{100 * row.share:.2f} %"),
-            *(_size(row.fp32_bytes), _size(row.fp16_bytes), merges),
+            *(_size(row.fp32_bytes), merges),
         )
     return table
 
