@@ -39,6 +39,19 @@ class ImageStates:
     pooled: Tensor
 
 
+def refuse_other_towers(encoder: AdapterModel, what: str) -> None:
+    """Raises a ValueError for an adapter beside the image tower, through which alone `what` passes.
+    """
+    acting = encoder.active_adapters
+    for name in encoder.adapter_names if acting is None else acting.names():
+        towers = {site.partition(".")[0] for site, _ in encoder.adapter(name).entries()}
+        if others := sorted(towers - {"vision"}):
+            raise ValueError(
+                f"the adapter sits in {', '.join(others)} of {type(encoder.backbone).__name__}, "
+                f'where {what} never passes: set adapter.sites to ["vision"]'
+            )
+
+
 def refuse_embedding_adapters(encoder: AdapterModel, what: str) -> None:
     """Raises a ValueError for an active adapter behind all blocks, where `what` reads no more."""
     acting = encoder.active_adapters

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmadapters import AdapterModel
 
-from ..encoders.vision import ImageTower, refuse_embedding_adapters
+from ..encoders.vision import ImageTower, refuse_embedding_adapters, refuse_other_towers
 from ..task import TaskModel
 from .config import SegmentationConfig
 from .heads import head_layers, make_head
@@ -31,6 +31,7 @@ class SegmentationModel(TaskModel):
         self, encoder: AdapterModel, config: SegmentationConfig, classes: tuple[str, ...]
     ) -> None:
         tower = ImageTower(encoder)
+        refuse_other_towers(encoder, "segmentation")
         refuse_embedding_adapters(encoder, "segmentation")
         layers = head_layers(config.head, tower.depth)
         _refuse_unused(encoder, layers)
@@ -75,12 +76,7 @@ def _refuse_unused(encoder: AdapterModel, layers: tuple[int, ...]) -> None:
     acting = encoder.active_adapters
     for name in encoder.adapter_names if acting is None else acting.names():
         for site, _ in encoder.adapter(name).entries():
-            tower, *place = site.split(".")
-            if tower != "vision":
-                raise ValueError(
-                    f"the adapter sits in {tower} of {type(encoder.backbone).__name__}, where "
-                    'segmentation never passes: set adapter.sites to ["vision"]'
-                )
+            place = site.split(".")[1:]
             if place[:1] == ["blocks"] and int(place[1]) > last:
                 raise ValueError(
                     f"the adapter sits in block {place[1]}, above the last that the head reads: "
