@@ -182,6 +182,9 @@ def compare(
             "--only", help="Train this method alone, to be collected later; may be repeated."
         ),
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Methods beside plain bottlenecks of as many parameters: metric, step time, memory."""
@@ -191,7 +194,7 @@ def compare(
     read_contenders(read)
     _quiet_libraries()
     from mmadapters.tasks import comparison
-    from mmadapters.tasks.comparison_report import show
+    from mmadapters.tasks import comparison_report as reports
 
     with bar("comparing", 1) as progress:
 
@@ -205,8 +208,10 @@ def compare(
         )
     if done is None:
         Console().print("Trained; `mmadapters compare … --resume` collects all that are.")
+    elif markdown:
+        typer.echo(reports.markdown(done))
     else:
-        show(done, Console())
+        reports.show(done, Console())
 
 
 @app.command()

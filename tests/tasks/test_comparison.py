@@ -168,8 +168,11 @@ def test_resumed_comparison_trains_nothing_anew(folder: Path) -> None:
     assert len(cells) == 3 * 5
     before = result(folder)
     assert call("compare", "small.yaml", "--quiet").exit_code == 1
-    done = call("compare", "small.yaml", "--quiet", "--resume")
+    done = call("compare", "small.yaml", "--quiet", "--resume", "--markdown")
     assert done.exit_code == 0, done.output
+    assert done.output.rstrip("\n") == (folder / "runs/small/comparison.md").read_text().rstrip(
+        "\n"
+    )
     assert stamps(folder) == cells
     after = result(folder)
     for one, other in zip(before["methods"], after["methods"], strict=True):
