@@ -40,7 +40,7 @@ class ImageStates:
 
 
 def refuse_other_towers(encoder: AdapterModel, what: str) -> None:
-    """Raises a ValueError for an adapter beside the image tower, through which alone `what` passes."""
+    """Raises a ValueError for an adapter outside the image tower, the only one of `what`."""
     acting = encoder.active_adapters
     for name in encoder.adapter_names if acting is None else acting.names():
         towers = {site.partition(".")[0] for site, _ in encoder.adapter(name).entries()}
