@@ -36,8 +36,9 @@ from mmadapters.sharing import HALVES, half_parameters, shared_with, sharing_of
 TASKS = ("vqa", "retrieval", "caption")
 WHOLE = {"conformer_adapter", "fact", "fact-tk", "ia3", "ssf", "bitfit", "l_adapter", "mam"}
 WHOLE |= {"l_adapter-replacing", "prefix", "prefix-reparametrised", "prompt", "prompt-shallow"}
-WHOLE |= {"union-of-weights", "unipelt"}
-HALVED = sorted(METHODS.keys() - WHOLE)
+WHOLE |= {"union-of-weights", "unipelt", "ladder", "uniadapter", "mma", "cross_modal"}
+WHOLE |= {"gated_cross_attention", "gated_cross_attention-ffn"}
+WHOLE |= {"clip_adapter", "clip_adapter-both"}
 ENCODERS = ("timm-vit", "timm-eva", "hf-clip", "open_clip-clip", "hf-wav2vec2", "hf-blip-vqa")
 PAIRS = [
     (FAMILIES[name], method)

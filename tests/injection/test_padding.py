@@ -15,7 +15,15 @@ from families import Family, seeded, tensors
 from families.small import randomise
 from families.speech import SMALL
 from families.speech_twins import to_torchaudio
-from injection.matrix import FAMILIES, FOR_IMAGES, HAS_PROMPT, METHODS, distance, refusal
+from injection.matrix import (
+    FAMILIES,
+    FOR_IMAGES,
+    HAS_PROMPT,
+    METHODS,
+    ON_EMBEDDINGS,
+    distance,
+    refusal,
+)
 from torch import Tensor, nn
 
 import mmadapters
@@ -194,8 +202,8 @@ PAIRS = [
     (name, method)
     for name, case in CASES.items()
     for method in METHODS
-    # Prompts and convolutions over patches go into image towers, which have no padding.
-    if method not in HAS_PROMPT | FOR_IMAGES | {"ladder"}  # these act on images alone
+    # What goes into image towers has no padding, and an embedding no tokens.
+    if method not in HAS_PROMPT | FOR_IMAGES | {"ladder"} | ON_EMBEDDINGS.keys()
     and name not in NOT_INVARIANT
     and refusal(case.family, method) is None
 ]
