@@ -16,15 +16,16 @@ from torch.nn import functional as F
 
 import mmadapters
 from mmadapters import load_backbone
-from mmadapters.tasks import artifact
+from mmadapters.tasks import artifact, data
 from mmadapters.tasks.classification import few_shot
 from mmadapters.tasks.classification.config import ClassificationConfig
 from mmadapters.tasks.classification.embedding_heads import TipAdapterHead, ZeroShotHead
 from mmadapters.tasks.classification.embeddings import EmbeddingClassifier
 from mmadapters.tasks.classification.labels import LabelMap
 from mmadapters.tasks.classification.task import ClassificationTask
+from mmadapters.tasks.configfile import read_config
 from mmadapters.tasks.evaluation import evaluate
-from mmadapters.tasks.run import build_model, make_encoder, train_model
+from mmadapters.tasks.run import build_model, make_encoder, make_model, train_model
 from mmadapters.zoo import load_tokenizer
 
 from .test_task import COLOURS, drawn
@@ -439,3 +440,15 @@ def test_zero_shot_head_keeps_what_was_loaded() -> None:
     head.load_state_dict({"weight": torch.eye(3)[:2], "scale": torch.tensor(5.0)})
     assert head.current
     assert torch.equal(head(torch.tensor([[2.0, 0, 0]])), torch.tensor([[5.0, 0]]))
+
+
+def test_linear_head_refuses_adapters_beside_the_image_tower() -> None:
+    few = ["data.options={vocabulary: unseen, train: 12, validation: 4, test: 4}"]
+    for more, message in (
+        ([], r'sits in text of CLIP, where head.kind linear never passes: set .* to \["vision"\]'),
+        (["adapter={method: clip_adapter}"], "would do nothing: compare embeddings"),
+    ):
+        config = read_config("classify_scenes", ["backbone.name=nano/clip", *few, *more])
+        rows = data.load(config.data, artifact.task_class(config.task)(config).columns)["train"]
+        with pytest.raises(ValueError, match=message):
+            make_model(config, rows)
