@@ -201,7 +201,9 @@ def compare(
         def tell(what: str, done: int, of: int) -> None:
             progress(done, of)
             if not quiet:
-                Console(stderr=True).print(f"{done + 1}/{of} {plain(what)}", highlight=False)
+                Console(stderr=True).print(
+                    f"{min(done + 1, of)}/{of} {plain(what)}", highlight=False
+                )
 
         done = comparison.compare(
             read, resume=resume, overwrite=overwrite, only=only or (), tell=tell
