@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from . import media
-from .task import BadRow, Rows
+from .task import BadRow, Column, Rows
+
+COLUMNS = {
+    "image": Column("image", description="the picture"),
+    "caption": Column("text", required=False, description="a text that tells of it"),
+    "captions": Column("texts", required=False, description="or several of them"),
+    "image_id": Column(
+        "text", required=False, description="rows of one image; without it, equal files"
+    ),
+}
 
 
 def captions_of(row: Mapping[str, Any]) -> list[str]:

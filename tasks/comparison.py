@@ -13,10 +13,11 @@ METHOD/          the run directory of every training, below its learning rate an
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,18 +70,14 @@ class Entrant:
     rate: float
     cells: tuple[Cell, ...]
 
-    @property
+    @functools.cached_property
     def metric(self) -> Metric:
         """The mean over seeds; its interval is of test examples and seeds together."""
-        first = self.cells[0].test
         values = np.array([cell.test.value for cell in self.cells])
-        low, high = interval(spread(values, _mean_samples(self.cells)))
-        if first.unit == "%" and low is not None:
-            low = max(low, 0.0)
-        return Metric(
-            *(first.name, float(values.mean()), low, high, first.count, first.unit),
-            greater_is_better=first.greater_is_better,
-        )
+        found = _over_seeds(self.cells[0].test, values, _mean_samples(self.cells))
+        if found.unit == "%" and found.low is not None:
+            return replace(found, low=max(found.low, 0.0))
+        return found
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Duel:
     cost: Cost
     bottleneck_cost: Cost
 
-    @property
+    @functools.cached_property
     def difference(self) -> Metric:
         return difference(self.method.cells, self.bottleneck.cells)
 
@@ -124,7 +121,6 @@ def difference(cells: Sequence[Cell], others: Sequence[Cell]) -> Metric:
     differences, with Student's t for so few of them. Both errors are independent: the one is of the
     examples that happen to be in the test split, the other of the draws of training.
     """
-    first = cells[0].test
     values = np.array(
         [a.test.value - b.test.value for a, b in zip(cells, others, strict=True)], dtype=float
     )
@@ -132,11 +128,13 @@ def difference(cells: Sequence[Cell], others: Sequence[Cell]) -> Metric:
     mine, theirs = _mean_samples(cells), _mean_samples(others)
     if mine is not None and theirs is not None and mine.shape == theirs.shape:
         samples = mine - theirs
+    return _over_seeds(cells[0].test, values, samples)
+
+
+def _over_seeds(like: Metric, values: np.ndarray, samples: np.ndarray | None) -> Metric:
+    """The mean of `values` (seeds,) as a metric like another, with the interval of `spread`."""
     low, high = interval(spread(values, samples))
-    return Metric(
-        *(first.name, float(values.mean()), low, high, first.count, first.unit),
-        greater_is_better=first.greater_is_better,
-    )
+    return replace(like, value=float(values.mean()), low=low, high=high, samples=None)
 
 
 def spread(values: np.ndarray, samples: np.ndarray | None, *, seed: int = 1) -> np.ndarray:

@@ -112,8 +112,8 @@ class _Stepper:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
-            self.kept = sum(kept.values())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
+        self.kept = sum(kept.values())

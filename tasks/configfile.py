@@ -51,6 +51,12 @@ __all__ = [
 # What a file of each kind says at its top; `mmadapters train` reads the first, `continual`,
 # `multitask` and `compare` one each.
 KINDS = {"job": "task", "continual": "jobs", "multitask": "tasks", "comparison": "methods"}
+# The command of each kind but jobs, and what such a file lists.
+_COMMANDS = {
+    "continual": ("continual", "jobs to be learned in turn"),
+    "multitask": ("multitask", "tasks to be learned together"),
+    "comparison": ("compare", "methods to be compared"),
+}
 
 
 def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -241,19 +247,10 @@ def _task(source: Source, tree: DictConfig, overrides: Sequence[str]) -> str:
         key, value = _split(override)
         if key == ("task",):
             task, place = value, _override_place(override)
-    if task is None and KINDS["continual"] in tree:
-        raise ConfigError(
-            f"{source.name} lists jobs to be learned in turn: give it to mmadapters continual"
-        )
-    if task is None and KINDS["comparison"] in tree:
-        raise ConfigError(
-            f"{source.name} lists methods to be compared: give it to mmadapters compare"
-        )
-    if task is None and KINDS["multitask"] in tree:
-        raise ConfigError(
-            f"{source.name} lists tasks to be learned together: give it to mmadapters multitask"
-        )
     if task is None:
+        for kind, (command, listed) in _COMMANDS.items():
+            if KINDS[kind] in tree:
+                raise ConfigError(f"{source.name} lists {listed}: give it to mmadapters {command}")
         raise ConfigError(
             f"{source.name}: there is no key 'task', which says what kind of job this is; "
             f"{one_of(TASKS)}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,18 +203,9 @@ def _fit(
         folder=done.folder,
         quiet=quiet,
     )
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.perf_counter() - started
-    trainer.load_best()
+    done.facts |= trainer.fit(checkpoint)
+    done.facts["best_mean"] = trainer.state.best_metric
     done.history = trainer.state.log_history
-    done.facts |= {
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step,
-        "best_mean": trainer.state.best_metric,
-        "train_seconds": round(seconds, 1),
-        "waited_for_data": round(trainer.waited / seconds, 4),
-    }
     steps = trainer.mixed.steps_of_tasks(trainer.state.global_step)
     done.steps = dict(zip(tasks, steps, strict=True))
     for name, bad in trainer.bad.items():

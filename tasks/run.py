@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -404,18 +403,9 @@ def _fit(run: Run, splits: dict[Split, Rows], checkpoint: Path | None, *, quiet:
         folder=run.folder,
         quiet=quiet,
     )
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.perf_counter() - started
-    trainer.load_best()
+    run.facts |= trainer.fit(checkpoint)
     run.history = trainer.state.log_history
     run.problems["train"] = list(trainer.problems.values())
-    run.facts |= {
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step,
-        "train_seconds": round(seconds, 1),
-        "waited_for_data": round(trainer.waited / seconds, 4),
-    }
 
 
 def _write(run: Run, splits: dict[Split, Rows], records: dict[Split, list[Record]]) -> None:

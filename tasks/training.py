@@ -212,6 +212,19 @@ class EncoderTrainer(Trainer):
                 write_trained(self.task_model, self.best_file())
         return better
 
+    def fit(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Trains from the start or a checkpoint, puts the best back, and tells how it went."""
+        started = time.perf_counter()
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = time.perf_counter() - started
+        self.load_best()
+        return {
+            "steps": self.state.global_step,
+            "best_step": self.state.best_global_step,
+            "train_seconds": round(seconds, 1),
+            "waited_for_data": round(self.waited / seconds, 4),
+        }
+
     def best_file(self) -> Path:
         """Where the best model of the run so far lies: named by its step, so that a resumed run
         takes the one that its own state speaks of."""

@@ -17,6 +17,16 @@ def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     return next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
+def with_first_input(args: tuple, kwargs: dict[str, Any], value: Tensor) -> tuple[tuple, dict]:
+    """The arguments with `value` in the place of what `first_input` gives."""
+    if args:
+        return (value, *args[1:]), kwargs
+    name = "hidden_states"
+    if name not in kwargs:
+        name = next(key for key, other in kwargs.items() if isinstance(other, Tensor))
+    return args, {**kwargs, name: value}
+
+
 def first_output(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 

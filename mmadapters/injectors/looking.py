@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .calls import first_input, first_output
+from .calls import first_input, first_output, with_first_input
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -75,10 +75,7 @@ class BlockHook:
         for adapter in active:
             x = adapter(x, residual=None, input=None, image=image)
         x = x if self.batch_first else x.transpose(0, 1)
-        if args:
-            return (x, *args[1:]), kwargs
-        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        return args, {**kwargs, name: x}
+        return with_first_input(args, kwargs, x)
 
     def _image(self, batch: int) -> Tensor | None:
         gaze = self.runtime.local.gaze

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..sites import Block, Grid, Leaf, SiteMap, Tower
 from . import raw
-from .calls import first_input, first_output, with_first
+from .calls import first_input, first_output, with_first, with_first_input
 from .looking import BlockHook, Gaze, ImageHook
 from .reading import OF_BLOCK, CaptureHook, ForgetHook, block_hooks
 
@@ -536,10 +536,8 @@ class PromptHook:
             x = torch.cat([x, adapter(x)], dim=1)
         count = x.shape[1] - length
         kwargs = {name: _seen(value, length, count) for name, value in kwargs.items()}
-        if args:
-            return (x, *(_seen(value, length, count) for value in args[1:])), kwargs
-        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        return args, {**kwargs, name: x}
+        args = tuple(_seen(value, length, count) for value in args)
+        return with_first_input(args, kwargs, x)
 
 
 def _seen(value: Any, length: int, count: int) -> Any:

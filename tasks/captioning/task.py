@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmadapters import AdapterModel
 
 from .. import media
-from ..captions import all_captions, caption_rows, captions_of, image_id, stated_captions
+from ..captions import COLUMNS, all_captions, caption_rows, captions_of, image_id, stated_captions
 from ..encoders.blip import BlipTokenizer, BlipTokens, blip_tokenizer, is_blip
 from ..encoders.preprocessing import image_preprocessing, to_tensor
 from ..task import (
@@ -45,14 +45,7 @@ class CaptioningTask(Task[CaptioningConfig]):
 
     name = "captioning"
     metric = metrics.CIDER
-    columns: ClassVar[Mapping[str, Column]] = {
-        "image": Column("image", description="the picture"),
-        "caption": Column("text", required=False, description="a text that tells of it"),
-        "captions": Column("texts", required=False, description="or several of them"),
-        "image_id": Column(
-            "text", required=False, description="rows of one image; without it, equal files"
-        ),
-    }
+    columns: ClassVar[Mapping[str, Column]] = COLUMNS
     usage = "image files"
 
     def __init__(self, config: CaptioningConfig, state: dict[str, Any] | None = None) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 from mmadapters.adapter import Adapter
 
-from ..encoders.clip import ClipTowers, refuse_unused, tokenizer
+from ..encoders.clip import ClipTowers, tokenizer
+from ..encoders.refusals import refuse_other_towers, refuse_unpaired
 from .config import ClassificationConfig
 from .embedding_heads import TipAdapterHead, ZeroShotHead, unit
 from .model import Classifier
@@ -52,7 +53,8 @@ class EmbeddingClassifier(Classifier):
         weights: Tensor | None,
     ) -> None:
         towers = ClipTowers(encoder)
-        refuse_unused(encoder, {"vision", "text"}, "a classifier by class names")
+        refuse_unpaired(encoder, "a classifier by class names")
+        refuse_other_towers(encoder, ["vision", "text"], "a classifier by class names")
         size: dict[str, Any] = {"width": towers.width, "classes": len(names)}
         size["scale"] = towers.logit_scale.exp().clamp(max=MAX_SCALE)
         head = ZeroShotHead(**size)

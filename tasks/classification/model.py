@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 from mmadapters.sites import nearest
 
-from ..encoders.vision import ImageTower, refuse_embedding_adapters, refuse_other_towers
+from ..encoders.refusals import refuse_embedding_adapters, refuse_other_towers
+from ..encoders.vision import ImageTower
 from ..encoders.watch import Watch
 from ..task import TaskModel
 from .config import ClassificationConfig
@@ -78,7 +79,7 @@ class ImageClassifier(Classifier):
 
     def __init__(self, encoder: AdapterModel, config: ClassificationConfig, **options: Any) -> None:
         tower = ImageTower(encoder)
-        refuse_other_towers(encoder, f"head.kind {config.head.kind}")
+        refuse_other_towers(encoder, ["vision"], f"head.kind {config.head.kind}")
         refuse_embedding_adapters(encoder, f"head.kind {config.head.kind}")
         if config.head.pooling == "cls" and not tower.has_class_token:
             raise ValueError(

@@ -90,26 +90,6 @@ class ClipTowers:
         return _normed(tower, states), text_mask(self.encoder.backbone, tokens)
 
 
-def refuse_unused(encoder: AdapterModel, used: set[str], what: str) -> None:
-    """Raises a ValueError for an adapter in a tower through which `what` passes no embedding, or
-    that lets a text look at an image."""
-    acting = encoder.active_adapters
-    for name in encoder.adapter_names if acting is None else acting.names():
-        adapter = encoder.adapter(name)
-        if "image" in adapter.reads:
-            raise ValueError(
-                f"adapter.method {adapter.config.method} lets a text look at an image, and {what} "
-                "encodes texts without one: take mma or uniadapter, which couple the two towers, "
-                "or a method for each (double_seq_bn, lora)"
-            )
-        towers = {site.partition(".")[0] for site, _ in adapter.entries()}
-        if unused := sorted(towers - used):
-            raise ValueError(
-                f"the adapter sits in {', '.join(unused)} of {type(encoder.backbone).__name__}, "
-                f"where {what} never passes: set adapter.sites to {sorted(used)}"
-            )
-
-
 def text_mask(backbone: nn.Module, tokens: Tensor) -> Tensor:
     """(B, L) token ids -> (B, L), True where they are text, by the rule of the encoder."""
     if not _is_open_clip(backbone):

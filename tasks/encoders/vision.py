@@ -39,33 +39,6 @@ class ImageStates:
     pooled: Tensor
 
 
-def refuse_other_towers(encoder: AdapterModel, what: str) -> None:
-    """Raises a ValueError for an adapter outside the image tower, the only one of `what`."""
-    acting = encoder.active_adapters
-    for name in encoder.adapter_names if acting is None else acting.names():
-        towers = {site.partition(".")[0] for site, _ in encoder.adapter(name).entries()}
-        if others := sorted(towers - {"vision"}):
-            raise ValueError(
-                f"the adapter sits in {', '.join(others)} of {type(encoder.backbone).__name__}, "
-                f'where {what} never passes: set adapter.sites to ["vision"]'
-            )
-
-
-def refuse_embedding_adapters(encoder: AdapterModel, what: str) -> None:
-    """Raises a ValueError for an active adapter behind all blocks, where `what` reads no more."""
-    acting = encoder.active_adapters
-    behind = {embedding.name for embedding in encoder.sites.embeddings()}
-    for name in () if acting is None else acting.names():
-        adapter = encoder.adapter(name)
-        if found := sorted({site for site, _ in adapter.entries()} & behind):
-            raise ValueError(
-                f"{what} reads the tokens of the encoder's blocks, so that a "
-                f"{adapter.config.method} at {', '.join(found)} would do nothing: compare "
-                "embeddings (classification with head.kind zero_shot or tip_adapter, retrieval), "
-                "or adapt the blocks"
-            )
-
-
 class FrontEnd(Protocol):
     """How a library's image tower is run on images of any size.
 

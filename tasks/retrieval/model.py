@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from mmadapters import AdapterModel
 
 from ..encoders.blip import BlipMatcher, is_blip
-from ..encoders.clip import ClipTowers, refuse_unused
+from ..encoders.clip import ClipTowers
+from ..encoders.refusals import refuse_other_towers, refuse_unpaired
 from ..task import TaskModel
 from .config import RetrievalConfig
 from .head import RetrievalHead
@@ -37,7 +38,8 @@ class RetrievalModel(TaskModel):
         towers: BlipMatcher | ClipTowers = BlipMatcher(encoder) if blip else ClipTowers(encoder)
         matching = blip and config.loss.matching > 0
         used = {"vision", "text", *(["fusion"] if matching else [])}
-        refuse_unused(encoder, used, "retrieval")
+        refuse_unpaired(encoder, "retrieval")
+        refuse_other_towers(encoder, used, "retrieval")
         super().__init__(encoder, _head(towers, config, matching=matching))
         self.towers = towers
         self.loss = config.loss

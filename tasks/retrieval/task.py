@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmadapters import AdapterModel
 
 from .. import media
-from ..captions import all_captions, captions_of, image_id, number_of
+from ..captions import COLUMNS, all_captions, captions_of, image_id, number_of
 from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
 from ..encoders.clip import load_tokenizer, text_limits
 from ..encoders.preprocessing import image_preprocessing, to_tensor
@@ -53,14 +53,7 @@ class RetrievalTask(Task[RetrievalConfig]):
 
     name = "retrieval"
     metric = "mean R@1"
-    columns: ClassVar[Mapping[str, Column]] = {
-        "image": Column("image", description="the picture"),
-        "caption": Column("text", required=False, description="a text that tells of it"),
-        "captions": Column("texts", required=False, description="or several of them"),
-        "image_id": Column(
-            "text", required=False, description="rows of one image; without it, equal files"
-        ),
-    }
+    columns: ClassVar[Mapping[str, Column]] = COLUMNS
     usage = "image files, .txt files with a text on each line, or texts in quotes"
 
     def __init__(self, config: RetrievalConfig, state: dict[str, Any] | None = None) -> None:

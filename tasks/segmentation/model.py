@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mmadapters import AdapterModel
 
-from ..encoders.vision import ImageTower, refuse_embedding_adapters, refuse_other_towers
+from ..encoders.refusals import refuse_embedding_adapters, refuse_other_towers
+from ..encoders.vision import ImageTower
 from ..task import TaskModel
 from .config import SegmentationConfig
 from .heads import head_layers, make_head
@@ -31,7 +32,7 @@ class SegmentationModel(TaskModel):
         self, encoder: AdapterModel, config: SegmentationConfig, classes: tuple[str, ...]
     ) -> None:
         tower = ImageTower(encoder)
-        refuse_other_towers(encoder, "segmentation")
+        refuse_other_towers(encoder, ["vision"], "segmentation")
         refuse_embedding_adapters(encoder, "segmentation")
         layers = head_layers(config.head, tower.depth)
         _refuse_unused(encoder, layers)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 
 from ..encoders.clip import ClipTowers
-from ..encoders.vision import refuse_embedding_adapters
+from ..encoders.refusals import refuse_embedding_adapters
 from ..task import TaskModel
 from .config import VQAHeadConfig
 from .heads import BilinearHead, CoAttentionHead, FusionHead
