@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         UniPELTConfig,
     )
     from .model import AdapterModel, init
+    from .prefix import FrozenPrefix, TowerPrefix, placeholder
     from .selfcheck import InertAdapterError
     from .summary import AdapterRow
 
@@ -116,6 +117,11 @@ _HOMES = {
     "model": (
         "AdapterModel",
         "init",
+    ),
+    "prefix": (
+        "FrozenPrefix",
+        "TowerPrefix",
+        "placeholder",
     ),
     "selfcheck": ("InertAdapterError",),
     "summary": ("AdapterRow",),

@@ -25,6 +25,7 @@ from .injectors import (
     checkpointing,
     describe,
     is_adapted,
+    resuming,
 )
 from .injectors.looking import Gaze, gazing
 from .merging import Merged, merged_tensors
@@ -671,6 +672,7 @@ class AdapterModel(nn.Module):
         """
         self._runtime.clear()
         checkpointing.disable(self._runtime)
+        resuming.remove(self._runtime)
         self._composition, self._plans = None, Plans()
         self.adapters._modules.clear()
         self.fusions._modules.clear()

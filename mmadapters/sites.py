@@ -173,6 +173,19 @@ class Patches:
 
 
 @dataclass(eq=False)
+class Stem:
+    """One module on the way from an image or a waveform to a tower's first block, number `index`.
+
+    What it gives follows in shape from what it is given: by a `convolution` of its own on (B, C,
+    ...) -> (B, D, ...), or, where that is None, as all dimensions but the last are kept.
+    """
+
+    index: int
+    module: nn.Module
+    convolution: nn.Module | None = None
+
+
+@dataclass(eq=False)
 class Tower:
     """A stack of blocks of one width that run one after another.
 
@@ -182,7 +195,8 @@ class Tower:
     `runner`: the module whose call runs all blocks and gives the tower's last hidden state first.
     `patches`: where an image becomes tokens, None if none does. `embedding`: where the tower's
     embedding in a shared space comes out of a module; None if there is none, or for the reason that
-    `unembedded` gives.
+    `unembedded` gives. `stem`: the costly modules before the blocks, as far as they are known, in
+    the order of running.
     """
 
     name: str
@@ -198,6 +212,7 @@ class Tower:
     patches: Patches | None = None
     embedding: Embedding | None = None
     unembedded: str | None = None
+    stem: list[Stem] = field(default_factory=list)
 
     @property
     def crossed(self) -> bool:

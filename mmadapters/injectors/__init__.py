@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..sites import SiteMap
-from . import audio, blip, checkpointing, clip, text, vision
+from . import audio, blip, checkpointing, clip, resuming, text, vision
 from .runtime import NOTHING, Plan, Runtime, is_adapted
 from .spec import (
     Architecture,
@@ -95,4 +95,5 @@ __all__ = [
     "describe",
     "find_row",
     "is_adapted",
+    "resuming",
 ]

@@ -101,6 +101,7 @@ def _huggingface(model: Any) -> Iterable[Architecture]:
         prompts=_NO_PROMPTS,
         front=below(path, "feature_extractor.conv_layers"),
         runner=below(path, "encoder"),
+        stem=(below(path, "feature_projection"), below(path, "encoder.pos_conv_embed")),
     )
     yield Architecture(towers=(tower,), example=huggingface_example, library="transformers")
 
@@ -147,6 +148,7 @@ def _whisper(model: Any) -> Iterable[Architecture]:
         sublayers={"attn": attn, "ffn": ffn},
         norm=below(path, "layer_norm"),
         runner=path,
+        stem=(below(path, "conv1"), below(path, "conv2")),
     )
     yield Architecture(towers=(tower,), example=whisper_example, library="transformers")
 
@@ -167,8 +169,10 @@ def torchaudio_example(model: Any) -> tuple[tuple, dict]:
 def _torchaudio(model: Any) -> Iterable[Architecture]:
     path = path_of(model, "Transformer")
     front = path_of(model, "FeatureExtractor")
+    projection = path_of(model, "FeatureProjection")
     assert path is not None
     assert front is not None
+    assert projection is not None
     transformer = model.get_submodule(path)
     # The stack's own flag says the opposite of its layers' and places its norm: before the first
     # block where True, after the last where False.
@@ -182,6 +186,7 @@ def _torchaudio(model: Any) -> Iterable[Architecture]:
             prompts=_NO_PROMPTS,
             front=below(front, "conv_layers"),
             runner=path,
+            stem=(projection, below(path, "pos_conv_embed")),
         )
         yield Architecture(towers=(tower,), example=torchaudio_example, library="torchaudio")
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .resuming import stand_for, stands_for
 from .runtime import Runtime
 
 
@@ -51,11 +52,11 @@ def _unless_cache(value: Any) -> Any:
 def enable(runtime: Runtime) -> None:
     """Checkpoints every block of every tower."""
     for block in runtime.sites.blocks():
-        block.module.__dict__["forward"] = Checkpointed(runtime, block.module)
+        stand_for(block.module, Checkpointed(runtime, block.module))
 
 
 def disable(runtime: Runtime) -> None:
     """Gives every block its own `forward` back."""
     for block in runtime.sites.blocks():
-        if isinstance(block.module.__dict__.get("forward"), Checkpointed):
-            del block.module.__dict__["forward"]
+        if isinstance(stands_for(block.module), Checkpointed):
+            stand_for(block.module, None)

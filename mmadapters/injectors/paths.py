@@ -51,6 +51,7 @@ def under(prefix: str, tower: TowerSpec, name: str | None = None) -> TowerSpec:
         norm=None if tower.norm is None else f"{prefix}.{tower.norm}",
         patches=patches,
         embedding=embedding,
+        stem=tuple(f"{prefix}.{path}" for path in tower.stem),
     )
 
 

@@ -27,6 +27,7 @@ from . import raw
 from .calls import first_input, first_output, with_first, with_first_input
 from .looking import BlockHook, Gaze, ImageHook
 from .reading import OF_BLOCK, CaptureHook, ForgetHook, block_hooks
+from .resuming import Pass
 
 Kind = Literal["branch", "delta", "prefix", "prompt", "readout"]
 
@@ -82,7 +83,8 @@ MORE_READS = ("mask", "grid", *OF_BLOCK)
 class _ThreadState(threading.local):
     """`plan` stands above the model's own in this thread; `stash` holds tensors on their way from
     one hook to a later one of the same block; `memo` computed weights during one forward; `states`
-    what the blocks under a readout have given so far, by index; `gaze` what texts look at now."""
+    what the blocks under a readout have given so far, by index; `gaze` what texts look at now;
+    `passing` what stands in for lower blocks."""
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
@@ -90,6 +92,7 @@ class _ThreadState(threading.local):
         self.memo: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
         self.states: dict[str, dict[int, Tensor]] = {}
         self.gaze: Gaze | None = None
+        self.passing: Pass | None = None
 
     def __reduce__(self) -> tuple:
         return _ThreadState, ()

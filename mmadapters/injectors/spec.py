@@ -38,6 +38,7 @@ from ..sites import (
     Parameter,
     Patches,
     SiteMap,
+    Stem,
     Sublayer,
     SublayerKind,
     Tower,
@@ -105,7 +106,9 @@ class TowerSpec:
     path of the ModuleList of convolutions before the blocks, `runner` that of the module whose call
     runs them all ("" for the model itself). `patches`: of a tower for images, for methods that
     convolve over the grid of its patches. `embedding`: of a tower whose output is compared with
-    another's, or a sentence's end that says why no module gives it.
+    another's, or a sentence's end that says why no module gives it. `stem`: paths of more modules
+    between patches or front and the blocks that need not run where the blocks do not: convolutions,
+    or modules that keep all dimensions of their input but the last.
     """
 
     name: str
@@ -121,6 +124,7 @@ class TowerSpec:
     runner: str | None = None
     patches: PatchSpec | None = None
     embedding: EmbeddingSpec | str | None = None
+    stem: tuple[str, ...] = ()
 
 
 Example = Callable[[nn.Module], tuple[tuple, dict]]
@@ -172,6 +176,7 @@ def _tower(root: nn.Module, spec: TowerSpec) -> Tower:
     patches = None
     if spec.patches is not None:
         patches = Patches(_module(root, spec.patches.path), spec.patches.prefix)
+    front = [] if spec.front is None else _front(root, spec.name, spec.front)
     embedding = None
     if isinstance(spec.embedding, EmbeddingSpec):
         module = _module(root, spec.embedding.path)
@@ -185,12 +190,26 @@ def _tower(root: nn.Module, spec: TowerSpec) -> Tower:
         prompts=spec.prompts,
         copies=spec.copies,
         batch_first=spec.batch_first,
-        front=[] if spec.front is None else _front(root, spec.name, spec.front),
+        front=front,
         runner=None if spec.runner is None else _module(root, spec.runner),
         patches=patches,
         embedding=embedding,
         unembedded=spec.embedding if isinstance(spec.embedding, str) else None,
+        stem=_stem(patches, front, [_module(root, path) for path in spec.stem]),
     )
+
+
+def _stem(patches: Patches | None, front: list[FrontLayer], others: list[nn.Module]) -> list[Stem]:
+    """Patches that no convolution makes are left out: what they give is not known beforehand."""
+    found: list[tuple[nn.Module, nn.Module | None]] = []
+    if patches is not None and isinstance(patches.module, nn.Conv2d):
+        found.append((patches.module, patches.module))
+    for layer in front:
+        convolution = next(part for part in layer.module.modules() if isinstance(part, nn.Conv1d))
+        found.append((layer.module, convolution))
+    for module in others:
+        found.append((module, module if isinstance(module, (nn.Conv1d, nn.Conv2d)) else None))
+    return [Stem(index, *pair) for index, pair in enumerate(found)]
 
 
 def _front(root: nn.Module, tower: str, path: str) -> list[FrontLayer]:
