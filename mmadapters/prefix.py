@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .composition import Setup, parse
 from .injectors import Plan, resuming
-from .injectors.recording import Recording, Seen, lowest
+from .injectors.recording import Recording, Seen, lowest, reads_layers
 from .injectors.resuming import Capturing, Enough, Kept, Resuming, States
 
 if TYPE_CHECKING:
@@ -104,7 +104,10 @@ class FrozenPrefix:
             if reason is not None:
                 skipped[name] = reason
                 continue
-            reads = {layer for plan in plans for layer in recording.reads(plan, name, block)}
+            reads = set(recording.reads(plans[0], name, block))
+            if any(reads_layers(plan, seen.tower) for plan in plans[1:]):
+                # Which layers the readouts of other setups read is not seen in this pass.
+                reads.update(range(-1, block))
             layers = (*sorted(layer for layer in reads if layer < block - 1), block - 1)
             dtypes = {layer: seen.dtypes[layer] for layer in layers}
             kept[name] = Kept(seen.tower, block, layers, dtypes, seen.forms, seen.stem)
@@ -118,6 +121,8 @@ class FrozenPrefix:
         Raises:
             ValueError: a tower does not run in it.
         """
+        if not self._kept:
+            return {}
         capturing = Capturing(self._kept)
         depths = {name: len(kept.tower.blocks) for name, kept in self._kept.items()}
         entered = [name for name, kept in self._kept.items() if -1 in kept.layers]
@@ -233,8 +238,8 @@ class FrozenPrefix:
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 of all weights and buffers that the kept states depend on, merged adapters
-        included: of the whole encoder without the blocks at and above each tower's block."""
+        """SHA-256 of the weights and buffers that the kept states depend on, merged adapters
+        included: of all that is frozen in the encoder but the blocks that run when resumed."""
         above = {
             id(tensor)
             for kept in self._kept.values()
@@ -244,7 +249,7 @@ class FrozenPrefix:
         digest = hashlib.sha256()
         backbone = self.model.backbone
         for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
-            if id(tensor) not in above:
+            if id(tensor) not in above and not tensor.requires_grad:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
                 digest.update(values.numpy().data)

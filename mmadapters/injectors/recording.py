@@ -38,6 +38,11 @@ def lowest(plan: Plan, tower: Tower) -> int:
     return min([depth, *found, plan.starts.get(tower.name, depth)])
 
 
+def reads_layers(plan: Plan, tower: Tower) -> bool:
+    """Whether something acts on what a tower gives last that reads what its blocks gave."""
+    return bool(plan.readout.keys() & {tower.name, tower.blocks[-1].name})
+
+
 class Noted(dict[int, Tensor]):
     """States by layer that note which of them were read."""
 
@@ -153,7 +158,7 @@ class Recording:
         seen = self.seen[name]
         yield from seen.read
         # A readout is given all states and so holds them, and has noted which ones it read.
-        if plan.readout.keys() & {name, seen.tower.blocks[-1].name}:
+        if reads_layers(plan, seen.tower):
             return
         collected = {layer for tower, layer in self.collected if tower == name}
         collected |= {
@@ -162,6 +167,7 @@ class Recording:
             if layer in seen.held and not seen.held[layer].expired()
         }
         yield from collected
+        collected -= seen.read
         if collected and block == len(seen.tower.blocks):
             # No block runs after which it would be gone if nobody kept it.
             yield block - 2
