@@ -65,6 +65,8 @@ class FrozenPrefix:
         self.towers = tuple(TowerPrefix(k.tower.name, k.block, k.layers) for k in kept.values())
         self.skipped = dict(skipped)
         self._kept = dict(kept)
+        # Used again: torch.compile compiles anew for another object.
+        self._idle: list[Resuming] = []
 
     @classmethod
     def of(
@@ -154,18 +156,19 @@ class FrozenPrefix:
         """
         self._check_states(states)
         self._check_active()
-        with self._resuming(self._kept, states):
-            yield
+        passing = self._idle.pop() if self._idle else Resuming(self._kept)
+        passing.states = states
+        try:
+            with self._entered(passing):
+                yield
+        finally:
+            passing.states = {}
+            self._idle.append(passing)
 
-    @contextlib.contextmanager
-    def _resuming(
-        self, kept: Mapping[str, Kept], states: Mapping[tuple[str, int], Tensor]
-    ) -> Iterator[None]:
-        blocks = {name: one.block for name, one in kept.items()}
-        entered = [name for name, one in kept.items() if -1 in one.layers]
-        passing = Resuming(kept, states)
-        with resuming.passing(self.model._runtime, passing, blocks, entered):
-            yield
+    def _entered(self, passing: Resuming) -> contextlib.AbstractContextManager[None]:
+        blocks = {name: kept.block for name, kept in passing.kept.items()}
+        entered = [name for name, kept in passing.kept.items() if -1 in kept.layers]
+        return resuming.passing(self.model._runtime, passing, blocks, entered)
 
     def _check_states(self, states: Mapping[tuple[str, int], Tensor]) -> None:
         for name, kept in self._kept.items():
@@ -210,7 +213,7 @@ class FrozenPrefix:
                 plain = list(_tensors(run()))
             states = self.capture(run)
             for name, kept in self._kept.items():
-                with _same_draws(self.model), self._resuming({name: kept}, states):
+                with _same_draws(self.model), self._entered(Resuming({name: kept}, states)):
                     again = list(_tensors(run()))
                 self._compare(plain, again, f"tower {name!r}", tolerance)
             if resumed is not None:

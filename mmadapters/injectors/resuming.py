@@ -112,7 +112,7 @@ def passing(
     many of their lowest blocks, and by what enters those of `entered`."""
     towers = [runtime.sites.towers[name] for name in blocks]
     intercepted = [
-        _intercept(runtime, module, tower, place)
+        _intercept(runtime, tower, module, place)
         for tower in towers
         for module, place in _places(tower, blocks[tower.name])
     ]
@@ -146,19 +146,26 @@ def _first(tower: Tower, hook: ThresholdHook) -> Any:
 
 def put_first(tower: Tower) -> None:
     """Brings what shows this thread's pass the first block's input before hooks that came later."""
+    if torch.compiler.is_compiling():
+        return
     hooks: Any = tower.blocks[0].module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, ThresholdHook)]:
         hooks.move_to_end(key, last=False)
 
 
-def _intercept(runtime: Runtime, module: nn.Module, tower: Tower, place: int | Stem) -> Interceptor:
+def _intercept(runtime: Runtime, tower: Tower, module: nn.Module, place: int | Stem) -> Interceptor:
+    """The same object each time: torch.compile compiles anew for another."""
     with _LOCK:
+        key = (tower.name, place if isinstance(place, int) else f"stem {place.index}")
+        if key not in runtime.interceptors:
+            runtime.interceptors[key] = Interceptor(runtime, module, tower, place)
+        known = runtime.interceptors[key]
         present = module.__dict__.get("forward")
-        if not isinstance(present, Interceptor):
-            present = Interceptor(runtime, module, tower, place, otherwise=present)
-            module.__dict__["forward"] = present
-        present.users += 1
-        return present
+        if present is not known:
+            known.otherwise, known.users = present, 0
+            module.__dict__["forward"] = known
+        known.users += 1
+        return known
 
 
 def _release(interceptor: Interceptor) -> None:
@@ -178,11 +185,10 @@ def _uncover(module: nn.Module, interceptor: Interceptor) -> None:
 
 def remove(runtime: Runtime) -> None:
     """Takes away whatever intercepts a module of the encoder."""
-    for tower in runtime.sites.towers.values():
-        for module, _ in _places(tower, len(tower.blocks)):
-            present = module.__dict__.get("forward")
-            if isinstance(present, Interceptor):
-                _uncover(module, present)
+    for interceptor in runtime.interceptors.values():
+        if interceptor.module.__dict__.get("forward") is interceptor:
+            _uncover(interceptor.module, interceptor)
+    runtime.interceptors.clear()
 
 
 def void(shape: Iterable[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -293,7 +299,7 @@ class Resuming:
     """
 
     kept: Mapping[str, Kept]
-    states: Mapping[tuple[str, int], Tensor]
+    states: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def stem(self, at: Interceptor, part: Stem, args: tuple, kwargs: dict) -> Any:
         put_first(at.tower)

@@ -27,7 +27,7 @@ from . import raw
 from .calls import first_input, first_output, with_first, with_first_input
 from .looking import BlockHook, Gaze, ImageHook
 from .reading import OF_BLOCK, CaptureHook, ForgetHook, block_hooks
-from .resuming import Pass
+from .resuming import Interceptor, Pass
 
 Kind = Literal["branch", "delta", "prefix", "prompt", "readout"]
 
@@ -107,6 +107,7 @@ class Runtime:
         self.local = _ThreadState()
         # A string: torch.compile guards it by value, so that installing hooks recompiles.
         self.generation = "0"
+        self.interceptors: dict[tuple[str, int | str], Interceptor] = {}
         self._copies = False
         self._handles: dict[tuple[str, ...], list[RemovableHandle]] = {}
         self._raw: dict[tuple[str, ...], list[nn.Module]] = {}

@@ -19,6 +19,7 @@ from injection.matrix import FAMILIES, METHODS, bare, config_for, distance, home
 from injection.test_speech_adapters import hand_written
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -836,6 +837,23 @@ def test_prefixes_may_be_entered_one_in_another() -> None:
             assert torch.equal(run(), high_plain)
         assert torch.equal(run(), low_plain)
     assert torch.equal(run(), high_plain)
+
+
+def test_compiled_model_is_compiled_once_for_all_resumed_passes() -> None:
+    model = holding(deep_vit(4), LoRAConfig(sites=("vision.blocks.[23]",)))
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    blank = placeholder((2, 3, 32, 32))
+    prefix = FrozenPrefix.of(model, lambda: model(images()))
+    frames = []
+    for _ in range(3):
+        batch = torch.randn(2, 3, 32, 32)
+        states = prefix.capture(functools.partial(model, batch))
+        with prefix.resume(states):
+            assert distance([compiled(blank)], [model(batch)]) <= 1e-6
+        assert distance([compiled(batch)], [model(batch)]) <= 1e-6
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[-1]
 
 
 def test_fingerprint_tells_of_what_lies_below_alone() -> None:
