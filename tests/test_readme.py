@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,14 @@ def test_methods_of_the_docs_can_be_written() -> None:
     assert examples
     for code in examples:
         exec(code, {})
+
+
+def test_frozen_part_of_the_docs_is_computed_once() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("docs/speed.md")[0], names)
+    assert str(names["prefix"].towers) in (ROOT / "docs/speed.md").read_text()
+    assert names["prefix"].skipped == {}
+    assert torch.allclose(names["logits"], names["model"](names["images"]), atol=1e-5)
 
 
 def test_hand_written_sites_of_the_docs_fit_a_transformer_encoder() -> None:

@@ -8,13 +8,15 @@ import functools
 import io
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import Family, speech, tensors
 from families.small import hooks, randomise, small_vit
-from families.vision import images
+from families.vision import HF, images
 from injection.matrix import FAMILIES, METHODS, bare, config_for, distance, home, loss_of, towers
 from injection.test_speech_adapters import hand_written
 from timm.models.vision_transformer import VisionTransformer
@@ -320,6 +322,19 @@ def test_hidden_states_that_a_pass_gives_are_kept(name: str) -> None:
     # Once asked for, transformers' hooks stay on the blocks, and keep nothing.
     plain = FrozenPrefix.of(model, called(model, family))
     assert kept(plain) == {tower: (2, (1,))}
+
+
+def test_hidden_states_are_kept_for_a_head_that_lets_go_of_them() -> None:
+    config = transformers.ViTConfig(**{**HF, "num_hidden_layers": 4})
+    model = mmadapters.init(transformers.ViTModel(config).eval())
+
+    def run() -> Tensor:
+        states = model(pixel_values=images(), output_hidden_states=True).hidden_states
+        return torch.stack([state.mean() for state in states[:3]])
+
+    prefix = FrozenPrefix.of(model, run)
+    assert kept(prefix) == {"vision": (4, (-1, 0, 1, 2, 3))}
+    check_same(model, prefix, run)
 
 
 @pytest.mark.parametrize("wanted", [[1, 2, 5], [0, 4]], ids=str)
@@ -700,41 +715,34 @@ def test_check_names_the_tower_at_fault_and_takes_dropout_for_what_it_is() -> No
         prefix.check(reads)
 
 
-def test_other_threads_run_plainly_meanwhile() -> None:
-    model = holding(deep_vit(), LoRAConfig(sites=("vision.blocks.[345]",)))
+@pytest.mark.parametrize("blocks", ["[345]", "*"])
+def test_other_threads_run_plainly_meanwhile(blocks: str) -> None:
+    model = holding(deep_vit(), LoRAConfig(sites=(f"vision.blocks.{blocks}",)))
     x = torch.randn(2, 3, 32, 32)
+    found: list[Tensor] = []
+    done = threading.Event()
+
+    def others() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                found.append(model(x))
+
     with torch.no_grad():
         plain, other = model(images()), model(x)
         prefix = FrozenPrefix.of(model, lambda: model(images()))
-        states = prefix.capture(lambda: model(images()))
-        found: list[Tensor] = []
-        go, failed = threading.Event(), []
-
-        def run() -> None:
-            with torch.no_grad():
-                while not go.is_set():
-                    found.append(model(x))
-
-        def guarded() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            threads = [pool.submit(others) for _ in range(2)]
+            resumed = []
             try:
-                run()
-            except BaseException as error:
-                failed.append(error)
-
-        threads = [threading.Thread(target=guarded) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for _ in range(40):
-            with prefix.resume(states):
-                resumed = model(placeholder((2, 3, 32, 32)))
-            assert torch.equal(resumed, plain)
-            assert torch.equal(
-                prefix.capture(lambda: model(images()))["vision", 2], states["vision", 2]
-            )
-        go.set()
-        for thread in threads:
-            thread.join()
-    assert not failed
+                for _ in range(20):
+                    states = prefix.capture(lambda: model(images()))
+                    with prefix.resume(states):
+                        resumed.append(model(placeholder((2, 3, 32, 32))))
+            finally:
+                done.set()
+            for thread in threads:
+                thread.result()
+    assert all(torch.equal(one, plain) for one in resumed)
     assert found
     assert all(torch.equal(one, other) for one in found)
     assert not intercepted(model)
@@ -791,6 +799,9 @@ def test_checkpointed_blocks_are_resumed_and_computed_anew(name: str) -> None:
         resumed = outputs(run)
         model.gradient_checkpointing_disable()
         model.gradient_checkpointing_enable()
+        args, kwargs = blank(family)
+        again = outputs(lambda: model(*args, **kwargs))
+    assert distance(again, plain) <= 1e-6
     found = gradients(model, resumed)
     for gradient in expected:
         assert distance([found[gradient]], [expected[gradient]]) <= 1e-6
