@@ -274,7 +274,9 @@ class Capturing:
         self._note(tower, -1, first_input(args, kwargs))
 
     def block(self, at: Interceptor, index: int, args: tuple, kwargs: dict) -> Any:
-        kept = self.kept[at.tower.name]
+        kept = self.kept.get(at.tower.name)
+        if kept is None:
+            return at.run(*args, **kwargs)
         if index >= kept.block and index in kept.forms:
             return with_first(kept.forms[index], first_input(args, kwargs))
         output = at.run(*args, **kwargs)
@@ -303,7 +305,9 @@ class Resuming:
 
     def stem(self, at: Interceptor, part: Stem, args: tuple, kwargs: dict) -> Any:
         put_first(at.tower)
-        kept = self.kept[at.tower.name]
+        kept = self.kept.get(at.tower.name)
+        if kept is None:
+            return at.run(*args, **kwargs)
         return stand_in(part, kept.stem[part.index], args, kwargs)
 
     def enter(self, tower: Tower, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -311,7 +315,11 @@ class Resuming:
         return with_first_input(args, kwargs, state)
 
     def block(self, at: Interceptor, index: int, args: tuple, kwargs: dict) -> Any:
-        x, kept = first_input(args, kwargs), self.kept[at.tower.name]
+        kept = self.kept.get(at.tower.name)
+        # Passes of other threads, or around this one, may intercept more than this one does.
+        if kept is None or index >= kept.block:
+            return at.run(*args, **kwargs)
+        x = first_input(args, kwargs)
         if index in kept.layers:
             state = self._state(at.tower, index, x)
         else:

@@ -842,12 +842,32 @@ def test_prefixes_may_be_entered_one_in_another() -> None:
         model.set_active_adapters(name)
         prefix = FrozenPrefix.of(model, run)
         made[name] = prefix, prefix.capture(run), run()
-    (low, low_states, low_plain), (high, high_states, high_plain) = made["a"], made["b"]
-    with model.using("a"), low.resume(low_states):
-        with model.using("b"), high.resume(high_states):
-            assert torch.equal(run(), high_plain)
-        assert torch.equal(run(), low_plain)
-    assert torch.equal(run(), high_plain)
+    for outer, inner in ("ab", "ba"):
+        prefix, states, plain = made[outer]
+        with model.using(outer), prefix.resume(states):
+            other, others, expected = made[inner]
+            with model.using(inner), other.resume(others):
+                assert torch.equal(run(), expected)
+                other.capture(run)
+            assert torch.equal(run(), plain)
+
+
+def test_tower_that_only_a_pass_around_this_one_keeps_is_run() -> None:
+    model = mmadapters.init(bare(FAMILIES["hf-clip"]))
+    args, kwargs = FAMILIES["hf-clip"].inputs()
+
+    def both() -> Any:
+        return model(*args, **kwargs)
+
+    def image() -> Any:
+        return model.get_image_features(pixel_values=kwargs["pixel_values"])
+
+    all_towers, vision = FrozenPrefix.of(model, both), FrozenPrefix.of(model, image)
+    assert set(kept(all_towers)) == {"vision", "text"}
+    assert set(kept(vision)) == {"vision"}
+    plain, states = outputs(both), vision.capture(both)
+    with all_towers.resume(all_towers.capture(both)), vision.resume(states):
+        assert distance(outputs(both), plain) <= 1e-6
 
 
 def test_compiled_model_is_compiled_once_for_all_resumed_passes() -> None:
