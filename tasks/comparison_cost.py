@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .config import JobConfig, Split
+from .measuring import kept_for_backward, seconds
 from .run import make_model, rows_to_fit
 from .task import Rows
 from .training import TaskTrainer
@@ -45,13 +43,13 @@ def costs(jobs: Sequence[JobConfig], splits: Mapping[Split, Rows], *, steps: int
     so that what else the machine does falls on all alike."""
     with TemporaryDirectory() as folder:
         runners = [_Stepper(job, splits, Path(folder) / str(i)) for i, job in enumerate(jobs)]
-        seconds: list[list[float]] = [[] for _ in runners]
+        times: list[list[float]] = [[] for _ in runners]
         for _ in range(steps):
-            for runner, own in zip(runners, seconds, strict=True):
+            for runner, own in zip(runners, times, strict=True):
                 own.append(runner.timed())
     return [
         Cost(statistics.median(own), runner.kept, runner.peak)
-        for runner, own in zip(runners, seconds, strict=True)
+        for runner, own in zip(runners, times, strict=True)
     ]
 
 
@@ -72,9 +70,9 @@ class _Stepper:
         self.model = model
         self.batch = self.trainer._prepare_inputs(loaded.batch)
         self.optimizer = self.trainer.create_optimizer()
-        self.kept = 0
-        with self._watched():
+        with kept_for_backward(self.model.parameters()) as kept:
             self._step()
+        self.kept = kept.bytes
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -84,11 +82,7 @@ class _Stepper:
 
     def timed(self) -> float:
         """The seconds of one step."""
-        self._wait()
-        started = time.perf_counter()
-        self._step()
-        self._wait()
-        return time.perf_counter() - started
+        return seconds(self._step, self.trainer.args.device)
 
     def _step(self) -> None:
         self.model.train()
@@ -97,23 +91,3 @@ class _Stepper:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Counts what is kept inside the block for a backward pass."""
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            yield
-        self.kept = sum(kept.values())

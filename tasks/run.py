@@ -33,6 +33,7 @@ from . import artifact, data
 from .config import SPLITS, JobConfig, Section, Split
 from .encoders.speech import convolutions
 from .evaluation import Evaluation, evaluate
+from .machine import processor, versions
 from .metrics import Metric
 from .task import Problem, Record, Rows, Scores, Task, TaskModel
 from .training import CHECKPOINTS, TaskTrainer, last_checkpoint
@@ -465,14 +466,7 @@ def _named(metrics: Sequence[Metric]) -> dict[str, dict[str, Any]]:
 def environment() -> dict[str, Any]:
     """Versions, machine and threads."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     device = artifact.default_device()
     name = torch.cuda.get_device_name() if device == "cuda" else device
     return {
@@ -482,7 +476,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": name,
-        "packages": versions,
+        "packages": versions(_PACKAGES),
     }
 
 
@@ -490,18 +484,6 @@ _PACKAGES = (
     *("mmadapters", "torch", "transformers", "timm", "open_clip_torch", "torchaudio"),
     *("accelerate", "datasets", "torchvision"),
 )
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    import platform
-
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def write_text(path: Path, text: str) -> None:

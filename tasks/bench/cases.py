@@ -1,0 +1,181 @@
+"""What is measured: one `Case` for each figure, and which cases a run consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from .limits import first_block
+
+Library = Literal["torch", "mmadapters", "peft", "adapters"]
+Kind = Literal["forward", "mixed", "step", "cached", "switch", "load"]
+Mode = Literal["eager", "compile", "graph", "compile+graph"]
+
+METHODS = ("double_seq_bn", "seq_bn", "lora")
+PRECISIONS = ("fp32", "bf16")
+NAMES = {"torch": "", "mmadapters": "ours", "peft": "peft", "adapters": "AdapterHub"}
+MIXED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One figure.
+
+    Attributes:
+        method: one of `METHODS`, "lora merged", or of the bare encoder "bare" and "full", which is
+            full fine-tuning.
+        kind: a forward pass, one with an adapter of its own for each eighth of the batch (mixed), a
+            training step, one from stored states (cached), a switch between two adapters, loading
+            one from disk.
+        batch: 0 where there is none.
+        start: the first adapted block, see `limits.first_block`.
+    """
+
+    library: Library
+    method: str
+    kind: Kind
+    batch: int = 0
+    start: str = "0"
+    mode: Mode = "eager"
+
+    @property
+    def name(self) -> str:
+        """As a table calls it: "peft lora"."""
+        words = {"bare": "bare encoder", "full": "full fine-tuning"}
+        parts = [NAMES[self.library], words.get(self.method, self.method)]
+        if self.kind == "mixed":
+            parts.append(f"×{MIXED}")
+        if self.kind == "cached":
+            parts.append("from cached prefix")
+        return " ".join(filter(None, parts))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is asked for; see the command's options.
+
+    Raises:
+        ValueError: a setting that means nothing, with those that do.
+    """
+
+    encoders: tuple[str, ...]
+    device: str = "cpu"
+    precision: str = "fp32"
+    batches: tuple[int, ...] = (1, 8)
+    train_batch: int = 16
+    seconds: float = 10.0
+    starts: tuple[str, ...] = ("0", "half", "three-quarters")
+    method: str = "double_seq_bn"
+    size: int = 48
+    compile: bool = False
+    repeats: int = 7
+    threads: int | None = None
+    peers: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("method", self.method, METHODS)
+        _one_of("device", self.device.partition(":")[0], ("cpu", "cuda"))
+        counts = {"batches": self.batches, "repeats": (self.repeats,), "size": (self.size,)}
+        counts |= {"train-batch": (self.train_batch,)}
+        counts |= {} if self.threads is None else {"threads": (self.threads,)}
+        for name, values in counts.items():
+            if not values or min(values) < 1:
+                raise ValueError(f"--{name} must be 1 or more, not {_listed(values)}")
+        if not 0 < self.seconds <= 600:
+            raise ValueError(f"--seconds must be above 0 and at most 600, not {self.seconds:g}")
+        if not self.encoders:
+            raise ValueError("no encoder is named")
+        if not self.starts:
+            raise ValueError("--blocks names no block")
+        for start in self.starts:
+            # The depth is known later; here, what no encoder could have.
+            first_block(start, 1000)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"--{name} must be one of {', '.join(known)}, not {value!r}")
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values)) or "nothing"
+
+
+def forward_cases(settings: Settings, libraries: Sequence[str], batch: int) -> list[Case]:
+    """The bare encoder, every method of every library, and mixed batches, without gradients."""
+    cases = [Case(library="torch", method="bare", kind="forward", batch=batch)]
+    for library, method in _contenders(settings, libraries):
+        cases.append(Case(library=library, method=method, kind="forward", batch=batch))
+        if method == "lora":
+            cases.append(Case(library=library, method="lora merged", kind="forward", batch=batch))
+        if batch >= MIXED:
+            cases.append(Case(library=library, method=method, kind="mixed", batch=batch))
+    if settings.compile and "own" in libraries:
+        graphs: tuple[Mode, ...] = ("graph", "compile+graph")
+        modes: tuple[Mode, ...] = ("compile", *(graphs if settings.device != "cpu" else ()))
+        bare = Case(library="torch", method="bare", kind="forward", batch=batch)
+        ours = Case(library="mmadapters", method=settings.method, kind="forward", batch=batch)
+        cases += [_in_mode(case, mode) for mode in modes for case in (bare, ours)]
+    return cases
+
+
+def step_cases(settings: Settings, libraries: Sequence[str]) -> list[Case]:
+    """The frozen forward pass that limits are made of, full fine-tuning, and training steps."""
+    batch = settings.train_batch
+    frozen = Case(library="torch", method="bare", kind="forward", batch=batch)
+    full = Case(library="torch", method="full", kind="step", batch=batch)
+    cases = [frozen, full]
+    if "own" in libraries:
+        steps = [
+            Case(
+                library="mmadapters", method=settings.method, kind="step", batch=batch, start=start
+            )
+            for start in settings.starts
+        ]
+        cases += steps
+        cases += [Case(**{**step.to_dict(), "kind": "cached"}) for step in steps]
+        if settings.compile:
+            cases += [_in_mode(case, "compile") for case in (frozen, full, *steps)]
+    cases += [
+        Case(library=library, method=method, kind="step", batch=batch)
+        for library, method in _contenders(settings, libraries)
+    ]
+    return list(dict.fromkeys(cases))
+
+
+def life_cases(settings: Settings, libraries: Sequence[str]) -> list[Case]:
+    """Switching between adapters and loading one."""
+    return [
+        Case(library=library, method=method, kind=kind)
+        for kind in ("switch", "load")
+        for library, method in _contenders(settings, libraries)
+    ]
+
+
+def _contenders(settings: Settings, libraries: Sequence[str]) -> list[tuple[Library, str]]:
+    """Pairs of library and method, ours for each of a peer's."""
+    found: dict[tuple[Library, str], None] = {}
+    if "own" in libraries:
+        ours = (settings.method, "seq_bn", "lora")
+        found |= {("mmadapters", method): None for method in ours}
+    theirs: tuple[tuple[Library, tuple[str, ...]], ...] = (
+        ("peft", ("lora",)),
+        ("adapters", ("seq_bn", "double_seq_bn")),
+    )
+    for library, methods in theirs:
+        if library in libraries:
+            found |= {("mmadapters", method): None for method in methods}
+            found |= {(library, method): None for method in methods}
+    return list(found)
+
+
+def _in_mode(case: Case, mode: Mode) -> Case:
+    return Case(**{**case.to_dict(), "mode": mode})

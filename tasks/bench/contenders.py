@@ -1,0 +1,167 @@
+"""One encoder as each library adapts it, behind the same few verbs.
+
+Adapters get random values, as fresh ones may take ways that trained ones do not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mmadapters
+from mmadapters import BottleneckConfig, DoubleSeqBnConfig, LoRAConfig, Route, SeqBnConfig
+from mmadapters.injectors import describe
+
+from .encoders import Inputs
+from .limits import first_block
+
+RANK = 8
+TARGETS = ("q", "k", "v")
+SPREAD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is put on an encoder.
+
+    Attributes:
+        method: as in `cases.Case`.
+        size: the bottleneck's.
+        start: the first adapted block.
+        adapters: how many, of which the first acts.
+        mixed: names for the rows of a batch, where each has its own.
+    """
+
+    method: str
+    size: int
+    start: str = "0"
+    adapters: int = 1
+    mixed: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [f"a{index}" for index in range(self.adapters)]
+
+
+class Contender(ABC):
+    """A library's model of an encoder that already is where it shall run, in its precision."""
+
+    model: nn.Module
+
+    def forward(self, inputs: Inputs) -> Any:
+        """The encoder's own output, with what was asked for acting."""
+        return inputs(self.model)
+
+    def train(self) -> None:
+        """Train mode; what was made trainable stays so."""
+        self.model.train()
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @abstractmethod
+    def switch(self, name: str) -> None:
+        """Lets another adapter act."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes the first adapter."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Adds what `save` wrote, under another name."""
+
+    @abstractmethod
+    def unload(self) -> None:
+        """Takes away what `load` added."""
+
+
+class Bare(Contender):
+    """The encoder as it is, frozen or, for full fine-tuning, all trainable."""
+
+    def __init__(self, encoder: nn.Module, work: Work) -> None:
+        self.model = encoder.requires_grad_(work.method == "full").eval()
+
+    def switch(self, name: str) -> None:
+        raise ValueError("the bare encoder has no adapters")
+
+    def save(self, folder: Path) -> None:
+        raise ValueError("the bare encoder has no adapters")
+
+    load = save
+
+    def unload(self) -> None:
+        raise ValueError("the bare encoder has no adapters")
+
+
+class Ours(Contender):
+    """mmadapters."""
+
+    model: mmadapters.AdapterModel
+
+    def __init__(self, encoder: nn.Module, work: Work) -> None:
+        config = _config(work, encoder)
+        self.model = mmadapters.init(encoder)
+        for name in work.names:
+            self.model.add_adapter(name, config)
+        randomise(list(self.model.adapters.parameters()))
+        self.model.train_adapter("a0")
+        self.model.eval()
+        self.route = Route(list(work.mixed)) if work.mixed else None
+        if work.method == "lora merged":
+            self.model.merge_adapter("a0")
+
+    def forward(self, inputs: Inputs) -> Any:
+        if self.route is None:
+            return inputs(self.model)
+        with self.model.using(self.route):
+            return inputs(self.model)
+
+    def switch(self, name: str) -> None:
+        self.model.set_active_adapters(name)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_adapter(folder, "a0")
+
+    def load(self, folder: Path) -> None:
+        self.model.load_adapter(folder, "loaded")
+
+    def unload(self) -> None:
+        self.model.delete_adapter("loaded")
+
+
+def _config(work: Work, encoder: nn.Module) -> mmadapters.MethodConfig:
+    sites = _sites(work.start, encoder)
+    if work.method.startswith("lora"):
+        return LoRAConfig(rank=RANK, targets=TARGETS, sites=sites)
+    bottlenecks: dict[str, type[BottleneckConfig]] = {
+        "double_seq_bn": DoubleSeqBnConfig,
+        "seq_bn": SeqBnConfig,
+    }
+    return bottlenecks[work.method](size=work.size, sites=sites)
+
+
+def _sites(start: str, encoder: nn.Module) -> tuple[str, ...]:
+    """Patterns of the blocks from `start` on, of every tower."""
+    towers = describe(encoder)[0].towers.values()
+    return tuple(
+        block.name
+        for tower in towers
+        for block in tower.blocks[first_block(start, len(tower.blocks)) :]
+    )
+
+
+@torch.no_grad()
+def randomise(parameters: Sequence[nn.Parameter]) -> None:
+    """The same random change of every adapter that has the same parameters."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in parameters:
+        drawn = SPREAD * torch.randn(parameter.shape, generator=generator)
+        parameter.add_(drawn.to(parameter.device, parameter.dtype))
