@@ -218,6 +218,87 @@ def compare(
 
 @app.command()
 @friendly
+def bench(
+    encoders: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ENCODER]...",
+            help="vit-s16, vit-b16, vit-l16, wav2vec2-base, clip-b32, nano-vit, nano-wav2vec2, "
+            "nano-clip, or a name as load_backbone takes it.",
+        ),
+    ] = None,
+    more: Annotated[
+        str | None, typer.Option("--encoders", help="More of them: vit-s16,clip-b32")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; by default cuda where there is a GPU.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16 weights; bf16 by default on a GPU.")
+    ] = None,
+    batches: Annotated[
+        str | None, typer.Option(help="Of forward passes: 1,32,256, and 1,8 on a CPU.")
+    ] = None,
+    train_batch: Annotated[
+        int | None, typer.Option(help="Of training steps: 64, and 4 on a CPU.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of a speech encoder's clips.")] = 10.0,
+    blocks: Annotated[
+        str, typer.Option(help="First adapted blocks: half, three-quarters, or numbers.")
+    ] = "0,half,three-quarters",
+    method: Annotated[
+        str, typer.Option(help="Of ours: double_seq_bn, seq_bn or lora.")
+    ] = "double_seq_bn",
+    size: Annotated[int, typer.Option(help="Channels of a bottleneck.")] = 48,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also with torch.compile and CUDA graphs.")
+    ] = False,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peers",
+            metavar="PYTHON",
+            help="An interpreter that has peft or adapters; may be repeated.",
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds, of which medians are taken.")] = 7,
+    threads: Annotated[int | None, typer.Option(help="torch's, on a CPU.")] = None,
+    out: Annotated[Path, typer.Option(help="For bench.json, bench.md and bench.png.")] = Path(
+        "out/bench"
+    ),
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 where a figure misses its bound.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """What adapters cost beside the bare encoder, full fine-tuning, peft and AdapterHub.
+
+    Forward pass, training step, memory, switch, mixed batch and load, in one run, with medians,
+    ratios and the share of the limit that is reached.
+    """
+    from mmadapters.tasks.bench import command
+
+    settings = command.settings(
+        encoders=[*(encoders or ()), *command.listed(more)],
+        device=device,
+        precision=precision,
+        batches=batches,
+        train_batch=train_batch,
+        seconds=seconds,
+        starts=command.listed(blocks),
+        method=method,
+        size=size,
+        compile=compiled,
+        peers=peers or [],
+        repeats=repeats,
+        threads=threads,
+    )
+    if not command.run(settings, out, quiet=quiet) and check:
+        raise typer.Exit(1)
+
+
+@app.command()
+@friendly
 def multitask(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a config that ships.")],
     overrides: Overrides = None,

@@ -96,8 +96,22 @@ class Settings:
             # The depth is known later; here, what no encoder could have.
             first_block(start, 1000)
 
+    @property
+    def command(self) -> str:
+        """The command that asks for this; interpreters of peers are left for the reader to name."""
+        batches, starts = ",".join(map(str, self.batches)), ",".join(self.starts)
+        words = [f"mmadapters bench {' '.join(self.encoders)} --device {self.device}"]
+        words += [f"--precision {self.precision} --batches {batches}"]
+        words += [f"--train-batch {self.train_batch} --seconds {self.seconds:g}"]
+        words += [f"--blocks {starts} --method {self.method} --size {self.size}"]
+        words += ["--compile"] if self.compile else []
+        words += [f"--repeats {self.repeats}"]
+        words += [] if self.threads is None else [f"--threads {self.threads}"]
+        return " ".join([*words, *("--peers PYTHON" for _ in self.peers)])
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the paths of interpreters, which mean nothing on another machine."""
+        return {key: value for key, value in asdict(self).items() if key != "peers"}
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

@@ -115,8 +115,6 @@ class Ours(Contender):
         self.model.train_adapter("a0")
         self.model.eval()
         self.route = Route(list(work.mixed)) if work.mixed else None
-        if work.method == "lora merged":
-            self.model.merge_adapter("a0")
 
     def forward(self, inputs: Inputs) -> Any:
         if self.route is None:
@@ -135,6 +133,15 @@ class Ours(Contender):
 
     def unload(self) -> None:
         self.model.delete_adapter("loaded")
+
+
+class Merged(Bare):
+    """A LoRA of ours in the weights, and the encoder given back as it is served."""
+
+    def __init__(self, encoder: nn.Module, work: Work) -> None:
+        ours = Ours(encoder, work)
+        ours.model.merge_adapter("a0")
+        super().__init__(ours.model.detach(), work)
 
 
 def _config(work: Work, encoder: nn.Module) -> mmadapters.MethodConfig:

@@ -43,7 +43,7 @@ class Environment:
     """A worker process, and what it is.
 
     Attributes:
-        name: for tables: "this environment", or the peers that it is there for.
+        name: for tables: "here", or the peers that it is there for.
         libraries: whose cases run in it: "own" (all of ours), "peft", "adapters".
         packages: their versions.
     """
@@ -145,7 +145,7 @@ def environments(peers: Sequence[str]) -> Iterator[list[Environment]]:
                 raise ValueError(f"{python} has neither {' nor '.join(PEERS)}")
             made.libraries = (*(("own",) if len(started) == 1 else ()), *found)
             named = [f"{peer} {made.packages[peer]}" for peer in found]
-            made.name = "here" if len(started) == 1 else f"environment of {', '.join(named)}"
+            made.name = "here" if len(started) == 1 else ", ".join(named)
             for peer in found:
                 del wanted[peer]
         yield [environment for environment in started if environment.libraries]

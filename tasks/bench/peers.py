@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from mmadapters.injectors import describe
 
-from .contenders import RANK, TARGETS, Bare, Contender, Ours, Work, randomise
+from .contenders import RANK, TARGETS, Contender, Work, randomise
 from .encoders import Inputs
 
 
@@ -118,10 +117,3 @@ def _batch_split(rows: tuple[str, ...]) -> Any:
     runs = [(name, len(list(group))) for name, group in groupby(sorted(rows))]
     return BatchSplit(*(name for name, _ in runs), batch_sizes=[count for _, count in runs])
 
-
-LIBRARIES: dict[str, Callable[[nn.Module, Work], Contender]] = {
-    "torch": Bare,
-    "mmadapters": Ours,
-    "peft": Peft,
-    "adapters": AdapterHub,
-}

@@ -17,11 +17,17 @@ from torch import Tensor, nn
 from mmadapters.tasks.measuring import kept_for_backward, seconds
 
 from .cases import MIXED, Case
-from .contenders import Contender, Ours, Work
+from .contenders import Bare, Contender, Merged, Ours, Work
 from .encoders import Encoder, Inputs, make_inputs, pooled
-from .peers import LIBRARIES
+from .peers import AdapterHub, Peft
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LIBRARIES: dict[str, Callable[[nn.Module, Work], Contender]] = {
+    "torch": Bare,
+    "mmadapters": Ours,
+    "peft": Peft,
+    "adapters": AdapterHub,
+}
 CLASSES = 100
 LEARNING_RATE = 1e-6  # so small that hundreds of steps leave the weights about as they are
 WARM = 2
@@ -104,6 +110,8 @@ def _contender(case: Case, place: Place, *, adapters: int = 1) -> Contender:
         adapters=MIXED if names else adapters,
         mixed=tuple(names),
     )
+    if (case.library, case.method) == ("mmadapters", "lora merged"):
+        return Merged(place.make(), work)
     return LIBRARIES[case.library](place.make(), work)
 
 
