@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 OLDEST_READY := $(OLDEST)/.ready
 INSTALLED_FROM := pyproject.toml setup.py
 
-.PHONY: setup lint test test-oldest demo peers serving constraints clean
+.PHONY: setup lint test test-oldest demo peers serving bench constraints clean
 
 setup: $(READY)
 
@@ -38,6 +38,12 @@ demo: $(READY)
 
 serving: $(READY)
 	$(VENV)/bin/python benchmarks/serving/run.py
+
+# BENCH names the report and what else `mmadapters bench` is told: make bench BENCH="H100 --compile"
+BENCH ?= CPU --device cpu --train-batch 4 --seconds 4 --repeats 5
+
+bench: $(READY)
+	$(VENV)/bin/python benchmarks/bench/run.py $(BENCH)
 
 peers: $(READY)
 	$(VENV)/bin/python benchmarks/peers/run.py

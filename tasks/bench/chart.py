@@ -83,9 +83,10 @@ def _draw_forwards(axes: Axes, lines: dict[str, list[Row]], batches: Sequence[in
             assert row.ratio is not None
             at = batches.index(row.batch)
             colour, shift = BATCHES[at % len(BATCHES)], 0.18 * (at - (len(batches) - 1) / 2)
-            ends = [100 * (end - 1) for end in (row.ratio.low, row.ratio.high)]
-            _whisker(axes, place + shift, *ends, colour=colour)
-            value = 100 * (row.ratio.median - 1)
+            low, value, high = (
+                100 * (end - 1) for end in (row.ratio.low, row.ratio.median, row.ratio.high)
+            )
+            _whisker(axes, place + shift, low, high, colour)
             axes.plot([value], [place + shift], "o", ms=4.5, color=colour)
     axes.axvline(0, color=LIGHT.ink, lw=0.8, zorder=0)
     _finish(axes, list(lines), "forward pass over the bare encoder, %")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,11 +64,12 @@ def _vit(size: str, width: int, depth: int, heads: int) -> Preset:
 
 # Nothing is drawn in any of them, so that full fine-tuning, in train mode, does the same work.
 _STEADY = {
-    name: 0.0
-    for name in (
-        *("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"),
-        *("layerdrop", "mask_time_prob", "final_dropout"),
-    )
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.0,
 }
 _CLIP = Encoder(name="hf/clip")
 
@@ -120,10 +121,10 @@ class Inputs:
     args: tuple
     kwargs: dict[str, Any]
 
-    def __call__(self, model: nn.Module) -> Any:
+    def __call__(self, model: Callable[..., Any]) -> Any:
         return model(*self.args, **self.kwargs)
 
-    def mapped(self, change: Any) -> Inputs:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """With `change` of every tensor."""
         return Inputs(
             tuple(change(value) for value in self.args),
@@ -132,7 +133,7 @@ class Inputs:
 
 
 def make_inputs(encoder: nn.Module, batch: int, *, seconds: float) -> Inputs:
-    """A random batch: images of the encoder's own size, texts as long as its context, waveforms.
+    """The same random batch at every call: images of the encoder's own size, texts as long as its context, waveforms.
 
     Args:
         seconds: the length of a waveform.
@@ -140,7 +141,9 @@ def make_inputs(encoder: nn.Module, batch: int, *, seconds: float) -> Inputs:
     sites, example = describe(encoder)
     if example is None:
         raise ValueError(f"{type(encoder).__name__} says nothing of its inputs")
-    args, kwargs = example(encoder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        args, kwargs = example(encoder)
     generator = torch.Generator().manual_seed(0)
 
     def grown(one: Tensor) -> Tensor:

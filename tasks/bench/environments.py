@@ -64,7 +64,7 @@ class Environment:
             ValueError: there is no such interpreter, or it cannot run a worker.
         """
         folders = [str(Path(str(m.__file__)).parent) for m in (mmadapters, tasks)]
-        log = tempfile.TemporaryFile("w+")
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `stop`
         variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         try:
             process = subprocess.Popen(
@@ -141,7 +141,7 @@ def environments(peers: Sequence[str]) -> Iterator[list[Environment]]:
             made = Environment.start(python)
             started.append(made)
             found = [peer for peer in wanted if peer in made.packages]
-            if python != sys.executable and not any(peer in made.packages for peer in PEERS):
+            if len(started) > 1 and not any(peer in made.packages for peer in PEERS):
                 raise ValueError(f"{python} has neither {' nor '.join(PEERS)}")
             made.libraries = (*(("own",) if len(started) == 1 else ()), *found)
             named = [f"{peer} {made.packages[peer]}" for peer in found]

@@ -6,7 +6,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mmadapters.injectors import describe
@@ -18,13 +17,15 @@ from .encoders import Inputs
 class Peft(Contender):
     """LoRA on the linear maps that ours is on; on one map where the library fuses three."""
 
+    model: Any
+
     def __init__(self, encoder: nn.Module, work: Work) -> None:
         import peft
 
         config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=_linears(encoder))
         # Otherwise the adapters of a bf16 encoder are fp32, and every call casts.
         options = {"autocast_adapter_dtype": False}
-        self.model: Any = peft.get_peft_model(encoder, config, "a0", **options)
+        self.model = peft.get_peft_model(encoder, config, "a0", **options)
         for name in work.names[1:]:
             self.model.add_adapter(name, config, **options)
         like = next(p for n, p in self.model.named_parameters() if "lora_" not in n)
@@ -69,6 +70,8 @@ def _linears(encoder: nn.Module) -> list[str]:
 class AdapterHub(Contender):
     """Bottlenecks of the same size, activation and places as ours."""
 
+    model: Any
+
     def __init__(self, encoder: nn.Module, work: Work) -> None:
         import adapters
 
@@ -79,7 +82,7 @@ class AdapterHub(Contender):
             for block in tower.blocks
         }
         adapters.init(encoder)
-        self.model: Any = encoder
+        self.model = encoder
         # The half keeps the peer, which divides and rounds down, from one channel less.
         factors = {
             str(index): widths[layer] / (work.size + 0.5)
@@ -116,4 +119,3 @@ def _batch_split(rows: tuple[str, ...]) -> Any:
 
     runs = [(name, len(list(group))) for name, group in groupby(sorted(rows))]
     return BatchSplit(*(name for name, _ in runs), batch_sizes=[count for _, count in runs])
-

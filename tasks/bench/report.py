@@ -28,7 +28,7 @@ class Grid:
 
     title: str
     head: tuple[str, ...]
-    lines: list[tuple[str, ...]]
+    lines: Sequence[tuple[str, ...]]
     words: int
 
 
@@ -53,8 +53,8 @@ def _write(path: Path, data: bytes) -> None:
 
 def markdown(bench: Bench) -> str:
     """The whole report."""
-    parts = ["# Speed, side by side", header(bench), CAPTION]
-    parts += [_markdown_grid(grid) for grid in [checked(checks(bench)), *_summary(bench)]]
+    parts = ["# Speed, side by side", header(bench), f"![the same as a chart]({CHART})", CAPTION]
+    parts += [_markdown_grid(grid) for grid in [checked(checks(bench)), *_missing(bench)]]
     for preset in bench.settings.encoders:
         parts.append(f"## {preset}\n\n{_described(bench.towers[preset])}")
         parts += [_markdown_grid(grid) for grid in grids(bench, preset)]
@@ -107,10 +107,10 @@ def checked(found: Sequence[Check]) -> Grid:
         )
         for check in found
     ]
-    return Grid("Held to", ("what", "measured", "bound", ""), lines, 1)
+    return Grid("Held to", ("what", "measured", "bound", "verdict"), lines, 1)
 
 
-def _summary(bench: Bench) -> list[Grid]:
+def _missing(bench: Bench) -> list[Grid]:
     if not bench.missing:
         return []
     lines = [(entry.encoder, entry.what, entry.why) for entry in bench.missing]
@@ -220,7 +220,7 @@ def show(bench: Bench, console: Console) -> None:
         console.print(plain(f"\n{preset}: {_described(bench.towers[preset])}"), soft_wrap=True)
         for grid in grids(bench, preset):
             console.print(_rich(grid))
-    for grid in [checked(checks(bench)), *_summary(bench)]:
+    for grid in [checked(checks(bench)), *_missing(bench)]:
         console.print(_rich(grid))
 
 

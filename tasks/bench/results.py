@@ -106,7 +106,7 @@ def _row(entry: Measured, beside: Sequence[Measured]) -> Row:
         encoder=lane.encoder.name,
         phase=entry.phase,
         name=case.name,
-        **{key: value for key, value in case.to_dict().items()},
+        **case.to_dict(),
         parameters=entry.parameters,
         kept=entry.kept,
         peak=entry.peak,

@@ -95,7 +95,7 @@ def measure(settings: Settings, *, tell: Tell = lambda what, done, of: None) -> 
             raise ValueError(f"--device {settings.device}: torch sees no GPU here; use cpu")
         run = _Run(settings, there, tell, len(presets))
         for name, preset in presets.items():
-            run.encoder(name, preset)
+            run.add(name, preset)
         return Bench(
             settings, _machine(settings, there), made_rows(run.measured), run.missing, run.towers
         )
@@ -156,7 +156,8 @@ class _Run:
         cases = sum(len(cases) for _, cases in self._phases(libraries))
         return cases * (1 + self.settings.repeats)
 
-    def encoder(self, name: str, preset: Preset) -> None:
+    def add(self, name: str, preset: Preset) -> None:
+        """Measures one encoder in every environment that can."""
         lanes = []
         for environment in self.there:
             for libraries in _parts(environment):
@@ -229,7 +230,7 @@ class _Run:
         for key, found in seconds.items():
             lane, phase, case = entries[key]
             self.measured.append(Measured(lane, phase, case, tuple(found), **opened[key]))
-        for environment in {id(lane.environment): lane.environment for lane, *_ in entries}.values():
+        for environment in self.there:
             environment.ask("close")
 
     def _fail(self, lane: Lane, case: Case, problem: Refused) -> None:

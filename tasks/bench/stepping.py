@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -115,19 +116,21 @@ def _contender(case: Case, place: Place, *, adapters: int = 1) -> Contender:
     return LIBRARIES[case.library](place.make(), work)
 
 
-def _inputs(contender: Contender, case: Case, place: Place) -> Inputs:
-    # Asked of a bare encoder: a peer's may have been given another class.
+def _inputs(case: Case, place: Place) -> Inputs:
+    # Asked of a bare encoder: a peer may have given the one that it adapts another class.
     inputs = make_inputs(place.make(), case.batch, seconds=place.seconds)
     return inputs.mapped(lambda tensor: tensor.to(place.device))
 
 
+def _call(case: Case, contender: Contender, inputs: Inputs) -> Callable[[], Any]:
+    if case.mode.startswith("compile"):
+        return partial(inputs, torch.compile(contender.model))
+    return partial(contender.forward, inputs)
+
+
 def _forward(case: Case, place: Place) -> Runner:
     contender = _contender(case, place)
-    inputs = _inputs(contender, case, place)
-    call: Callable[[], object] = lambda: contender.forward(inputs)  # noqa: E731
-    if case.mode.startswith("compile"):
-        compiled = torch.compile(contender.model)
-        call = lambda: inputs(compiled)  # noqa: E731
+    call = _call(case, contender, _inputs(case, place))
     if case.mode.endswith("graph"):
         call = _captured(call)
     # What is merged adds nothing to what runs.
@@ -165,7 +168,7 @@ def _step(case: Case, place: Place) -> Runner:
     cuda = place.device.type == "cuda"
     before = torch.cuda.memory_allocated(place.device) if cuda else 0
     contender = _contender(case, place)
-    inputs = _inputs(contender, case, place)
+    inputs = _inputs(case, place)
     loss = _loss(case, place, contender, inputs)
     trained = contender.trainable
     optimizer = torch.optim.AdamW([*trained, *loss.head.parameters()], LEARNING_RATE, fused=cuda)
@@ -202,42 +205,52 @@ class _Loss:
 
 
 def _loss(case: Case, place: Place, contender: Contender, inputs: Inputs) -> _Loss:
-    features: Callable[[], Tensor] = lambda: pooled(contender.forward(inputs))  # noqa: E731
     with torch.no_grad():
-        width = features().shape[-1]
+        width = pooled(contender.forward(inputs)).shape[-1]
     if case.kind == "cached":
         features = _from_cached_prefix(contender, inputs)
-    elif case.mode == "compile":
-        compiled = torch.compile(contender.model)
-        features = lambda: pooled(inputs(compiled))  # noqa: E731
+    else:
+        features = partial(_pooled, _call(case, contender, inputs))
     head = nn.Linear(width, CLASSES, device=place.device, dtype=DTYPES[place.precision])
     targets = torch.arange(case.batch, device=place.device) % CLASSES
     return _Loss(features, head, targets)
 
 
+def _pooled(call: Callable[..., Any], *arguments: Any) -> Tensor:
+    return pooled(call(*arguments))
+
+
 def _from_cached_prefix(contender: Contender, inputs: Inputs) -> Callable[[], Tensor]:
-    """Features that start from the stored states that enter the first adapted block, which are
-    where the encoder is already."""
+    """Passes that start from the stored states that enter the first adapted block, which are
+    where the encoder is already.
+
+    Raises:
+        ValueError: a tower cannot start there, or gives something else then.
+    """
     from mmadapters.prefix import FrozenPrefix, placeholder
+
+    def empty(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return placeholder(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     assert isinstance(contender, Ours)
     model = contender.model
     contender.train()
-    prefix = FrozenPrefix.of(model, lambda: inputs(model))
-    states = prefix.capture(lambda: inputs(model))
-    empty = inputs.mapped(
-        lambda tensor: (
-            placeholder(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            if tensor.is_floating_point()
-            else tensor
-        )
-    )
+    # Pooled, as an encoder gives more than that, and what is read below the states is not there.
+    whole, hollow = partial(_pooled, inputs, model), partial(_pooled, inputs.mapped(empty), model)
+    prefix = FrozenPrefix.of(model, whole)
+    for tower, why in prefix.skipped.items():
+        raise ValueError(f"nothing of tower {tower!r} is kept: {why}")
+    tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    prefix.check(whole, resumed=hollow, tolerance=tolerance)
+    states = prefix.capture(whole)
 
-    def features() -> Tensor:
+    def resumed() -> Tensor:
         with prefix.resume(states):
-            return pooled(empty(model))
+            return hollow()
 
-    return features
+    return resumed
 
 
 def _switch(case: Case, place: Place) -> Runner:
