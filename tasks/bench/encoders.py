@@ -133,7 +133,8 @@ class Inputs:
 
 
 def make_inputs(encoder: nn.Module, batch: int, *, seconds: float) -> Inputs:
-    """The same random batch at every call: images of the encoder's own size, texts as long as its context, waveforms.
+    """The same random batch at every call: images of the encoder's own size, texts as long as its
+    context, waveforms.
 
     Args:
         seconds: the length of a waveform.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from mmadapters.tasks.measuring import kept_for_backward, seconds
 
 from .cases import MIXED, Case
 from .contenders import Bare, Contender, Merged, Ours, Work
-from .encoders import Encoder, Inputs, make_inputs, pooled
+from .encoders import Inputs, make_inputs, pooled
 from .peers import AdapterHub, Peft
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,16 +39,20 @@ TURN_SECONDS = {"cuda": 0.1, "cpu": 0.02}
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What all cases of a worker have in common."""
+    """What all cases of a worker have in common.
 
-    encoder: Encoder
+    Attributes:
+        encoder: on the CPU, in fp32; each case works on a copy.
+    """
+
+    encoder: nn.Module
     device: torch.device
     precision: str
     seconds: float
     size: int
 
     def make(self) -> nn.Module:
-        return self.encoder.make().to(self.device, DTYPES[self.precision])
+        return copy.deepcopy(self.encoder).to(self.device, DTYPES[self.precision])
 
 
 @dataclass(kw_only=True)
@@ -117,9 +122,11 @@ def _contender(case: Case, place: Place, *, adapters: int = 1) -> Contender:
 
 
 def _inputs(case: Case, place: Place) -> Inputs:
-    # Asked of a bare encoder: a peer may have given the one that it adapts another class.
-    inputs = make_inputs(place.make(), case.batch, seconds=place.seconds)
-    return inputs.mapped(lambda tensor: tensor.to(place.device))
+    inputs = make_inputs(place.encoder, case.batch, seconds=place.seconds)
+    dtype = DTYPES[place.precision]
+    return inputs.mapped(
+        lambda tensor: tensor.to(place.device, dtype if tensor.is_floating_point() else None)
+    )
 
 
 def _call(case: Case, contender: Contender, inputs: Inputs) -> Callable[[], Any]:

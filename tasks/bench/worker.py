@@ -57,15 +57,15 @@ class Worker:
         """Names the encoder of the cases to come; gives its towers."""
         if threads is not None:
             torch.set_num_threads(threads)
+        encoder = Encoder(name=name, options=options).make()
         self.place = Place(
-            encoder=Encoder(name=name, options=options),
+            encoder=encoder,
             device=torch.device(device),
             precision=precision,
             seconds=seconds,
             size=size,
         )
-        model = self.place.encoder.make()
-        towers = measure_towers(model, make_inputs(model, 1, seconds=seconds))
+        towers = measure_towers(encoder, make_inputs(encoder, 1, seconds=seconds))
         return [tower.to_dict() for tower in towers]
 
     def open(self, *, key: int, case: dict[str, Any]) -> dict[str, Any]:
