@@ -154,8 +154,8 @@ def step_cases(settings: Settings, libraries: Sequence[str]) -> list[Case]:
             )
             for start in settings.starts
         ]
+        steps += [Case(**{**step.to_dict(), "kind": "cached"}) for step in steps]
         cases += steps
-        cases += [Case(**{**step.to_dict(), "kind": "cached"}) for step in steps]
         if settings.compile:
             cases += [_in_mode(case, "compile") for case in (frozen, full, *steps)]
     cases += [

@@ -158,6 +158,8 @@ def _beside_peer(row: Row, rows: Sequence[Row]) -> Check | None:
     found = ratios(ours[0].rounds, row.rounds)
     batch = f", batch {row.batch}" if row.batch else ""
     what = f"{row.preset}{batch}, {row.kind}: ours over {row.name}, lower quartile"
+    if ours[0].parameters != row.parameters:
+        what += f" (ours of {ours[0].parameters:,} parameters, theirs of {row.parameters:,})"
     return Check(what, found.low, 1.0, "≤", found.low <= 1.0)
 
 

@@ -215,7 +215,7 @@ def _loss(case: Case, place: Place, contender: Contender, inputs: Inputs) -> _Lo
     with torch.no_grad():
         width = pooled(contender.forward(inputs)).shape[-1]
     if case.kind == "cached":
-        features = _from_cached_prefix(contender, inputs)
+        features = _from_cached_prefix(case, contender, inputs)
     else:
         features = partial(_pooled, _call(case, contender, inputs))
     head = nn.Linear(width, CLASSES, device=place.device, dtype=DTYPES[place.precision])
@@ -227,7 +227,7 @@ def _pooled(call: Callable[..., Any], *arguments: Any) -> Tensor:
     return pooled(call(*arguments))
 
 
-def _from_cached_prefix(contender: Contender, inputs: Inputs) -> Callable[[], Tensor]:
+def _from_cached_prefix(case: Case, contender: Contender, inputs: Inputs) -> Callable[[], Tensor]:
     """Passes that start from the stored states that enter the first adapted block, which are
     where the encoder is already.
 
@@ -252,6 +252,8 @@ def _from_cached_prefix(contender: Contender, inputs: Inputs) -> Callable[[], Te
     tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 2e-2
     prefix.check(whole, resumed=hollow, tolerance=tolerance)
     states = prefix.capture(whole)
+    if case.mode == "compile":
+        hollow = partial(_pooled, inputs.mapped(empty), torch.compile(model))
 
     def resumed() -> Tensor:
         with prefix.resume(states):
