@@ -76,3 +76,9 @@ def caption_rows(rows: Rows) -> Iterator[dict[str, Any]]:
     }
     for values in zip(*columns.values(), strict=True):
         yield dict(zip(columns, values, strict=True))
+
+
+def one_of_several(rows: Rows) -> str | None:
+    """What is drawn where a row with several captions shows one of them, if such a row is there."""
+    several = any(len(texts) > 1 for texts in all_captions(rows))
+    return "one of the captions of a row" if several else None

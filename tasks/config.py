@@ -142,6 +142,20 @@ class TrainerConfig(Section):
     divisor of evaluate_every."""
     workers: int = Field(default=0, ge=0)
     """Processes that read and decode data."""
+    cache_prefix: Literal["auto", "memory", "disk", "off"] = "auto"
+    """Compute what lies below the first adapter once and keep its states, in memory or on disk,
+    where later runs find them; auto: where it pays, in memory if they fit there."""
+    views: int | None = Field(default=None, ge=1)
+    """Augment each row in so many ways and no more, so that their states can be kept; by default
+    anew each time, which leaves nothing to keep."""
+    cache_dtype: Literal["auto", "same", "bf16", "fp16"] = "auto"
+    """In what states are kept; same: as they are; auto: bf16 or fp16 where that is the precision,
+    else as they are."""
+    cache_budget: float = Field(default=16.0, gt=0)
+    """GiB that kept states may take, on each machine."""
+    cache_folder: str | None = None
+    """Where those on disk lie; by default $MMADAPTERS_CACHE, or mmadapters in the user's folder for
+    caches (~/.cache)."""
     log_every: int = Field(default=10, ge=1)
     """Steps between points of the learning curve."""
     tensorboard: bool = True

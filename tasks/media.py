@@ -118,6 +118,22 @@ def audio_samples(value: Any, rate: int) -> int:
     return round(info.frames * rate / info.samplerate)
 
 
+def image_size(value: Any) -> tuple[int, int] | None:
+    """The height and width of a picture as it lies in its file, by its header alone; None where
+    that cannot be read."""
+    from PIL import Image
+
+    if isinstance(value, np.ndarray):
+        return None
+    try:
+        if isinstance(value, Image.Image):
+            return value.height, value.width
+        with _opened(value, "image") as file, Image.open(file) as image:
+            return image.height, image.width
+    except Exception:  # PIL's plugins raise what their parsing happens to raise
+        return None
+
+
 def media_name(value: Any) -> str | None:
     """The file name of a row's picture or recording, None where it has none."""
     path = value.get("path") if isinstance(value, dict) else value

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +57,19 @@ class Problem:
 
     index: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A row that an example gives to the batch of a tower.
+
+    `key`: rows of a batch with equal keys are one, where the first of them stands; None: the row is
+    always one of its own. `tokens`: how many of the states in the row are its own, and not padding;
+    None: all.
+    """
+
+    key: str | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +234,24 @@ class Task(ABC, Generic[C]):
         it, JSON-ready."""
         return {}
 
+    heavy: ClassVar[Mapping[str, str]] = {"pixels": "vision", "wave": "audio"}
+    """What of an example nothing but the first layers of a tower reads: key -> tower. With that
+    tower's states at hand its shape is enough."""
+
+    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+        """The rows that an example gives to the batch of a tower, in which those of all examples
+        follow each other; as `collate` makes it, heavy tensors may have no values."""
+        return (Unit(),)
+
+    def draws(self, rows: Rows) -> str | None:
+        """What is drawn at random for a training example of these rows, as a setting or in words;
+        None where an example is the same each time."""
+        return "what the task draws"
+
+    def one_pass(self, rows: Rows) -> str | None:
+        """Why `records` does not let each tower run once on the whole batch, if so."""
+        return None
+
     def lengths(self, rows: Rows) -> list[int] | None:
         """The size of each row where batches should be of similar sizes, None where not."""
         return None
@@ -243,12 +275,14 @@ class Examples(torch.utils.data.Dataset):
     """The examples of a split. Keys are row numbers, or (row number, seed) in training.
 
     The seed decides all that is drawn for an example, so that a run gives the same whatever the
-    number of workers and processes, and after it was resumed. A bad row gives a `Problem`; in
-    training the next good row stands in for it, and the example names it under "problems".
+    number of workers and processes, and after it was resumed. With `views` it chooses one of so
+    many that are drawn for each row once and for all. A bad row gives a `Problem`; in training the
+    next good row stands in for it, and the example names it under "problems".
     """
 
-    def __init__(self, task: Task, rows: Rows, *, train: bool) -> None:
+    def __init__(self, task: Task, rows: Rows, *, train: bool, views: int | None = None) -> None:
         self.task, self.rows, self.train = task, rows, train
+        self.views = views if train else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -259,12 +293,27 @@ class Examples(torch.utils.data.Dataset):
         for step in range(len(self.rows) if self.train else 1):
             found = (index + step) % len(self.rows)
             try:
-                example = seeded_example(self.task, self.rows[found], seed, train=self.train)
+                example = self.read(found, seed)
             except BadRow as error:
                 problems.append(Problem(found, str(error)))
             else:
                 return {**example, "index": found, "problems": problems}
         return problems[0]
+
+    def read(self, row: int, seed: int) -> Example:
+        """One row as it is.
+
+        Raises:
+            BadRow: it cannot be used.
+        """
+        if self.views is not None:
+            seed = view_seed(self.task.config.seed, row, seed % self.views)
+        return seeded_example(self.task, self.rows[row], seed, train=self.train)
+
+
+def view_seed(seed: int, row: int, view: int) -> int:
+    """What draws one of a row's views in a run of a seed."""
+    return int(np.random.SeedSequence((seed, row, view)).generate_state(1)[0])
 
 
 def seeded_example(task: Task, row: Mapping[str, Any], seed: int, *, train: bool) -> Example:
@@ -292,10 +341,17 @@ class Loaded:
     def pin_memory(self) -> Loaded:
         if self.batch is not None:
             self.batch = {
-                key: value.pin_memory() if isinstance(value, Tensor) else value
+                key: pinned(value) if isinstance(value, Tensor | dict) else value
                 for key, value in self.batch.items()
             }
         return self
+
+
+def pinned(value: Any) -> Any:
+    """A tensor, or the tensors of a dict, in memory that copies to a GPU are fast from."""
+    if isinstance(value, dict):
+        return {key: pinned(part) for key, part in value.items()}
+    return value.pin_memory() if isinstance(value, Tensor) else value
 
 
 class Collate:

@@ -27,6 +27,7 @@ from ..task import (
     Table,
     Task,
     TaskModel,
+    Unit,
 )
 from .augment import augmented
 from .config import ASRConfig
@@ -145,6 +146,29 @@ class ASRTask(Task[ASRConfig]):
             batch["texts"] = [example["text"] for example in examples]
         return batch
 
+    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+        # Whisper reads a fixed length, silence and all.
+        fixed = self.state["longest"] is not None
+        return (Unit(tokens=None if fixed else self._frames(len(example["wave"]))),)
+
+    def draws(self, rows: Rows) -> str | None:
+        config = self.config.augment
+        drawn = {
+            "speed": config.speed[0] != config.speed[1],
+            "noise": config.noise,
+            "gain": config.gain,
+        }
+        return next((f"augment.{name}" for name, on in drawn.items() if on), None)
+
+    def one_pass(self, rows: Rows) -> str | None:
+        rate, bounds = self.state["rate"], [self.config.chunks.seconds * self.state["rate"]]
+        if self.state["longest"] is not None:
+            bounds.append(self.state["longest"])
+        # By its header alone a length is only about right.
+        if all(0 < samples < min(bounds) - 2 for samples in self.lengths(rows)):
+            return None
+        return f"a recording may be longer than {min(bounds) / rate:g} s and run in pieces"
+
     def records(self, model: TaskModel, batch: Batch) -> list[Record]:
         heard = self.transcribe(model, batch["waves"], batch["lengths"])
         return [
@@ -162,7 +186,9 @@ class ASRTask(Task[ASRConfig]):
         short = [i for i in range(len(lengths)) if i not in set(long)]
         found: dict[int, Decoded] = {}
         if short:
-            log_probs, frames = model.log_probs(waves[short], lengths[short])
+            whole = waves, lengths
+            some = whole if not long else (waves[short], lengths[short])
+            log_probs, frames = model.log_probs(*some)
             found |= zip(short, self._decode(log_probs, frames), strict=True)
         for i in long:
             log_probs = model.long_log_probs(waves[i, : int(lengths[i])], chunks)[None]

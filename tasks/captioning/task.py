@@ -15,7 +15,15 @@ from torch.nn.utils.rnn import pad_sequence
 from mmadapters import AdapterModel
 
 from .. import media
-from ..captions import COLUMNS, all_captions, caption_rows, captions_of, image_id, stated_captions
+from ..captions import (
+    COLUMNS,
+    all_captions,
+    caption_rows,
+    captions_of,
+    image_id,
+    one_of_several,
+    stated_captions,
+)
 from ..encoders.blip import BlipTokenizer, BlipTokens, blip_tokenizer, is_blip
 from ..encoders.preprocessing import image_preprocessing, to_tensor
 from ..task import (
@@ -31,6 +39,7 @@ from ..task import (
     Table,
     Task,
     TaskModel,
+    Unit,
 )
 from . import metrics
 from .config import CaptioningConfig
@@ -139,6 +148,12 @@ class CaptioningTask(Task[CaptioningConfig]):
                 for reference, place in zip(references, image_of_row, strict=True)
             ],
         }
+
+    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+        return (Unit(key=str(example["reference"]["image_id"])),)
+
+    def draws(self, rows: Rows) -> str | None:
+        return one_of_several(rows) if self.config.data.captions == "one" else None
 
     def records(self, model: TaskModel, batch: Batch) -> list[Record]:
         assert isinstance(model, CaptioningModel)

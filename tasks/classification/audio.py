@@ -15,7 +15,8 @@ def audio_preprocessing(config: BackboneConfig, backbone: nn.Module) -> dict[str
     """What recordings must be for the encoder, JSON-ready.
 
     rate: samples per second; least: samples that make one frame; longest: samples that it takes,
-    None without a bound; normalise: to zero mean and unit variance.
+    None without a bound; layers: (kernel, stride) of what makes frames of samples; normalise: to
+    zero mean and unit variance.
 
     Raises:
         ValueError: it hears nothing.
@@ -35,5 +36,6 @@ def audio_preprocessing(config: BackboneConfig, backbone: nn.Module) -> dict[str
         "rate": tower.sample_rate,
         "least": high,
         "longest": tower.longest,
+        "layers": tower.layers,
         "normalise": normalises(config, backbone),
     }

@@ -37,6 +37,18 @@ class ImageAugmentation(Section):
     erase: float = Field(default=0.0, ge=0, le=1)
     """How often a rectangle is filled with the mean colour."""
 
+    def drawn(self) -> str | None:
+        """The first setting by which something is drawn, None where nothing is."""
+        if self.crop is not None:
+            return "crop"
+        if self.rand_augment is not None:
+            return "rand_augment"
+        names = (
+            *("horizontal_flip", "vertical_flip"),
+            *("brightness", "contrast", "saturation", "hue", "erase"),
+        )
+        return next((name for name in names if getattr(self, name)), None)
+
     @field_validator("crop", "ratio")
     @classmethod
     def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -17,6 +17,7 @@ from mmadapters.sites import nearest
 
 from .. import media
 from ..config import Split
+from ..encoders.speech import conv_frames
 from ..encoders.vision import image_preprocessing, to_tensor
 from ..evaluation import to_device
 from ..metrics import Metric
@@ -32,6 +33,7 @@ from ..task import (
     Table,
     Task,
     TaskModel,
+    Unit,
 )
 from . import few_shot, metrics
 from .audio import audio_preprocessing
@@ -231,18 +233,23 @@ class ClassificationTask(Task[ClassificationConfig]):
             image = media.read_image(value)
             return {"pixels": self._augmenter(image) if train else to_tensor(image, how)}
         samples = torch.from_numpy(media.read_audio(value, how["rate"]))
-        config = self.config.data
-        bounds = [how["longest"]] if how["longest"] is not None else []
-        if config.max_seconds is not None:
-            bounds.append(round(config.max_seconds * how["rate"]))
-        if bounds:
-            samples = cut(samples, min(bounds), train=train)
+        config, bound = self.config.data, self._longest()
+        if bound is not None:
+            samples = cut(samples, bound, train=train)
         if len(samples) < how["least"]:
             raise BadRow(
                 f"it lasts {1000 * len(samples) / how['rate']:.0f} ms; the encoder needs "
                 f"{1000 * how['least'] / how['rate']:.0f} ms for one frame"
             )
         return {"wave": augment_audio(samples, config.augment_audio) if train else samples}
+
+    def _longest(self) -> int | None:
+        """The samples to which longer recordings are cut."""
+        how, seconds = self.state["preprocessing"], self.config.data.max_seconds
+        bounds = [how["longest"]] if how["longest"] is not None else []
+        if seconds is not None:
+            bounds.append(round(seconds * how["rate"]))
+        return min(bounds, default=None)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         batch: Batch = {}
@@ -255,6 +262,27 @@ class ClassificationTask(Task[ClassificationConfig]):
         if "target" in examples[0]:
             batch["targets"] = torch.stack([example["target"] for example in examples])
         return batch
+
+    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+        how = self.state["preprocessing"]
+        # Pictures have one size; Whisper reads a fixed length, silence and all.
+        if self.kind == "image" or how["longest"] is not None:
+            return (Unit(),)
+        return (Unit(tokens=conv_frames(len(example["wave"]), how["layers"])),)
+
+    def draws(self, rows: Rows) -> str | None:
+        config = self.config.data
+        if self.kind == "image":
+            drawn = config.augment.drawn()
+            return None if drawn is None else f"data.augment.{drawn}"
+        audio = config.augment_audio
+        if name := next((n for n in ("gain", "shift", "noise") if getattr(audio, n)), None):
+            return f"data.augment_audio.{name}"
+        bound = self._longest()
+        # By its header alone a length is only about right.
+        if bound is not None and not all(0 < n < bound - 2 for n in self.lengths(rows) or ()):
+            return "where longer recordings are cut"
+        return None
 
     def lengths(self, rows: Rows) -> list[int] | None:
         if self.kind == "image":

@@ -20,7 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 from mmadapters import AdapterModel
 
 from .. import media
-from ..captions import COLUMNS, all_captions, captions_of, image_id, number_of
+from ..captions import (
+    COLUMNS,
+    all_captions,
+    captions_of,
+    image_id,
+    number_of,
+    one_of_several,
+)
 from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
 from ..encoders.clip import load_tokenizer, text_limits
 from ..encoders.preprocessing import image_preprocessing, to_tensor
@@ -36,6 +43,7 @@ from ..task import (
     Table,
     Task,
     TaskModel,
+    Unit,
 )
 from .config import RetrievalConfig
 from .gallery import Gallery
@@ -120,6 +128,19 @@ class RetrievalTask(Task[RetrievalConfig]):
         if "captions" in examples[0]:
             batch["captions"] = [example["captions"] for example in examples]
         return batch
+
+    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+        if tower != "text":
+            return (Unit(),)
+        padding = self.state["text"].get("pad")
+        if padding is None:  # as long as the encoder reads, and all of it
+            return [Unit() for _ in example["tokens"]]
+        return [Unit(tokens=int((text != padding).sum())) for text in example["tokens"]]
+
+    def draws(self, rows: Rows) -> str | None:
+        if self.config.data.random_crop != 1:
+            return "data.random_crop"
+        return one_of_several(rows)
 
     def records(self, model: TaskModel, batch: Batch) -> list[Record]:
         assert isinstance(model, RetrievalModel)

@@ -185,6 +185,16 @@ class TransformsConfig(Section):
     hue: float = Field(default=0.03, ge=0, le=0.5)
     """Colour jitter."""
 
+    def drawn(self) -> str | None:
+        """The first setting beside the crop by which something is drawn, None where nothing is."""
+        if self.scale[0] != self.scale[1]:
+            return "scale"
+        names = (
+            *("horizontal_flip", "vertical_flip", "rotate90"),
+            *("brightness", "contrast", "saturation", "hue"),
+        )
+        return next((name for name in names if getattr(self, name)), None)
+
     @field_validator("scale")
     @classmethod
     def _scale(cls, value: tuple[float, float]) -> tuple[float, float]:

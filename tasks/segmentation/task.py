@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 
 from ..encoders.vision import image_preprocessing
-from ..media import read_image
+from ..media import image_size, read_image
 from ..task import BadRow, Column, Figure, Problem, Rows, Scores, Table, Task, TaskModel
 from . import metrics, pictures
 from .config import SegmentationConfig
 from .inference import predict_classes
 from .labels import Labels, class_names
 from .model import SegmentationModel
-from .transforms import Augmentation, crop_size, prepare
+from .transforms import Augmentation, crop_size, prepare, target_size
 
 
 class SegmentationTask(Task[SegmentationConfig]):
@@ -85,6 +85,36 @@ class SegmentationTask(Task[SegmentationConfig]):
         """The class that is no object, if there is one."""
         name = self.config.data.background
         return self.classes.index(name) if name in self.classes else None
+
+    @cached_property
+    def heavy(self) -> Mapping[str, str]:  # type: ignore[override]
+        """Some heads read the pixels beside the encoder."""
+        head = self.config.head
+        reads = head.kind == "fpn" or head.neck is not None
+        return {} if reads else {"pixels": "vision"}
+
+    def draws(self, rows: Rows) -> str | None:
+        config = self.config.transforms
+        if (drawn := config.drawn()) is not None:
+            return f"transforms.{drawn}"
+        # Nothing is left to choose where a picture, turned by its EXIF data or not, is no larger.
+        crop = self.augment.crop
+        for index in range(len(rows)):
+            size = image_size(rows[index]["image"])
+            if size is None:
+                return "transforms.crop"
+            scaled = target_size(config, size, factor=config.scale[0])
+            if max(scaled) > min(crop):
+                return "transforms.crop"
+        return None
+
+    def one_pass(self, rows: Rows) -> str | None:
+        if self.config.trainer.eval_batch_size == 1:
+            return None
+        return (
+            "pictures of several sizes run one size at a time (with trainer.eval_batch_size 1 "
+            "there is one size)"
+        )
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> dict[str, Any]:
         image = read_image(row["image"])

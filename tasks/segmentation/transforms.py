@@ -39,7 +39,7 @@ class Augmentation:
         preprocessing: dict[str, Any],
         ignore: int,
     ) -> None:
-        self.config, self.preprocessing = config, preprocessing
+        self.config, self.preprocessing, self.crop = config, preprocessing, crop
         filter = interpolation(preprocessing)
         # Turned before the crop, whose sides need not be equal.
         steps: list[v2.Transform] = [RandomQuarterTurns()] if config.rotate90 else []

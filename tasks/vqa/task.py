@@ -33,6 +33,7 @@ from ..task import (
     Table,
     Task,
     TaskModel,
+    Unit,
 )
 from . import metrics
 from .answers import MANY, Vocabulary, all_answers, answers_of
@@ -220,6 +221,17 @@ class VQATask(Task[VQAConfig]):
             batch["question_of"] = torch.arange(len(examples)).repeat_interleave(counts)
             batch["weights"] = torch.cat([example["weights"] for example in examples])
         return batch
+
+    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+        reference = example["reference"]
+        if tower == "vision":
+            return (Unit(key=reference["image"]),)
+        if not self.blip:
+            return (Unit(key=reference["question"]),)
+        return (Unit(tokens=len(example["tokens"])),)
+
+    def draws(self, rows: Rows) -> str | None:
+        return None
 
     def _padded(self, ids: Sequence[Tensor]) -> Tensor:
         return pad_sequence(list(ids), batch_first=True, padding_value=self.state["text"]["pad"])
