@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from .prefix_data import Blank
 from .task import Batch, Collate, Examples, Problem, Record, Rows, Task, TaskModel
+
+if TYPE_CHECKING:
+    from .prefix_split import KeptSplit
 
 MEDIA = ("image", "mask", "audio")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +41,7 @@ def evaluate(
     batch_size: int,
     workers: int = 0,
     precision: str = "fp32",
+    kept: KeptSplit | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Evaluation:
     """Runs every row through the model, in eval mode and without gradients.
@@ -44,6 +49,7 @@ def evaluate(
     In a process group each process takes every n-th row, and all of them return everything.
 
     Args:
+        kept: the states of these rows to start from.
         progress: is told after each batch how many rows of this process are done.
 
     Raises:
@@ -58,10 +64,10 @@ def evaluate(
     own = order[rank::world].tolist()
     batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
     loader: DataLoader = DataLoader(
-        Examples(task, rows, train=False),
+        Examples(task, rows, train=False) if kept is None else kept.examples,
         batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=Collate(task),
-        num_workers=min(workers, len(batches)),
+        collate_fn=Collate(task) if kept is None else kept.collate,
+        num_workers=min(workers if kept is None else kept.workers(workers), len(batches)),
         pin_memory=model.device.type == "cuda",
     )
     found = Evaluation([], [])
@@ -72,10 +78,13 @@ def evaluate(
             found.problems += loaded.problems
             if loaded.batch is not None:
                 batch = to_device(loaded.batch, model.device)
-                with torch.no_grad(), autocast(precision, model.device):
+                resumed = nullcontext() if kept is None else kept.resumed(batch)
+                with torch.no_grad(), autocast(precision, model.device), resumed:
                     records = task.records(model, batch)
                 for index, record in zip(loaded.indices, records, strict=True):
                     found.records.append({**record, "index": index})
+            if kept is not None:
+                kept.read += len(loaded.indices)
             progress(min(done * batch_size, len(own)))
         found = _gathered(found, world)
         refuse(task, found.problems, rows)
@@ -96,11 +105,14 @@ def processes() -> tuple[int, int]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor in it, also in lists and dicts, on the device."""
+    """The batch with every tensor in it, also in lists and dicts, on the device; a tensor without
+    values takes no room there."""
 
     def move(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.to(device, non_blocking=True)
+        if isinstance(value, Blank):
+            return value.on(device)
         if isinstance(value, dict):
             return {key: move(part) for key, part in value.items()}
         if isinstance(value, (list, tuple)):

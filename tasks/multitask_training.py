@@ -59,7 +59,8 @@ class JointExamples(Dataset):
 
     def __init__(self, tasks: Sequence[Task], rows: Sequence[Rows]) -> None:
         self.parts = [
-            Examples(task, own, train=True) for task, own in zip(tasks, rows, strict=True)
+            Examples(task, own, train=True, views=task.config.trainer.views)
+            for task, own in zip(tasks, rows, strict=True)
         ]
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[int, Example | Problem]:
@@ -120,6 +121,11 @@ class JointTrainer(EncoderTrainer):
         )
         # All tasks' configs have the trainer section of the joint training.
         settings = next(iter(tasks.values())).config.trainer
+        if settings.cache_prefix in ("memory", "disk"):
+            raise ValueError(
+                f"trainer.cache_prefix {settings.cache_prefix} keeps the states of one task's "
+                "encoder: several tasks that are trained together run without (auto, off)"
+            )
         super().__init__(
             model,
             name=config.name,

@@ -99,4 +99,27 @@ def facts(run: Run) -> dict[str, str]:
     if "train_seconds" in known:
         told["training"] = f"{known['steps']:,} steps in {known['train_seconds']:,.0f} s"
         told["waited for data"] = f"{100 * known['waited_for_data']:.1f} % of the time"
+    if known.get("cache"):
+        told["frozen part"] = cache_text(known["cache"])
     return told
+
+
+def cache_text(cache: Mapping[str, Any]) -> str:
+    """What was kept of the frozen encoder, in a line."""
+    if cache["where"] == "off":
+        return f"run in every pass: {cache['reason']}"
+    towers = ", ".join(
+        f"{name} up to block {part['block']} of {part['blocks']}"
+        for name, part in cache["towers"].items()
+    )
+    parts = [cache["train"]]
+    if isinstance(cache.get("validation"), Mapping):
+        parts.append(cache["validation"])
+    size, seconds, read = (sum(p[key] for p in parts) for key in ("bytes", "seconds", "read"))
+    views = cache["train"]["views"]
+    kept = f"computed once ({towers}), {size / 2**20:,.0f} MiB {_WHERE[cache['where']]}"
+    kept += f" for {views} views of each row" if views > 1 else ""
+    return f"{kept}, filled in {seconds:,.1f} s and read {read:,} times"
+
+
+_WHERE = {"memory": "in memory", "disk": "on disk"}

@@ -7,6 +7,7 @@ are the same for any number of processes (`batches`); no file of it is ever unpi
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -27,6 +28,8 @@ from .artifact import default_device
 from .batches import EpochBatches, MixedBatches, StreamExamples, share_of
 from .config import TrainerConfig
 from .evaluation import evaluate, processes, refuse, to_device
+from .prefix_cache import PrefixCache, prepare
+from .prefix_split import KeptSplit
 from .task import Collate, Examples, Loaded, Problem, Rows, Scores, Task, TaskModel
 
 CHECKPOINTS = "checkpoints"
@@ -273,10 +276,16 @@ class TaskTrainer(EncoderTrainer):
     ) -> None:
         self.task = task
         self.train_rows, self.validation_rows = train, validation
+        self.cache = PrefixCache()
         config = task.config.trainer
         streaming = not hasattr(train, "__len__")
         if streaming and config.max_steps is None:
             raise ValueError("a streamed training split has no end: set trainer.max_steps")
+        if streaming and config.views is not None:
+            raise ValueError(
+                "trainer.views draws for rows that come back, and those of a stream do not: leave "
+                "it out, or turn data.streaming off"
+            )
         super().__init__(
             model,
             name=task.config.name,
@@ -289,6 +298,31 @@ class TaskTrainer(EncoderTrainer):
             quiet=quiet,
         )
 
+    def fit(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Trains from what is kept of the frozen encoder, as far as `trainer.cache_prefix` says."""
+        config = self.settings
+        steps = self.total_steps()
+        rows = len(self.train_rows) if self.batches is not None else math.inf
+        self.cache = prepare(
+            self.task,
+            self.task_model,
+            self.train_rows,
+            self.validation_rows,
+            passes=steps * config.batch_size / rows,
+            evaluations=self._evaluations(steps),
+            quiet=not any(isinstance(c, Progress) for c in self.callback_handler.callbacks),
+        )
+        facts = super().fit(checkpoint)
+        return facts if config.cache_prefix == "off" else {**facts, "cache": self.cache.facts()}
+
+    def _evaluations(self, steps: int) -> int:
+        if self.metric is None:
+            return 0
+        if self.args.eval_strategy == "steps" and self.args.eval_steps:
+            return int(steps // self.args.eval_steps)
+        assert self.batches is not None
+        return math.ceil(steps / self.batches.steps)
+
     def get_train_dataloader(self) -> DataLoader:
         config, (rank, world) = self.settings, processes()
         common: dict[str, Any] = {
@@ -296,28 +330,36 @@ class TaskTrainer(EncoderTrainer):
             "pin_memory": self.args.device.type == "cuda",
         }
         if self.batches is None:
-            examples = StreamExamples(
+            stream = StreamExamples(
                 self.task, self.train_rows, seed=self.seed, rank=rank, world=world
             )
             share = share_of(config.batch_size, config.accumulation, world)
             workers = min(config.workers, 1)
-            return TrainLoader(examples, batch_size=share, num_workers=workers, **common)
+            return TrainLoader(stream, batch_size=share, num_workers=workers, **common)
+        examples: Any = Examples(self.task, self.train_rows, train=True, views=config.views)
+        workers, kept = config.workers, self.cache.train
+        if kept is not None:
+            examples, workers = kept.examples, kept.workers(workers)
+            common["collate_fn"] = kept.collate
         return TrainLoader(
-            Examples(self.task, self.train_rows, train=True),
+            examples,
             batch_sampler=self.batches,
-            num_workers=config.workers,
-            persistent_workers=config.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             **common,
         )
 
     def note(self, loaded: Loaded) -> None:
         self.problems |= {problem.index: problem for problem in loaded.problems}
         refuse(self.task, loaded.problems)
+        if self.cache.train is not None:
+            self.cache.train.read += len(loaded.indices)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The task's loss, and the penalty of a fusion that is trained; AdapterDrop draws here."""
-        encoder = self.task_model.encoder
-        with encoder.randomly_dropped():
+        encoder, kept = self.task_model.encoder, self.cache.train
+        resumed = contextlib.nullcontext() if kept is None else kept.resumed(inputs)
+        with encoder.randomly_dropped(), resumed:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.settings.mode != "fusion":
             return loss
@@ -326,7 +368,8 @@ class TaskTrainer(EncoderTrainer):
 
     def validate(self) -> dict[str, float]:
         assert self.validation_rows is not None
-        scores = validated(self.task, self.task_model, self.validation_rows)
+        kept = self.cache.validation
+        scores = validated(self.task, self.task_model, self.validation_rows, kept=kept)
         return {metric.name: metric.value for metric in scores.metrics}
 
 
@@ -345,8 +388,8 @@ def task_batches(task: Task, rows: Rows) -> EpochBatches:
     )
 
 
-def validated(task: Task, model: TaskModel, rows: Rows) -> Scores:
-    """A task's scores without intervals, in the batches that its config says."""
+def validated(task: Task, model: TaskModel, rows: Rows, *, kept: KeptSplit | None = None) -> Scores:
+    """A task's scores without intervals, in the batches that its config says; `kept`: of rows."""
     config = task.config.trainer
     _, world = processes()
     share = share_of(config.batch_size, config.accumulation, world)
@@ -357,6 +400,7 @@ def validated(task: Task, model: TaskModel, rows: Rows) -> Scores:
         batch_size=config.eval_batch_size or share,
         workers=config.workers,
         precision=config.precision,
+        kept=kept,
     )
     return task.score(found.records, bootstrap=0)
 
