@@ -275,8 +275,8 @@ class PrefixStore:
         """Fills a chunk: an entry for each of its places, in order.
 
         Raises:
-            ValueError: there are too few or too many, or states do not fit into the type in which they
-                are kept.
+            ValueError: there are too few or too many, or states do not fit into the type in which
+                they are kept.
         """
         places = self.places(chunk)
         if len(entries) != len(places):

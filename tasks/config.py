@@ -145,6 +145,12 @@ class TrainerConfig(Section):
     cache_prefix: Literal["auto", "memory", "disk", "off"] = "auto"
     """Compute what lies below the first adapter once and keep its states, in memory or on disk,
     where later runs find them; auto: where it pays, in memory if they fit there."""
+
+    @field_validator("cache_prefix", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # as YAML reads an off without quotes
+
     views: int | None = Field(default=None, ge=1)
     """Augment each row in so many ways and no more, so that their states can be kept; by default
     anew each time, which leaves nothing to keep."""
