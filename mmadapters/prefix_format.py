@@ -117,8 +117,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy().data)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # A single number may have any stride, which a view in bytes may not.
+    return memoryview(flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data)
 
 
 def file_parts(about: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Iterator[Any]:

@@ -86,11 +86,16 @@ class SpeechTower:
             )
         longest = int(lengths.max())
         waves = waves[:, :longest]
+        if _has_values(waves):
+            waves = self._cleaned(waves, lengths)
+        return self._front.run(waves, lengths, counts), counts
+
+    def _cleaned(self, waves: Tensor, lengths: Tensor) -> Tensor:
+        """Zeros behind each utterance, and the rest normalised where that is asked for."""
+        longest = waves.shape[1]
         valid = torch.arange(longest, device=waves.device) < lengths[:, None]
         waves = waves.masked_fill(~valid, 0.0)
-        if self._normalise:
-            waves = normalised(waves, valid)
-        return self._front.run(waves, lengths, counts), counts
+        return normalised(waves, valid) if self._normalise else waves
 
 
 def normalised(waves: Tensor, valid: Tensor) -> Tensor:
@@ -160,7 +165,7 @@ class _HuggingFace(_FrontEnd):
         def features(part: Tensor) -> Tensor:
             return self.model.feature_extractor(part).transpose(1, 2)
 
-        if self.by_length:
+        if self.by_length and _has_values(waves):
             states = by_length(features, waves, lengths)
         else:
             states = features(waves)
@@ -193,7 +198,10 @@ class _TorchAudio(_FrontEnd):
 
         if not self.masks:
             return by_length(lambda part: self.model.encoder(features(part)), waves, lengths)
-        states = by_length(features, waves, lengths) if self.by_length else features(waves)
+        if self.by_length and _has_values(waves):
+            states = by_length(features, waves, lengths)
+        else:
+            states = features(waves)
         return self.model.encoder(states, counts)
 
 
@@ -240,6 +248,11 @@ class _Whisper(_FrontEnd):
         log = mel.clamp(min=1e-10).log10()
         log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8.0)
         return (log + 4.0) / 4.0
+
+
+def _has_values(waves: Tensor) -> bool:
+    """Whether these are more than a placeholder, in a pass that starts from kept states."""
+    return waves.numel() <= 1 or any(waves.stride())
 
 
 def by_length(run: Callable[[Tensor], Tensor], waves: Tensor, lengths: Tensor) -> Tensor:
