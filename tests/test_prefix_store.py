@@ -363,9 +363,9 @@ def test_a_cache_beyond_its_budget_is_refused_before_anything_is_written(tmp_pat
         r"budget of 1\.5 GiB: keep fewer views",
     ):
         check_room(2 * 2**30, records=1000, views=4, budget=1.5, folder=tmp_path)
-    with pytest.raises(ValueError, match="the disk of .* has .* GiB to spare"):
-        check_room(2**60, records=1000, views=1, budget=2.0**40, folder=tmp_path / "not" / "there")
-    with pytest.raises(ValueError, match="memory has .* GiB to spare"):
+    with pytest.raises(ValueError, match=r"the disk of .* has .* GiB to spare"):
+        check_room(2**60, records=1000, views=1, budget=2.0**40, folder=tmp_path / "not")
+    with pytest.raises(ValueError, match=r"memory has .* GiB to spare"):
         check_room(2**60, records=1000, views=1, budget=2.0**40, folder=None)
     check_room(2**20, records=1000, views=1, budget=0.5, folder=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -15,19 +15,19 @@ import torch
 from families import blip
 from families.tokenizers import word_tokenizer
 from PIL import Image
-from tasks.captioning import conftest as captioning
-from tasks.retrieval import conftest as retrieval
-from tasks.segmentation import scenes as segmentation
-from tasks.vqa import conftest as vqa
 
 from mmadapters import load_backbone
-from mmadapters.tasks.asr.config import ASRConfig
 from mmadapters.tasks.artifact import task_class
+from mmadapters.tasks.asr.config import ASRConfig
 from mmadapters.tasks.classification.config import ClassificationConfig
 from mmadapters.tasks.config import JobConfig
 from mmadapters.tasks.run import build_model, make_encoder
 from mmadapters.tasks.synthetic import scenes
 from mmadapters.tasks.training import TaskTrainer
+from tasks.captioning import conftest as captioning
+from tasks.retrieval import conftest as retrieval
+from tasks.segmentation import scenes as segmentation
+from tasks.vqa import conftest as vqa
 
 TRAINER = {
     **{"epochs": 3, "batch_size": 8, "log_every": 1, "device": "cpu", "tensorboard": False},
