@@ -14,27 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
+from .prefix_chunks import Chunks, DiskChunks, MemoryChunks
 from .prefix_format import Damaged, file_parts, open_file, unpack
 
 FORMAT = 1
-GIB = 2**30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ABOUT = "about.json"
 CHUNK_BYTES = 2**26
-_SPARE = 0.05  # of a disk, which a cache leaves free
 
 
 @dataclass(frozen=True)
@@ -55,99 +52,6 @@ class Entry:
 
     rest: bytes
     parts: Mapping[str, Sequence[Part]]
-
-
-class Chunks(Protocol):
-    """Where chunks are kept, by number."""
-
-    def read(self, number: int) -> np.ndarray | None:
-        """Its (bytes,) uint8, None where it is not there."""
-
-    def write(self, number: int, parts: Iterable[Any]) -> None:
-        """Keeps the bytes, whole or not at all."""
-
-    def drop(self, number: int) -> None: ...
-
-    def claim(self, number: int) -> bool:
-        """Whether this process may fill it; others may not until `release`."""
-
-    def release(self, number: int) -> None: ...
-
-
-class MemoryChunks:
-    """Chunks of this process."""
-
-    def __init__(self) -> None:
-        self._data: dict[int, np.ndarray] = {}
-
-    def read(self, number: int) -> np.ndarray | None:
-        return self._data.get(number)
-
-    def write(self, number: int, parts: Iterable[Any]) -> None:
-        self._data[number] = np.frombuffer(bytearray().join(parts), dtype=np.uint8)
-
-    def drop(self, number: int) -> None:
-        self._data.pop(number, None)
-
-    def claim(self, number: int) -> bool:
-        return True
-
-    def release(self, number: int) -> None:
-        return
-
-
-class DiskChunks:
-    """Chunks as memory-mapped files of a folder; locks end with the process that holds them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._locks: dict[int, FileLock] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_locks": {}}
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.states"
-
-    def read(self, number: int) -> np.ndarray | None:
-        path = self._path(number)
-        try:
-            if path.stat().st_size == 0:
-                return np.empty(0, dtype=np.uint8)
-            # Copied on write: torch wants memory that it could write to.
-            return np.memmap(path, dtype=np.uint8, mode="c")
-        except FileNotFoundError:
-            return None
-
-    def write(self, number: int, parts: Iterable[Any]) -> None:
-        path = self._path(number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.writelines(parts)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def drop(self, number: int) -> None:
-        self._path(number).unlink(missing_ok=True)
-
-    def claim(self, number: int) -> bool:
-        lock = FileLock(self._path(number).with_suffix(".lock"), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            return False
-        self._locks[number] = lock
-        # Of a process that was killed: nobody else writes while the lock is held.
-        for left in self.folder.glob(f".{self._path(number).name}.*.tmp"):
-            left.unlink(missing_ok=True)
-        return True
-
-    def release(self, number: int) -> None:
-        lock = self._locks.pop(number, None)
-        if lock is not None:
-            lock.release()
 
 
 class PrefixStore:
@@ -403,72 +307,6 @@ def key_of(description: Mapping[str, Any]) -> str:
 def chunk_size(entry_bytes: float) -> int:
     """Places of a chunk whose entries are about so large."""
     return min(max(int(CHUNK_BYTES / max(entry_bytes, 1)), 1), 4096)
-
-
-def check_room(
-    needed: int, *, records: int, views: int, budget: float, folder: Path | None
-) -> None:
-    """Refuses a cache of `needed` bytes that is larger than `budget` (GiB), or than what is free.
-
-    Args:
-        folder: where it would lie; None: in memory.
-
-    Raises:
-        ValueError: it is; says what would make it smaller.
-    """
-    place = "memory" if folder is None else f"the disk of {folder}"
-    what = f"it would take {needed / GIB:.2f} GiB for {records:,} records"
-    what += f" in {views} views" if views > 1 else ""
-    help_ = "keep fewer views, keep states as bf16, let adapters begin at a higher block"
-    if needed > budget * GIB:
-        raise ValueError(f"{what}, more than the budget of {budget:g} GiB: {help_}, or allow more")
-    free = free_memory() if folder is None else free_disk(folder)
-    if needed > free:
-        raise ValueError(f"{what}, and {place} has {free / GIB:.2f} GiB to spare: {help_}")
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes that a cache may take there."""
-    while not folder.exists():
-        folder = folder.parent
-    usage = shutil.disk_usage(folder)
-    return max(usage.free - int(_SPARE * usage.total), 0)
-
-
-def free_memory() -> int:
-    """Bytes that a cache may take: three quarters of what this machine, or this process's group of
-    processes, has left."""
-    found = []
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        inactive = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        if limit != "max":
-            found.append(int(limit) - used + int(inactive.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        pass
-    if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return max(int(0.75 * min(found)), 0) if found else sys.maxsize
-
-
-def cache_folder() -> Path:
-    """Where caches lie by default: `MMADAPTERS_CACHE`, else the user's folder for caches."""
-    if given := os.environ.get("MMADAPTERS_CACHE"):
-        return Path(given)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "mmadapters"
 
 
 def _settled(path: Path, key: str, description: Mapping[str, Any], per_chunk: int) -> int:

@@ -19,15 +19,8 @@ import torch
 from torch import nn
 
 from mmadapters import FrozenPrefix
-from mmadapters.prefix_store import (
-    DTYPES,
-    GIB,
-    PrefixStore,
-    cache_folder,
-    check_room,
-    chunk_size,
-    free_memory,
-)
+from mmadapters.prefix_room import GIB, cache_folder, check_room, free_memory
+from mmadapters.prefix_store import DTYPES, PrefixStore, chunk_size
 
 from .batches import share_of
 from .evaluation import autocast, processes, to_device

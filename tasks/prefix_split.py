@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from mmadapters import FrozenPrefix
 from mmadapters.prefix import States
-from mmadapters.prefix_store import Entry, MemoryChunks, PrefixStore
+from mmadapters.prefix_chunks import MemoryChunks
+from mmadapters.prefix_store import Entry, PrefixStore
 
 from .evaluation import autocast, processes, to_device
 from .prefix_data import (

@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmadapters.prefix_format import pack, unpack
+from mmadapters.prefix_room import cache_folder, check_room
 from mmadapters.prefix_store import (
     ABOUT,
     Entry,
     Part,
     PrefixStore,
-    cache_folder,
-    check_room,
     chunk_size,
 )
 
