@@ -146,7 +146,7 @@ def main(names: list[str]) -> None:
         full = found["full fine-tuning"]
         print(f"\n| {name} | ms a step | of full fine-tuning |\n|---|---|---|")
         for case, seconds in found.items():
-            print(f"| {case} | {1000 * seconds:,.0f} | {seconds / full:.2f} |")
+            print(f"| {case} | {1000 * seconds:,.0f} | {seconds / full:.3f} |")
 
 
 if __name__ == "__main__":
