@@ -118,6 +118,9 @@ class Recording:
         seen.last, seen.dtypes[-1] = x, x.dtype
         seen.held[-1] = _memory(x)
         seen.trained = seen.trained or x.requires_grad
+        # Callers hold what enters while the blocks run: who reads it has to say so.
+        if any(getattr(h, "reads_input", False) for h in _at_first(tower)):
+            seen.read.add(-1)
 
     def block(self, at: Interceptor, index: int, args: tuple, kwargs: dict) -> Any:
         seen, x = self.seen[at.tower.name], first_input(args, kwargs)
@@ -178,6 +181,11 @@ class Recording:
     def forget(self) -> None:
         for seen in self.seen.values():
             seen.last = None
+
+
+def _at_first(tower: Tower) -> list[Any]:
+    """The hooks on what enters the first block."""
+    return list(tower.blocks[0].module._forward_pre_hooks.values())
 
 
 def _form(value: Any) -> Any:

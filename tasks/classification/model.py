@@ -150,7 +150,7 @@ class AudioClassifier(Classifier):
         layers = range(len(tower.blocks))
 
         def run(waves: Tensor, lengths: Tensor) -> list[Tensor] | None:
-            with Watch(tower, layers) as watch:
+            with Watch(tower, layers, reads_entered=True) as watch:
                 frames, _ = self.tower(waves, lengths)
             assert watch.entered is not None
             if len(watch.entered) != len(waves):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,9 +39,12 @@ class Watch:
         *,
         stop: bool = False,
         changes: Mapping[int, Change] | None = None,
+        reads_entered: bool = False,
     ) -> None:
         """
         Args:
+            reads_entered: more than the shape of `entered` is looked at, so that a `FrozenPrefix`
+                keeps it, too.
             stop: raise `Reached` after the last of the requested blocks.
             changes: of what is given to blocks, by their number.
         """
@@ -48,6 +52,7 @@ class Watch:
         self.layers = layers
         self.stop = stop
         self.changes = changes or {}
+        self.reads_entered = reads_entered
         self.entered: Tensor | None = None
         self.states: dict[int, Tensor] = {}
         self._thread = threading.get_ident()
@@ -61,9 +66,11 @@ class Watch:
                     self._changed(change), prepend=True, with_kwargs=True
                 )
             )
+        enters: Any = functools.partial(self._enters)
+        enters.reads_input = self.reads_entered
         # Before the hook that appends prompts, and before that of a change.
         self._handles.append(
-            first.register_forward_pre_hook(self._enters, prepend=True, with_kwargs=True)
+            first.register_forward_pre_hook(enters, prepend=True, with_kwargs=True)
         )
         for layer in dict.fromkeys(self.layers):
             self._handles.append(self.blocks[layer].module.register_forward_hook(self._note(layer)))
