@@ -37,6 +37,8 @@ def description(
     """
     encoder = prefix.model
     identity = encoder.identity()
+    drawn = train and task.draws(rows) is not None
+    beside = _BESIDE if drawn else _BESIDE | {"seed"}
     return {
         "encoder": {
             "library": identity["library"],
@@ -47,7 +49,7 @@ def description(
         "towers": [[part.tower, part.block, list(part.layers)] for part in prefix.towers],
         "precision": precision,
         "task": task.name,
-        "config": task.config.model_dump(mode="json", exclude=_BESIDE),
+        "config": task.config.model_dump(mode="json", exclude=beside),
         "state": task.state,
         "split": "train" if train else "evaluation",
         "rows": rows_identity(task, rows),

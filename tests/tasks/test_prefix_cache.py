@@ -230,7 +230,8 @@ def test_a_later_run_finds_its_states_on_disk_and_mends_what_is_damaged(tmp_path
     plain, _ = fitted("images", tmp_path / "plain", cache_prefix="off")
     first, told = fitted("images", tmp_path / "first", **kept)
     assert told["cache"]["train"]["found"] == 0
-    data = image_job(tmp_path, adapter={"size": 8})  # another adapter in the same blocks
+    # Another adapter in the same blocks, from another seed, which draws nothing of the examples.
+    data = image_job(tmp_path, adapter={"size": 8}, seed=1)
     _, told = fitted("images", tmp_path / "other", data=data, **kept)
     assert told["cache"]["train"]["found"] == told["cache"]["validation"]["found"] == 1
     for file in (tmp_path / "cache").rglob("*.states"):
