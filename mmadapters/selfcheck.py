@@ -108,7 +108,7 @@ class _Spy:
         return self.module(*args, **kwargs)
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute in ("effective", "enter"):
+        if attribute in ("effective", "enter", "factors"):
             self.called.add(self.name)
         return getattr(self.module, attribute)
 

@@ -12,6 +12,7 @@ weight itself or computes attention inside, a subclass in place of the module's 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..low_rank import Factors, plus_low_rank
 from ..sites import Block, Grid, Leaf, SiteMap, Tower
 from . import raw
 from .calls import first_input, first_output, with_first, with_first_input
@@ -80,6 +82,15 @@ NOTHING = Plan()
 MORE_READS = ("mask", "grid", *OF_BLOCK)
 
 
+_GENERATIONS = itertools.count(1)
+
+
+def _next_generation() -> str:
+    """Never the same twice in a process: what is compiled for one model's hooks must not run for
+    another's, nor for its own after they have changed."""
+    return str(next(_GENERATIONS))
+
+
 class _ThreadState(threading.local):
     """`plan` stands above the model's own in this thread; `stash` holds tensors on their way from
     one hook to a later one of the same block; `memo` computed weights during one forward; `states`
@@ -106,7 +117,7 @@ class Runtime:
         self.active: Plan = NOTHING
         self.local = _ThreadState()
         # A string: torch.compile guards it by value, so that installing hooks recompiles.
-        self.generation = "0"
+        self.generation = _next_generation()
         self.interceptors: dict[tuple[str, int | str], Interceptor] = {}
         self._copies = False
         self._handles: dict[tuple[str, ...], list[RemovableHandle]] = {}
@@ -116,8 +127,15 @@ class Runtime:
         self._blocks = {block.name: block for block in sites.blocks()}
         self._points = {point.name: point for point in sites.points()}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.generation = _next_generation()
+
     def plan(self) -> Plan:
         """What is active in this thread."""
+        # Compared, not just read: only then does torch.compile guard it. It guards no hooks.
+        if self.generation == "":
+            raise RuntimeError("this model has lost its hooks")
         above = self.local.plan
         return self.active if above is None else above
 
@@ -172,7 +190,7 @@ class Runtime:
         for key in sorted(wanted, key=lambda key: key == last):
             if key not in self._handles and key not in self._raw:
                 self._install(key)
-        self.generation = str(int(self.generation) + 1)
+        self.generation = _next_generation()
 
     def allow_copies(self) -> None:
         """Installs what plans with copies need, from now on."""
@@ -180,7 +198,7 @@ class Runtime:
             self._copies = True
             for block in self.sites.blocks():
                 self._install(("copy", block.name))
-            self.generation = str(int(self.generation) + 1)
+            self.generation = _next_generation()
 
     def clear(self) -> None:
         """Removes every hook and gives every module its own class back."""
@@ -413,14 +431,18 @@ class BranchHook:
         if not active:
             return None
         stash = self.runtime.local.stash
-        residual = stash.pop((self.site, "residual"), None)
-        read = stash.pop((self.site, "input"), None)
-        more = {name: stash.pop((self.site, name), None) for name in MORE_READS}
-        branch = first_output(output)
-        for adapter in active:
-            own = {name: value for name, value in more.items() if name in adapter.reads}
-            branch = adapter(branch, residual=residual, input=read, **own)
-        return with_first(output, branch)
+        branch = output if isinstance(output, Tensor) else first_output(output)
+        if not stash and not any(adapter.reads for adapter in active):
+            for adapter in active:
+                branch = adapter(branch, residual=None, input=None)
+        else:
+            residual = stash.pop((self.site, "residual"), None)
+            read = stash.pop((self.site, "input"), None)
+            more = {name: stash.pop((self.site, name), None) for name in MORE_READS}
+            for adapter in active:
+                own = {name: value for name, value in more.items() if name in adapter.reads}
+                branch = adapter(branch, residual=residual, input=read, **own)
+        return branch if isinstance(output, Tensor) else with_first(output, branch)
 
 
 @dataclass(eq=False)
@@ -456,10 +478,26 @@ class LeafHook:
         parts = self.leaves[0].parts
         if parts == 1:
             return _changed(delta, self.leaves[0], output, x)
+        factors = self._factors(delta)
+        if factors is not None:
+            return plus_low_rank(output, x, factors)
         pieces = list(output.chunk(parts, dim=-1))
         for leaf in self.leaves:
             pieces[leaf.index] = _changed(delta, leaf, pieces[leaf.index], x)
         return torch.cat(pieces, dim=-1)
+
+    def _factors(self, delta: Mapping[str, tuple[Any, ...]]) -> list[list[Factors]] | None:
+        """What acts on each part of a fused map; None unless all of it is plain low-rank change."""
+        parts: list[list[Factors]] = [[] for _ in range(self.leaves[0].parts)]
+        for leaf in self.leaves:
+            for adapter in delta.get(leaf.name, ()):
+                # What hooks of its own are to see must be called.
+                seen = getattr(adapter, "_forward_hooks", True) or adapter._forward_pre_hooks
+                found = None if seen else adapter.factors()
+                if found is None:
+                    return None
+                parts[leaf.index].append(found)
+        return parts
 
 
 def _changed(

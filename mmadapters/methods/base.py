@@ -72,6 +72,10 @@ class Delta(nn.Module):
     def enter(self, x: Tensor) -> Tensor:
         return x
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """A (r, in), B (out, r) and c where `forward` is y + c B A x now; else None."""
+        return None
+
     def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         """y: (..., out_features) of the frozen leaf, x: (..., in_features) that entered it."""
         return y

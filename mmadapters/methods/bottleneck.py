@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import SiteMap, Sublayer
+from . import fused
 from .base import (
     AdapterModule,
     Branch,
@@ -155,14 +156,14 @@ class Placed(Branch):
 
     def read(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
         """h of the formula, (B, N, D), by the placement."""
+        if not self.reads:
+            return branch
         # What it does not read may be given all the same, for another adapter at this site.
         if "residual" in self.reads:
             assert residual is not None
             return residual if self.parallel else residual + branch
-        if "input" in self.reads:
-            assert input is not None
-            return input
-        return branch
+        assert input is not None
+        return input
 
 
 class Bottleneck(Placed):
@@ -202,7 +203,37 @@ class Bottleneck(Placed):
         return self.down, self.up
 
     def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+        if branch.is_cuda and not torch.compiler.is_compiling():
+            found = self._in_one(self.read(branch, residual=residual, input=input), branch)
+            if found is not None:
+                return found
         return branch + self.change(branch, residual=residual, input=input)
+
+    def _in_one(self, h: Tensor, branch: Tensor) -> Tensor | None:
+        """The result by one kernel; None where this is not two linear maps, an activation and a
+        fixed scale with nothing drawn, or the kernel does not take the tensors.
+
+        Parts are looked up where nn.Module keeps them: its own attribute access, which searches,
+        would take as long as the launch.
+        """
+        parts = self._modules
+        down, up = parts["down"], parts["up"]
+        if (
+            parts.get("norm_before") is not None
+            or parts.get("norm_after") is not None
+            or "scale" in self._parameters
+            or (self.training and (self.dropout or self.drop_path))
+            or not _is_map(down)
+            or not _is_map(up)
+        ):
+            return None
+        assert down is not None
+        assert up is not None
+        first, second = down._parameters, up._parameters
+        maps = (first["weight"], first["bias"], second["weight"], second["bias"])
+        if not fused.fits(h, branch, maps, self.activation):  # type: ignore[arg-type]
+            return None
+        return fused.bottleneck(h, branch, maps, activation=self.activation, scale=self.scale)  # type: ignore[arg-type]
 
     def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
         h = self.up(self.inner(branch, residual=residual, input=input))
@@ -219,6 +250,11 @@ class Bottleneck(Placed):
             h = self.norm_before(h)
         h = ACTIVATIONS[self.activation](self.down(h))
         return F.dropout(h, self.dropout, self.training)
+
+
+def _is_map(module: nn.Module | None) -> bool:
+    """Whether calling it does what nn.Linear does and no more."""
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def linear(in_features: int, out_features: int, like: dict) -> nn.Linear:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..low_rank import plus_low_rank
 from ..sites import ATTENTION_LEAVES, FFN_LEAVES, Leaf, SiteMap
 from .base import (
     AdapterModule,
@@ -101,8 +102,14 @@ class LoRA(Delta):
         x = F.dropout(x, self.dropout, self.training).to(self.a.dtype)
         return F.linear(F.linear(x, self.a), self.b) * self.scaling
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        return (self.a, self.b, self.scaling) if self.as_weight else None
+
     def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
-        return y + self.low_rank(x).to(y.dtype)
+        factors = self.factors()
+        if factors is None:
+            return y + self.low_rank(x).to(y.dtype)
+        return plus_low_rank(y, x, [[factors]])
 
     def effective(
         self, weight: Tensor, bias: Tensor | None, leaf: Leaf
@@ -122,6 +129,9 @@ class DoRAConfig(LoRAConfig):
 
 class DoRA(LoRA):
     """Parameters of LoRA and `magnitude` (out,), which starts as the row norms of W."""
+
+    def factors(self) -> None:
+        return None
 
     def __init__(self, config: LoRAConfig, leaf: Leaf) -> None:
         super().__init__(config, leaf)
