@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import mmadapters
 from mmadapters import BottleneckConfig, DoRAConfig, LoRAConfig, MethodConfig, PrefixConfig
+from mmadapters.methods import fused
+from mmadapters.methods.bottleneck import ACTIVATIONS
 
 pytestmark = pytest.mark.gpu
 
@@ -158,3 +160,54 @@ def test_threads_with_different_adapters_never_mix() -> None:
         thread.join()
     assert not torch.equal(expected["a"][0], expected["b"][0])
     assert wrong == []
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "quick_gelu", "identity"])
+@pytest.mark.parametrize("rows", [1, 5000, 40000])
+def test_one_kernel_of_a_bottleneck_computes_the_formula(rows: int, activation: str) -> None:
+    h, rest = (torch.randn(rows, 360, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    shapes = ((48, 360), (48,), (360, 48), (360,))
+    maps = tuple((0.1 * torch.randn(shape, device="cuda")).bfloat16() for shape in shapes)
+    assert fused.fits(h, rest, maps, activation)
+    down, down_bias, up, up_bias = (t.double() for t in maps)
+    state = ACTIVATIONS[activation](h.double() @ down.T + down_bias)
+    wanted = rest.double() + 0.5 * (state @ up.T + up_bias)
+    for _ in range(2):  # the second time by the kernel that is kept
+        found = fused.bottleneck(h, rest, maps, activation=activation, scale=0.5)
+        assert (found.double() - wanted).norm() / wanted.norm() < 4e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bottleneck_without_gradients_equals_that_with(name: str) -> None:
+    model, args, kwargs = build(name, torch.bfloat16)
+    adapted = mmadapters.init(model)
+    adapted.add_adapter("a", BottleneckConfig(reduction_factor=4))
+    with torch.no_grad():
+        bare = outputs(adapted, args, kwargs)
+        adapted.set_active_adapters("a")
+        assert all(map(torch.equal, outputs(adapted, args, kwargs), bare))
+        for parameter in adapted.adapter("a").parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        found = outputs(adapted, args, kwargs)
+    adapted.train_adapter("a")
+    adapted.eval()
+    wanted = outputs(adapted, args, kwargs)
+    change = max((w.float() - b.float()).norm() for w, b in zip(wanted, bare, strict=True))
+    error = max((f.float() - w.float()).norm() for f, w in zip(found, wanted, strict=True))
+    assert error < 0.05 * change
+
+
+def test_lora_on_a_fused_map_equals_its_merge() -> None:
+    model, args, kwargs = build("timm-vit")
+    adapted = mmadapters.init(model)
+    adapted.add_adapter("a", LoRAConfig(rank=4, targets=("q", "v")))
+    adapted.set_active_adapters("a")
+    with torch.no_grad():
+        for parameter in adapted.adapter("a").parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        found = outputs(adapted, args, kwargs)
+    with_gradients = outputs(adapted, args, kwargs)
+    adapted.merge_adapter("a")
+    for f, g, m in zip(found, with_gradients, outputs(adapted, args, kwargs), strict=True):
+        torch.testing.assert_close(f, g, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(f, m, rtol=1e-3, atol=1e-3)

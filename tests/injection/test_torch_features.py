@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -29,7 +30,7 @@ from injection.matrix import (
 from torch import Tensor
 
 import mmadapters
-from mmadapters import AdapterModel, Stack
+from mmadapters import AdapterModel, BottleneckConfig, Stack
 
 FEW = [FAMILIES[name] for name in ("timm-vit", "hf-vit", "open_clip-clip", "hf-wav2vec2-stable")]
 PAIRS = [
@@ -102,6 +103,29 @@ def test_adapter_added_after_compiling_acts(family: Family) -> None:
         assert distance(after, run(model, family)) <= 1e-6
         model.delete_adapter(method)
         assert distance(run(compiled, family), before) <= 1e-6
+
+
+@pytest.mark.parametrize("copied", ["made apart", "deepcopied", "pickled"])
+def test_models_compiled_one_after_another_each_have_their_own_adapters(copied: str) -> None:
+    family = FAMILIES["timm-vit"]
+    last = adapted(family, BottleneckConfig(size=4, sites=("vision.blocks.1",)))
+    torch.compile(last, fullgraph=True, backend="eager")(*family.inputs()[0])
+    if copied == "made apart":
+        other = mmadapters.init(family.build())
+    else:
+        other = copy.deepcopy(last) if copied == "deepcopied" else pickle.loads(pickle.dumps(last))
+        other.delete_adapter("a")
+    other.add_adapter("a", BottleneckConfig(size=4))
+    other.train_adapter("a")
+    with torch.no_grad():
+        for parameter in other.adapter("a").parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    compiled = torch.compile(other, fullgraph=True, backend="eager")
+    args, kwargs = family.inputs()
+    found, wanted = tensors(compiled(*args, **kwargs)), tensors(other(*args, **kwargs))
+    assert distance(found, wanted) <= 1e-6
+    loss_of(t for t in found if t.requires_grad).backward()
+    assert all(parameter.grad is not None for parameter in other.adapter("a").parameters())
 
 
 def test_model_compiled_by_inductor_gives_the_same() -> None:
