@@ -6,7 +6,7 @@ The string below an attribute is its description, which `--help` prints.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -140,8 +140,9 @@ class TrainerConfig(Section):
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints to resume from; at each evaluation by default. A multiple or a
     divisor of evaluate_every."""
-    workers: int = Field(default=0, ge=0)
-    """Processes that read and decode data."""
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Processes that read and decode data; auto: none where the CPU trains, whose cores they would
+    take from it, else one for each core but one, 8 at most."""
     cache_prefix: Literal["auto", "memory", "disk", "off"] = "auto"
     """Compute what lies below the first adapter once and keep its states, in memory or on disk,
     where later runs find them; auto: where it pays, in memory if they fit there."""

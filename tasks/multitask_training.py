@@ -22,6 +22,7 @@ from .batches import MixedBatches
 from .evaluation import refuse
 from .metrics import Metric
 from .multitask_config import MultitaskConfig
+from .reading import readers
 from .task import Collate, Example, Examples, Loaded, Problem, Rows, Task, TaskModel
 from .training import EncoderTrainer, TrainLoader, task_batches, validated
 
@@ -145,7 +146,7 @@ class JointTrainer(EncoderTrainer):
                 )
 
     def get_train_dataloader(self) -> DataLoader:
-        workers = self.settings.workers
+        workers = readers(self.settings)
         rows = [self.train_rows[name] for name in self.tasks]
         return TrainLoader(
             JointExamples(list(self.tasks.values()), rows),

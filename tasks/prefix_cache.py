@@ -27,6 +27,7 @@ from .evaluation import autocast, processes, to_device
 from .prefix_data import KeptExamples, PlainExamples, Probe, ProbeCollate
 from .prefix_identity import description
 from .prefix_split import KeptSplit, Run
+from .reading import readers
 from .task import Batch, Rows, Task, TaskModel
 
 _CLOSE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
@@ -141,7 +142,7 @@ def _prepared(
     for plan in planned:
         split = plan.settled(folder)
         try:
-            split.fill(workers=config.workers, quiet=quiet)
+            split.fill(workers=readers(config), quiet=quiet)
         except ValueError as error:
             raise Refused(str(error)) from error
         if split.train:

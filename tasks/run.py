@@ -35,6 +35,7 @@ from .encoders.speech import convolutions
 from .evaluation import Evaluation, evaluate
 from .machine import processor, versions
 from .metrics import Metric
+from .reading import readers
 from .task import Problem, Record, Rows, Scores, Task, TaskModel
 from .training import CHECKPOINTS, TaskTrainer, last_checkpoint
 
@@ -336,7 +337,7 @@ def evaluate_split(
         model,
         rows,
         batch_size=trainer.eval_batch_size or trainer.batch_size,
-        workers=trainer.workers,
+        workers=readers(trainer),
         precision=trainer.precision,
         progress=progress,
     )

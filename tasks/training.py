@@ -30,6 +30,7 @@ from .config import TrainerConfig
 from .evaluation import evaluate, processes, refuse, to_device
 from .prefix_cache import PrefixCache, prepare
 from .prefix_split import KeptSplit
+from .reading import readers
 from .task import Collate, Examples, Loaded, Problem, Rows, Scores, Task, TaskModel
 
 CHECKPOINTS = "checkpoints"
@@ -118,7 +119,7 @@ class EncoderTrainer(Trainer):
             metric_for_best_model=self.metric,
             greater_is_better=self.greater_is_better if evaluates else None,
             restore_callback_states_from_checkpoint=True,
-            dataloader_num_workers=config.workers,
+            dataloader_num_workers=readers(config),
             remove_unused_columns=False,
             # An encoder has parts that a task does not use (poolers, other towers).
             ddp_find_unused_parameters=self.finds_unused
@@ -334,10 +335,10 @@ class TaskTrainer(EncoderTrainer):
                 self.task, self.train_rows, seed=self.seed, rank=rank, world=world
             )
             share = share_of(config.batch_size, config.accumulation, world)
-            workers = min(config.workers, 1)
+            workers = min(readers(config), 1)
             return TrainLoader(stream, batch_size=share, num_workers=workers, **common)
         examples: Any = Examples(self.task, self.train_rows, train=True, views=config.views)
-        workers, kept = config.workers, self.cache.train
+        workers, kept = readers(config), self.cache.train
         if kept is not None:
             examples, workers = kept.examples, kept.workers(workers)
             common["collate_fn"] = kept.collate
@@ -398,7 +399,7 @@ def validated(task: Task, model: TaskModel, rows: Rows, *, kept: KeptSplit | Non
         model,
         rows,
         batch_size=config.eval_batch_size or share,
-        workers=config.workers,
+        workers=readers(config),
         precision=config.precision,
         kept=kept,
     )

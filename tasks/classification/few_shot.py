@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..evaluation import autocast, refuse, to_device
+from ..reading import readers
 from ..task import BadRow, Collate, Examples, Loaded, Problem, Rows
 from .embedding_heads import TipAdapterHead, cache_logits, unit
 from .labels import LabelMap
@@ -60,7 +61,7 @@ def embedded(
         Examples(task, rows, train=epochs > 0),
         batch_sampler=asked,  # type: ignore[arg-type]
         collate_fn=Collate(task),
-        num_workers=min(trainer.workers, len(asked)),
+        num_workers=min(readers(trainer), len(asked)),
     )
     features = torch.zeros(len(rows), model.towers.width, device=model.device)
     counts, targets = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.int64)

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..evaluation import DataError, processes, to_device
+from ..reading import readers
 from ..task import Collate, Examples, Record, Rows
 from .gallery import Gallery
 from .metrics import candidates
@@ -66,7 +67,7 @@ def matching_scores(
         Examples(task, rows, train=False),
         batch_sampler=[[records[gallery.first[i]]["index"] for i in part] for part in batches],
         collate_fn=Collate(task),
-        num_workers=min(trainer.workers, len(batches)),
+        num_workers=min(readers(trainer), len(batches)),
     )
     number = len(gallery.texts)
     bounds = np.searchsorted(pairs, np.arange(len(gallery.images) + 1) * number)
