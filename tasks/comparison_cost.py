@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ import torch
 
 from .config import JobConfig, Split
 from .measuring import kept_for_backward, seconds
-from .run import make_model, rows_to_fit
+from .run import chosen, device_of, make_model, rows_to_fit, without_test
 from .task import Rows
 from .training import TaskTrainer
 
@@ -38,7 +38,7 @@ class Cost:
         return asdict(self)
 
 
-def costs(jobs: Sequence[JobConfig], splits: Mapping[Split, Rows], *, steps: int) -> list[Cost]:
+def costs(jobs: Sequence[JobConfig], splits: dict[Split, Rows], *, steps: int) -> list[Cost]:
     """The costs of the jobs, on the first training batch of each; their steps are timed in turns,
     so that what else the machine does falls on all alike."""
     with TemporaryDirectory() as folder:
@@ -56,17 +56,19 @@ def costs(jobs: Sequence[JobConfig], splits: Mapping[Split, Rows], *, steps: int
 class _Stepper:
     """A job's model and its first batch, on which it can take a step."""
 
-    def __init__(self, job: JobConfig, splits: Mapping[Split, Rows], folder: Path) -> None:
+    def __init__(self, job: JobConfig, splits: dict[Split, Rows], folder: Path) -> None:
         self.cuda = job.trainer.device != "cpu" and torch.cuda.is_available()
         before = torch.cuda.memory_allocated() if self.cuda else 0
         task, model = make_model(job, rows_to_fit(splits.get("train")))
+        model.to(device_of(job))
+        splits = chosen(task, splits)
+        task.prepare(model, without_test(splits))
         self.trainer = TaskTrainer(
             task, model, train=splits["train"], validation=None, folder=folder, quiet=True
         )
         loaded = next(iter(self.trainer.get_train_dataloader()))
         if loaded.batch is None:
             raise ValueError(f"no row of the first batch can be used: {loaded.problems[0].reason}")
-        model.to(self.trainer.args.device)
         self.model = model
         self.batch = self.trainer._prepare_inputs(loaded.batch)
         self.optimizer = self.trainer.create_optimizer()
