@@ -156,14 +156,14 @@ class Placed(Branch):
 
     def read(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
         """h of the formula, (B, N, D), by the placement."""
-        if not self.reads:
-            return branch
         # What it does not read may be given all the same, for another adapter at this site.
         if "residual" in self.reads:
             assert residual is not None
             return residual if self.parallel else residual + branch
-        assert input is not None
-        return input
+        if "input" in self.reads:
+            assert input is not None
+            return input
+        return branch
 
 
 class Bottleneck(Placed):

@@ -163,7 +163,9 @@ def test_gradients_reach_the_head_and_the_adapters_of_both_towers(name: str, kin
     assert towers == {"vision", "text"}
     for parameter_name, parameter in model.head.named_parameters():
         assert parameter.grad is not None, parameter_name
-        assert parameter.grad.abs().sum() > 0, parameter_name
+        # What is added to all scores of a softmax changes nothing: rounding alone is left of it.
+        shared = parameter_name.endswith("scores.2.bias")
+        assert shared or parameter.grad.abs().sum() > 0, parameter_name
     assert all(p.grad is None for p in model.encoder.backbone.parameters())
 
 
