@@ -172,7 +172,9 @@ def _release(interceptor: Interceptor) -> None:
     with _LOCK:
         interceptor.users -= 1
         module = interceptor.module
-        if interceptor.users == 0 and module.__dict__.get("forward") is interceptor:
+        # Also what was put over it meanwhile: transformers 4 wraps it to collect states, and leaves
+        # that there when a pass breaks off, as one does that has seen enough.
+        if interceptor.users == 0 and "forward" in module.__dict__:
             _uncover(module, interceptor)
 
 
