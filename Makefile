@@ -40,7 +40,7 @@ serving: $(READY)
 	$(VENV)/bin/python benchmarks/serving/run.py
 
 # BENCH names the report and what else `mmadapters bench` is told: make bench BENCH="H100 --compile"
-BENCH ?= CPU --device cpu --train-batch 4 --seconds 4 --repeats 5
+BENCH ?= CPU --device cpu --repeats 5
 
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/bench/run.py $(BENCH)

@@ -117,10 +117,8 @@ class AdapterModel(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Compared, not just read: only then does torch.compile guard it, and compile anew when
-        # hooks have changed.
-        if self._runtime.generation == "":
-            raise RuntimeError("this model has lost its hooks")
+        # Looked up here too, where perhaps no hook does: torch.compile then guards which there are.
+        self._runtime.plan()
         if self._runtime.looks:
             with gazing(self._runtime, Gaze()):
                 return self._run(*args, **kwargs)

@@ -8,7 +8,6 @@ convolutional front end and lower blocks are not run.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .composed import block_of
 from .composition import Setup, parse
 from .injectors import Plan, resuming
-from .injectors.recording import Recording, Seen, lowest, reads_layers
+from .injectors.calls import tensors_in
+from .injectors.recording import Recording, Seen, reads_layers
 from .injectors.resuming import Capturing, Enough, Kept, Resuming, States
+from .sites import Tower
 
 if TYPE_CHECKING:
     from .model import AdapterModel
@@ -182,7 +184,7 @@ class FrozenPrefix:
     def _check_active(self) -> None:
         for plan in _plans(self.model):
             for name, kept in self._kept.items():
-                block = lowest(plan, kept.tower)
+                block = _lowest(plan, kept.tower)
                 if block < kept.block:
                     raise ValueError(
                         f"adapters act at block {block} of tower {name!r} now, and its states were "
@@ -210,15 +212,15 @@ class FrozenPrefix:
         """
         with torch.no_grad():
             with _same_draws(self.model):
-                plain = list(_tensors(run()))
+                plain = list(tensors_in(run()))
             states = self.capture(run)
             for name, kept in self._kept.items():
                 with _same_draws(self.model), self._entered(Resuming({name: kept}, states)):
-                    again = list(_tensors(run()))
+                    again = list(tensors_in(run()))
                 self._compare(plain, again, f"tower {name!r}", tolerance)
             if resumed is not None:
                 with _same_draws(self.model), self.resume(states):
-                    again = list(_tensors(resumed()))
+                    again = list(tensors_in(resumed()))
                 what = f"what resumes {' and '.join(map(repr, self._kept))}"
                 self._compare(plain, again, what, tolerance)
 
@@ -281,6 +283,19 @@ def _plans(model: AdapterModel, setups: Iterable[Setup] = ()) -> list[Plan]:
     return plans + [model._plan(parse(setup), drop) for setup in setups]
 
 
+def _lowest(plan: Plan, tower: Tower) -> int:
+    """The first block of a tower at which something acts; -1 if it acts before all blocks, their
+    number if at none of them."""
+    names, front = set(tower.site_names()), {layer.name for layer in tower.front}
+    depth = len(tower.blocks)
+    found = [
+        -1 if site in front else block_of(site)
+        for kind, site, _ in plan.entries()
+        if kind != "readout" and site in names
+    ]
+    return int(min([depth, *found, plan.starts.get(tower.name, depth)]))
+
+
 def _first_block(plans: Iterable[Plan], seen: Seen) -> int:
     """The first block that must run: something acts there, it is trained, or nothing but the pass
     itself says what enters it."""
@@ -289,7 +304,7 @@ def _first_block(plans: Iterable[Plan], seen: Seen) -> int:
         for block in seen.tower.blocks
         if any(parameter.requires_grad for parameter in block.module.parameters())
     )
-    bounds = [lowest(plan, seen.tower) for plan in plans]
+    bounds = [_lowest(plan, seen.tower) for plan in plans]
     bounds.append(next(trained, len(seen.tower.blocks)))
     bounds.append(max(seen.order, default=0) + 1)
     if seen.bound is not None:
@@ -347,21 +362,6 @@ def _same_draws(model: AdapterModel) -> Iterator[None]:
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
         yield
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a pass gives, whatever its type."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for member in dataclasses.fields(output):
-            yield from _tensors(getattr(output, member.name))
 
 
 def _distance(plain: Tensor, again: Tensor) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from .prefix_chunks import Chunks, DiskChunks, MemoryChunks
 from .prefix_format import Damaged, file_parts, open_file, unpack
+from .writing import write_text
 
 FORMAT = 1
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -321,9 +321,7 @@ def _settled(path: Path, key: str, description: Mapping[str, Any], per_chunk: in
             reason = "it cannot be read"
         warnings.warn(f"{path}: {reason}; it is written anew", stacklevel=4)
     about = {"format": FORMAT, "key": key, "per_chunk": per_chunk, **description}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     return per_chunk
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .injectors import NOTHING, Plan, Runtime
+from .injectors.calls import tensors_in
 
 _TRIES = 12
 
@@ -40,7 +41,8 @@ def check(model: nn.Module, runtime: Runtime, plan: Plan, example: tuple[tuple, 
     def output(with_plan: Plan) -> list[Tensor]:
         runtime.local.plan = with_plan
         args, kwargs = _like_parameters(model, example)
-        return list(_tensors(model(*args, **kwargs)))
+        found = tensors_in(model(*args, **kwargs))
+        return [tensor for tensor in found if tensor.is_floating_point()]
 
     with _untouched(model, runtime, modules):
         model.eval()
@@ -173,16 +175,3 @@ def _like_parameters(model: nn.Module, example: Any) -> Any:
     if isinstance(example, tuple):
         return tuple(_like_parameters(model, value) for value in example)
     return example
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating tensors in a model's output, whatever its type."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)

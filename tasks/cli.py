@@ -341,7 +341,8 @@ def evaluate(
     _quiet_libraries()
     from mmadapters.tasks import data as sources
     from mmadapters.tasks.artifact import open_directory
-    from mmadapters.tasks.run import evaluate_split, figures, write_text
+    from mmadapters.tasks.run import evaluate_split, figures
+    from mmadapters.writing import write_text
 
     changes = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
     opened = open_directory(directory, overrides=changes)
@@ -377,7 +378,7 @@ def predict(
     _quiet_libraries()
     from mmadapters.tasks.artifact import open_directory
     from mmadapters.tasks.prediction import predict as results
-    from mmadapters.tasks.run import write_text
+    from mmadapters.writing import write_text
 
     opened = open_directory(directory, overrides=change or [])
     lines = []

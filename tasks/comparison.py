@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmadapters.sites import nearest
+from mmadapters.writing import write_text
 
 from . import artifact, data
 from .comparison_config import ComparisonConfig, make_job, read_contenders
@@ -40,7 +41,6 @@ from .run import (
     process_state,
     rows_to_fit,
     train_model,
-    write_text,
 )
 from .task import Rows
 

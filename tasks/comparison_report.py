@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mmadapters.writing import write_text
+
 from .console import plain
 from .metrics import Metric
 from .plots import LIGHT, figure_png
 from .report import template
-from .run import REPORT, write_text
+from .run import REPORT
 from .task import Figure, Table
 
 if TYPE_CHECKING:

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
+from mmadapters.writing import write_text
+
 from . import artifact, data, routing
 from .config import SPLITS, JobConfig, Split
 from .continual_config import ContinualConfig, contrast_jobs, read_jobs
@@ -45,7 +47,6 @@ from .run import (
     process_state,
     rows_to_fit,
     train_model,
-    write_text,
 )
 from .task import Record, Rows, Task, TaskModel
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mmadapters.writing import write_text
+
 from .console import plain
 from .plots import figure_png, heat_maps
 from .report import template, value_text
 from .routing import Routing
-from .run import REPORT, write_text
+from .run import REPORT
 from .task import Figure, Table
 
 if TYPE_CHECKING:

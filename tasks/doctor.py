@@ -19,6 +19,7 @@ from mmadapters.sites import nearest
 from .config import SPLITS, Split
 from .data import Stream
 from .media import media_digest, media_name
+from .reading import MOST
 from .task import BadRow, Figure, Problem, Rows, Table, Task, seeded_example
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def examine(
         console: where the progress bar goes; by default the terminal, if there is one.
     """
     if workers is None:
-        workers = min(os.cpu_count() or 1, 8)
+        workers = min(os.cpu_count() or 1, MOST)
     report = Report([])
     digests: dict[Split, _Digests] = {}
     readable: dict[Split, Rows] = {

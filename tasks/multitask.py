@@ -17,6 +17,7 @@ from typing import Any
 from transformers import set_seed
 
 from mmadapters import AdapterModel, methods
+from mmadapters.writing import write_text
 
 from . import artifact, data
 from .config import SPLITS, Split
@@ -40,7 +41,6 @@ from .run import (
     scored,
     sizes,
     without_test,
-    write_text,
 )
 from .task import Rows, Task, TaskModel
 from .training import CHECKPOINTS

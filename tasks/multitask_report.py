@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mmadapters.writing import write_text
+
 from .console import plain
 from .metrics import Metric
 from .multitask_training import MEAN, history_of
 from .report import interval_text, template, value_text
 from .report_charts import learning_curves
-from .run import REPORT, write_text
+from .run import REPORT
 from .task import Table
 
 if TYPE_CHECKING:

@@ -124,10 +124,7 @@ def _prepared(
             f"training examples are drawn anew each time ({drawn}): set trainer.views to how many "
             "ways of each row are kept, or turn that off"
         )
-    own = _Planned.of(task, model, train, train=True, views=views)
-    if auto and not any(p.block > 0 or p.tower == "audio" for p in own.split.prefix.towers):
-        raise Refused("adapters act from the first block on, and all blocks must run")
-    planned = [own]
+    planned = [_Planned.of(task, model, train, train=True, views=views)]
     plainly: str | None = None
     if validation is not None and len(validation):
         if evaluations < 2 and auto:
@@ -191,7 +188,11 @@ class _Planned:
         with _as_trained(model, train), autocast(config.precision, model.device):
             prefix = FrozenPrefix.of(model.encoder, lambda: run(batch))
         model.eval()
-        _check_towers(task, prefix, batch)
+        _check_towers(task, prefix)
+        if config.cache_prefix == "auto" and not any(
+            part.block > 0 or part.tower == "audio" for part in prefix.towers
+        ):
+            raise Refused("adapters act from the first block on, and all blocks must run")
         dtypes = {"auto": DTYPES.get(config.precision), "same": None, **DTYPES}
         places = (order[:, None] * views + np.arange(views)).ravel()
         store = PrefixStore.in_memory(
@@ -293,7 +294,7 @@ def _as_trained(model: TaskModel, train: bool) -> Iterator[None]:
         yield
 
 
-def _check_towers(task: Task, prefix: FrozenPrefix, batch: Batch) -> None:
+def _check_towers(task: Task, prefix: FrozenPrefix) -> None:
     kept = {part.tower for part in prefix.towers}
     for tower in [*task.heavy.values(), *([] if kept else prefix.skipped)]:
         if tower in prefix.skipped:
@@ -305,7 +306,7 @@ def _check_towers(task: Task, prefix: FrozenPrefix, batch: Batch) -> None:
 def _check_same(split: KeptSplit, probe: Probe, batch: Batch) -> None:
     """Compares a batch's plain pass with the one that starts from what the store gives again."""
     precision, device = split.task.config.trainer.precision, split.model.device
-    examples = KeptExamples(split.store, len(probe.places), train=False)
+    examples = KeptExamples(split.task, split.store, len(probe.places), train=False)
     loaded = split.collate([examples[number] for number in range(len(probe.places))])
     assert loaded.batch is not None
     again = to_device(loaded.batch, device)

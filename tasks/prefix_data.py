@@ -24,6 +24,7 @@ from .task import (
     Batch,
     Collate,
     Example,
+    Examples,
     Loaded,
     Problem,
     Rows,
@@ -158,28 +159,19 @@ def without_values(heavy: Mapping[str, str], example: Example) -> Example:
     }
 
 
-class KeptExamples(Dataset):
-    """Examples of a split as a store has them; keys and what is given are as of `Examples`, and
-    "view" says which of the views it is."""
+class KeptExamples(Examples):
+    """Examples of a split as a store has them; "view" says which of a row's views each is."""
 
-    def __init__(self, store: PrefixStore, rows: int, *, train: bool) -> None:
-        self.store, self.rows, self.train = store, rows, train
+    def __init__(self, task: Task, store: PrefixStore, rows: int, *, train: bool) -> None:
+        super().__init__(task, range(rows), train=train)  # type: ignore[arg-type]
+        self.store = store
 
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Example | Problem:
-        index, seed = key if isinstance(key, tuple) else (key, 0)
+    def read(self, row: int, seed: int) -> Example:
         view = seed % self.store.views
-        problems: list[Problem] = []
-        for step in range(self.rows if self.train else 1):
-            found = (index + step) % self.rows
-            rest = self.store.rest(found, view)
-            if _PROBLEM not in rest:
-                place = {"index": found, "view": view, "problems": problems}
-                return {**rest[_EXAMPLE], **place}
-            problems.append(Problem(found, rest[_PROBLEM]))
-        return problems[0]
+        rest = self.store.rest(row, view)
+        if _PROBLEM in rest:
+            raise BadRow(rest[_PROBLEM])
+        return {**rest[_EXAMPLE], "view": view}
 
 
 class KeptCollate(Collate):

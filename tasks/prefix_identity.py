@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import numbers
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from mmadapters import FrozenPrefix
 
 from .evaluation import MEDIA
+from .machine import versions
 from .task import Rows, Task
 
 # Sections and settings of a config that do not change what an example is.
@@ -53,16 +53,8 @@ def description(
         "state": task.state,
         "split": "train" if train else "evaluation",
         "rows": rows_identity(task, rows),
-        "versions": dict(_versions()),
+        "versions": versions(_PACKAGES),
     }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in _PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue
 
 
 def rows_identity(task: Task, rows: Rows) -> str:

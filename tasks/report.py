@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mmadapters.writing import write_text
 
 from .metrics import Metric
 from .report_charts import learning_curves
@@ -71,10 +72,7 @@ def write_report(path: Path, report: Report) -> None:
     Raises:
         ValueError: there are no scores, or none of the deciding metric.
     """
-    page = render(report)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, render(report))
 
 
 def render(report: Report) -> str:

@@ -28,6 +28,7 @@ from transformers import set_seed
 import mmadapters
 from mmadapters import AdapterModel, Fuse, methods
 from mmadapters.composition import parse
+from mmadapters.writing import write_text
 
 from . import artifact, data
 from .config import SPLITS, JobConfig, Section, Split
@@ -485,10 +486,3 @@ _PACKAGES = (
     *("mmadapters", "torch", "transformers", "timm", "open_clip_torch", "torchaudio"),
     *("accelerate", "datasets", "torchvision"),
 )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

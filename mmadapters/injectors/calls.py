@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,21 @@ def with_first_input(args: tuple, kwargs: dict[str, Any], value: Tensor) -> tupl
 
 def first_output(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a model gives, whatever its type."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_in(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for member in dataclasses.fields(output):
+            yield from tensors_in(getattr(output, member.name))
 
 
 def with_first(output: Any, value: Tensor) -> Any:

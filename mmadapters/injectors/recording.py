@@ -22,22 +22,6 @@ if TYPE_CHECKING:
 _RECORDERS = "transformers.utils.output_capturing"
 
 
-def lowest(plan: Plan, tower: Tower) -> int:
-    """The first block of a tower at which something acts; -1 if it acts before all blocks, their
-    number if at none of them."""
-    depth = len(tower.blocks)
-    places = dict.fromkeys((layer.name for layer in tower.front), -1)
-    for block in tower.blocks:
-        places[block.name] = block.index
-        for sublayer in block.sublayers.values():
-            places[sublayer.name] = block.index
-            places.update((leaf.name, block.index) for leaf in sublayer.leaves.values())
-    found = [
-        places[site] for kind, site, _ in plan.entries() if kind != "readout" and site in places
-    ]
-    return min([depth, *found, plan.starts.get(tower.name, depth)])
-
-
 def reads_layers(plan: Plan, tower: Tower) -> bool:
     """Whether something acts on what a tower gives last that reads what its blocks gave."""
     return bool(plan.readout.keys() & {tower.name, tower.blocks[-1].name})

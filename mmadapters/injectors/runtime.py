@@ -431,7 +431,7 @@ class BranchHook:
         if not active:
             return None
         stash = self.runtime.local.stash
-        branch = output if isinstance(output, Tensor) else first_output(output)
+        branch = first_output(output)
         if not stash and not any(adapter.reads for adapter in active):
             for adapter in active:
                 branch = adapter(branch, residual=None, input=None)
@@ -442,7 +442,7 @@ class BranchHook:
             for adapter in active:
                 own = {name: value for name, value in more.items() if name in adapter.reads}
                 branch = adapter(branch, residual=residual, input=read, **own)
-        return branch if isinstance(output, Tensor) else with_first(output, branch)
+        return with_first(output, branch)
 
 
 @dataclass(eq=False)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmadapters.tasks.synthetic import scenes
+from mmadapters.writing import write_text
 from mmadapters.zoo import _photos
 from mmadapters.zoo._figure import Figure
-from mmadapters.zoo._files import read_config, read_weights, write_text
+from mmadapters.zoo._files import read_config, read_weights
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -72,7 +73,7 @@ def write_tokenizer_config(directory: Path, *, context_length: int) -> None:
         "bos_token": START,
         "eos_token": END,
     }
-    write_text(json.dumps(config, indent=2) + "\n", directory / "tokenizer_config.json")
+    write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _hf_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmadapters.writing import write_text
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -47,14 +49,7 @@ def write_weights(tensors: "Mapping[str, Tensor]", directory: Path, *, file: str
     os.replace(temporary, directory / file)
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write_config(config: Mapping[str, Any], directory: Path) -> None:
     """Write `config.json`."""
     text = json.dumps(config, indent=2, ensure_ascii=False)
-    write_text(text + "\n", directory / CONFIG)
+    write_text(directory / CONFIG, text + "\n")

@@ -10,6 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmadapters.writing import write_bytes, write_text
+
 from .checks import Check, checks
 from .limits import Tower, first_block
 from .results import Row, Spread
@@ -40,15 +42,9 @@ def write_report(bench: Bench, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     found = {**bench.to_dict(), "checks": [asdict(check) for check in checks(bench)]}
-    _write(folder / JSON, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
-    _write(folder / MARKDOWN, markdown(bench).encode())
-    _write(folder / CHART, figure_png(chart(bench)))
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    write_text(folder / JSON, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / MARKDOWN, markdown(bench))
+    write_bytes(folder / CHART, figure_png(chart(bench)))
 
 
 def markdown(bench: Bench) -> str:

@@ -10,8 +10,9 @@ from rich.console import Console
 from torch import Tensor
 
 from mmadapters.tasks.synthetic import sentences, speech
+from mmadapters.writing import write_text
 from mmadapters.zoo import _wav2vec2
-from mmadapters.zoo._files import CARD, WEIGHTS, read_config, write_config, write_text
+from mmadapters.zoo._files import CARD, WEIGHTS, read_config, write_config
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2ForCTC
@@ -28,7 +29,7 @@ def write(directory: Path, *, count: int) -> None:
     config["parameters"] = sum(p.numel() for p in model.parameters())
     config["bytes"] = (directory / WEIGHTS).stat().st_size
     write_config(config, directory)
-    write_text(card(config), directory / CARD)
+    write_text(directory / CARD, card(config))
 
 
 def figures(model: "Wav2Vec2ForCTC", count: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -27,13 +27,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mmadapters.tasks.synthetic import scenes
+from mmadapters.writing import write_text
 from mmadapters.zoo import NANO, _clip, _photos
 from mmadapters.zoo._files import (
     CARD,
     WEIGHTS,
     read_weights,
     write_config,
-    write_text,
     write_weights,
 )
 from mmadapters.zoo.pretrain import _training
@@ -222,7 +222,7 @@ def train_tokenizer(names: list[str], out: Path) -> int:
         single=f"{_clip.START} $A {_clip.END}",
         special_tokens=[(_clip.START, start), (_clip.END, end)],
     )
-    write_text(tokenizer.to_str(), out / _clip.TOKENIZER)
+    write_text(out / _clip.TOKENIZER, tokenizer.to_str())
     _clip.write_tokenizer_config(out, context_length=CONTEXT_LENGTH)
     return tokenizer.get_vocab_size()
 
@@ -356,7 +356,7 @@ def write_card(config: dict[str, Any], out: Path) -> None:
         table=_training.curve_table(config["training"]["curve"]),
         licence=_training.DATA_LICENCE,
     )
-    write_text(text, out / CARD)
+    write_text(out / CARD, text)
 
 
 CARD_TEXT = """# nano/clip

@@ -17,8 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmadapters.writing import write_text
 from mmadapters.zoo import _photos, _vit
-from mmadapters.zoo._files import CARD, WEIGHTS, write_config, write_text, write_weights
+from mmadapters.zoo._files import CARD, WEIGHTS, write_config, write_weights
 from mmadapters.zoo.pretrain import _training
 from mmadapters.zoo.pretrain._training import IMAGE
 
@@ -211,7 +212,7 @@ def write_card(config: dict[str, Any], out: Path) -> None:
         table=_training.curve_table(config["training"]["curve"]),
         licence=_training.DATA_LICENCE,
     )
-    write_text(text, out / CARD)
+    write_text(out / CARD, text)
 
 
 CARD_TEXT = """# nano/vit

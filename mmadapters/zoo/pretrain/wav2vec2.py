@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmadapters.tasks.synthetic import sentences, speech
+from mmadapters.writing import write_text
 from mmadapters.zoo import _wav2vec2
-from mmadapters.zoo._files import write_config, write_text, write_weights
+from mmadapters.zoo._files import write_config, write_weights
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2ForCTC
@@ -364,4 +365,4 @@ def save(model: torch.nn.Module, args: argparse.Namespace, curve: list[dict[str,
         },
         args.out,
     )
-    write_text(json.dumps(_wav2vec2.VOCABULARY) + "\n", args.out / "vocab.json")
+    write_text(args.out / "vocab.json", json.dumps(_wav2vec2.VOCABULARY) + "\n")
