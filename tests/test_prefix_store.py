@@ -291,6 +291,8 @@ FILLER = textwrap.dedent("""
 
     folder, kill_at, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     kept, made = store(folder, per_chunk=2), []
+    print("ready", flush=True)
+    sys.stdin.readline()
     while missing := kept.missing():
         for chunk in missing:
             if not kept.claim(chunk):
@@ -307,18 +309,24 @@ FILLER = textwrap.dedent("""
 """)
 
 
-def filler(folder: Path, kill_at: int = -1, pause: float = 0.0) -> subprocess.Popen:
+def fillers(
+    count: int, folder: Path, kill_at: int = -1, pause: float = 0.0
+) -> list[subprocess.Popen]:
+    """Processes that fill one store; they begin together, once each has opened it."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.Popen(
-        [sys.executable, "-c", FILLER, str(folder), str(kill_at), str(pause)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", FILLER, str(folder), str(kill_at), str(pause)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    several = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
+    for one in several:
+        assert one.stdout.readline() == "ready\n"
+    for one in several:
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    return several
 
 
 def test_a_filling_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    killed = filler(tmp_path, kill_at=4)
+    (killed,) = fillers(1, tmp_path, kill_at=4)
     assert killed.wait(timeout=60) == -signal.SIGKILL
     kept = store(tmp_path, per_chunk=2)
     assert kept.verify() == []
@@ -330,7 +338,7 @@ def test_a_filling_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> N
 
 
 def test_two_processes_fill_one_store_together(tmp_path: Path) -> None:
-    several = [filler(tmp_path, pause=0.1) for _ in range(2)]
+    several = fillers(2, tmp_path, pause=0.1)
     made = [{int(chunk) for chunk in one.communicate(timeout=60)[0].split()} for one in several]
     kept = store(tmp_path, per_chunk=2)
     assert made[0] | made[1] == set(range(len(kept)))
@@ -341,18 +349,25 @@ def test_two_processes_fill_one_store_together(tmp_path: Path) -> None:
 
 
 def test_what_another_process_fills_cannot_be_claimed_until_it_ends(tmp_path: Path) -> None:
-    kept, other = store(tmp_path, per_chunk=2), filler(tmp_path, pause=60.0)
+    kept, (other,) = store(tmp_path, per_chunk=2), fillers(1, tmp_path, pause=60.0)
+
+    def claimable(chunk: int) -> bool:
+        if claimed := kept.claim(chunk):
+            kept.release(chunk)
+        return claimed
+
     try:
+        # It takes the first that it can claim: where this test just held 0, it is 1.
         deadline = time.monotonic() + 60
-        while kept.claim(0):
-            kept.release(0)
+        while not (taken := [chunk for chunk in (0, 1) if not claimable(chunk)]):
             assert time.monotonic() < deadline, "the other process claims nothing"
             time.sleep(0.05)
-        assert kept.claim(1)
+        assert not claimable(taken[0])
+        assert claimable(2)
     finally:
         other.kill()
         other.wait()
-    assert kept.claim(0)
+    assert claimable(taken[0])
 
 
 def test_a_cache_beyond_its_budget_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_nuclei_with_a_vit_small(shared_dir: Path, tmp_path: Path) -> None:
     short = [
         f"data.source={shared_dir}/data/nuclei",
         f"backbone.weights={shared_dir}/weights/vit_small_patch14_focus.safetensors",
-        *("data.limit.validation=8", "trainer.epochs=1", "trainer.batch_size=12"),
+        *("data.limit.validation=8", "trainer.epochs=1", "trainer.batch_size=8"),
         *("transforms.size=392", "transforms.crop=196", "trainer.learning_rate=2e-3"),
     ]
     adapter = job("segment_nuclei", tmp_path / "adapter", *short)
