@@ -141,8 +141,9 @@ class TrainerConfig(Section):
     """Steps between checkpoints to resume from; at each evaluation by default. A multiple or a
     divisor of evaluate_every."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Processes that read and decode data; auto: none where the CPU trains, whose cores they would
-    take from it, else one for each core but one, 8 at most."""
+    """Processes that read and decode data; auto: one for each core but one, 8 at most, and one at
+    most where the CPU trains and wants the cores (none there for kept states, or where processes
+    are not forked)."""
     cache_prefix: Literal["auto", "memory", "disk", "off"] = "auto"
     """Compute what lies below the first adapter once and keep its states, in memory or on disk,
     where later runs find them; auto: where it pays, in memory if they fit there."""

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from .prefix_data import Blank
+from .reading import own_draws
 from .task import Batch, Collate, Examples, Problem, Record, Rows, Task, TaskModel
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def evaluate(
         collate_fn=Collate(task) if kept is None else kept.collate,
         num_workers=min(workers if kept is None else kept.workers(workers), len(batches)),
         pin_memory=model.device.type == "cuda",
+        generator=own_draws(),
     )
     found = Evaluation([], [])
     was_training = model.training

@@ -22,7 +22,7 @@ from .batches import MixedBatches
 from .evaluation import refuse
 from .metrics import Metric
 from .multitask_config import MultitaskConfig
-from .reading import readers
+from .reading import own_draws, readers
 from .task import Collate, Example, Examples, Loaded, Problem, Rows, Task, TaskModel
 from .training import EncoderTrainer, TrainLoader, task_batches, validated
 
@@ -155,6 +155,7 @@ class JointTrainer(EncoderTrainer):
             persistent_workers=workers > 0,
             collate_fn=JointCollate(self.tasks),
             pin_memory=self.args.device.type == "cuda",
+            generator=own_draws(),
         )
 
     def note(self, loaded: Loaded) -> None:

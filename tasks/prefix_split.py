@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from .prefix_data import (
     Probe,
     ProbeCollate,
 )
+from .reading import forks, own_draws
 from .task import Batch, Rows, Task, TaskModel
 
 WAIT = 0.5  # seconds between looks at what another process fills
@@ -59,7 +59,7 @@ class KeptSplit:
 
     @property
     def examples(self) -> KeptExamples:
-        return KeptExamples(self.store, len(self.rows), train=self.train)
+        return KeptExamples(self.task, self.store, len(self.rows), train=self.train)
 
     @property
     def collate(self) -> KeptCollate:
@@ -71,18 +71,12 @@ class KeptSplit:
 
     def workers(self, asked: int) -> int:
         """How many processes read it: none where each would get a copy of the memory."""
-        shares = multiprocessing.get_start_method() == "fork"
-        return asked if shares or not self.in_memory else 0
+        return asked if forks() or not self.in_memory else 0
 
     @contextlib.contextmanager
     def resumed(self, batch: Batch) -> Iterator[None]:
         """Inside, the model's pass starts from the states in the batch, which leave it."""
-        states: States = batch.pop(STATES)
-        own = {
-            (tower, layer): value.to(self.store.captured(tower, layer))
-            for (tower, layer), value in states.items()
-        }
-        with self.prefix.resume(own):
+        with self.prefix.resume(batch.pop(STATES)):
             yield
 
     def states(self, batch: Batch) -> States:
@@ -136,6 +130,7 @@ class KeptSplit:
             batch_sampler=batches,  # type: ignore[arg-type]
             collate_fn=ProbeCollate(self.task, towers),
             num_workers=min(workers, len(chunks)),
+            generator=own_draws(),
         )
         entries: list[Entry] = []
         made = 0

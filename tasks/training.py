@@ -30,7 +30,7 @@ from .config import TrainerConfig
 from .evaluation import evaluate, processes, refuse, to_device
 from .prefix_cache import PrefixCache, prepare
 from .prefix_split import KeptSplit
-from .reading import readers
+from .reading import own_draws, readers
 from .task import Collate, Examples, Loaded, Problem, Rows, Scores, Task, TaskModel
 
 CHECKPOINTS = "checkpoints"
@@ -329,6 +329,7 @@ class TaskTrainer(EncoderTrainer):
         common: dict[str, Any] = {
             "collate_fn": Collate(self.task),
             "pin_memory": self.args.device.type == "cuda",
+            "generator": own_draws(),
         }
         if self.batches is None:
             stream = StreamExamples(
@@ -338,7 +339,8 @@ class TaskTrainer(EncoderTrainer):
             workers = min(readers(config), 1)
             return TrainLoader(stream, batch_size=share, num_workers=workers, **common)
         examples: Any = Examples(self.task, self.train_rows, train=True, views=config.views)
-        workers, kept = readers(config), self.cache.train
+        kept = self.cache.train
+        workers = readers(config, decoded=kept is not None)
         if kept is not None:
             examples, workers = kept.examples, kept.workers(workers)
             common["collate_fn"] = kept.collate
@@ -399,7 +401,7 @@ def validated(task: Task, model: TaskModel, rows: Rows, *, kept: KeptSplit | Non
         model,
         rows,
         batch_size=config.eval_batch_size or share,
-        workers=readers(config),
+        workers=readers(config, decoded=kept is not None),
         precision=config.precision,
         kept=kept,
     )

@@ -88,7 +88,8 @@ def _plain(example: Any) -> Any:
 def test_later_epochs_read_no_row_and_run_no_lower_block(tmp_path: Path) -> None:
     runs, reads = [], []
     for epochs in (2, 4):
-        config, train, validation = image_job(tmp_path, trainer={"epochs": epochs})
+        settings = {"epochs": epochs, "workers": 0}  # this process counts what is read
+        config, train, validation = image_job(tmp_path, trainer=settings)
         rows, measured = Counted(train), Counted(validation)
         training = trainer_of(config, train, validation, folder=tmp_path / str(epochs))
         training.train_rows, training.validation_rows = rows, measured  # type: ignore[assignment]
@@ -275,9 +276,8 @@ def test_states_of_other_rows_are_not_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_workers_read_kept_states(where: str, tmp_path: Path) -> None:
-    # A loader with workers draws another number than one without, and the head's dropout with it.
+    plain, _ = fitted("images", tmp_path / "plain", cache_prefix="off", workers=0)
     settings = {"workers": 1, "cache_folder": str(tmp_path)}
-    plain, _ = fitted("images", tmp_path / "plain", cache_prefix="off", **settings)
     kept, _ = fitted("images", tmp_path / "kept", cache_prefix=where, **settings)
     assert_same(plain, kept)
 

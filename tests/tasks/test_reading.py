@@ -13,8 +13,21 @@ def test_the_config_decides_where_it_gives_a_number() -> None:
     assert reading.readers(TrainerConfig(workers=0)) == 0
 
 
-def test_a_model_on_the_cpu_keeps_its_cores() -> None:
-    assert reading.readers(TrainerConfig(device="cpu")) == 0
+@pytest.mark.parametrize(
+    ("cores", "sharing", "methods", "wanted"),
+    [(2, 1, ["fork"], 1), (16, 1, ["fork"], 1), (1, 1, ["fork"], 0), (2, 2, ["fork"], 0)]
+    + [(16, 1, ["forkserver", "fork"], 0)],
+)
+def test_a_model_on_the_cpu_leaves_one_core(
+    monkeypatch: pytest.MonkeyPatch, cores: int, sharing: int, methods: list[str], wanted: int
+) -> None:
+    monkeypatch.setattr(reading.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(reading.multiprocessing, "get_start_method", lambda allow_none: None)
+    monkeypatch.setattr(reading.multiprocessing, "get_all_start_methods", lambda: methods)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(sharing))
+    assert reading.readers(TrainerConfig(device="cpu")) == wanted
+    assert reading.readers(TrainerConfig(device="cpu"), decoded=True) == 0
+    assert reading.readers(TrainerConfig(device="cpu", workers=2), decoded=True) == 2
 
 
 @pytest.mark.parametrize(

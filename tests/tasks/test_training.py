@@ -142,6 +142,18 @@ def test_accumulated_parts_give_the_gradients_of_the_whole_batch(tmp_path: Path)
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
+def test_readers_and_validation_leave_what_the_model_draws_as_it_is(tmp_path: Path) -> None:
+    # The head has dropout.
+    runs = [{"workers": 0}, {"workers": 2}, {"workers": 0, "evaluate_every": 3}]
+    losses = []
+    for number, settings in enumerate(runs):
+        log = train(tmp_path / str(number), **settings).state.log_history
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert len(losses[0]) == 16
+    assert losses[1] == losses[0]
+    assert losses[2] == losses[0]
+
+
 def test_the_best_validation_model_is_kept_not_the_last(tmp_path: Path) -> None:
     trainer = train(tmp_path, epochs=4, evaluate_every=4, learning_rate=0.3)
     logs = {
