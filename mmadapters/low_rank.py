@@ -34,12 +34,10 @@ def plus_low_rank(y: Tensor, x: Tensor, parts: Sequence[Sequence[Factors]]) -> T
         return torch.addmm(rows, inner, b.t(), alpha=scale).view(y.shape)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not y.is_contiguous():
         return torch.addmm(rows, inner, _block_diagonal(parts, y).t()).view(y.shape)
-    width, start = y.shape[-1] // len(parts), 0
-    for place, part in enumerate(parts):
-        for a, b, scale in part:
-            own = rows[:, place * width : (place + 1) * width]
-            own.addmm_(inner[:, start : start + len(a)], b.t(), alpha=scale)
-            start += len(a)
+    states = iter(inner.split([a.shape[0] for a in downs], dim=1))
+    for own, part in zip(rows.chunk(len(parts), dim=1), parts, strict=True):
+        for _, b, scale in part:
+            own.addmm_(next(states), b.t(), alpha=scale)
     return y
 
 

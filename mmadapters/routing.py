@@ -71,7 +71,7 @@ class Rows:
                     _Placed(
                         group,
                         None if whole or len(rows) == batch else _tensor(rows, device),
-                        _tensor(places, device),
+                        Places(places, device),
                     )
                 )
             self._rows[key] = found
@@ -85,13 +85,27 @@ def _tensor(values: list[int], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
+class Places:
+    """For each of some rows its place in a stack, whose end is neutral.
+
+    `in_order`: each row has the next place.
+    """
+
+    def __init__(self, places: list[int], device: torch.device) -> None:
+        self.in_order = places == list(range(len(places)))
+        self.tensor = _tensor(places, device)
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+
 @dataclass(eq=False)
 class _Placed:
-    """`rows`: None for the whole batch. `places`: (rows,) into the stack; its end is neutral."""
+    """`rows`: None for the whole batch."""
 
     group: _Group
     rows: Tensor | None
-    places: Tensor
+    places: Places
 
     def take(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or self.rows is None else x.index_select(0, self.rows)
@@ -171,18 +185,17 @@ class _Stack:
     def neutral(self, name: str) -> float:
         return 0.0
 
-    def stacked(self) -> dict[str, Tensor]:
-        """(K + 1, ...) by name. Made anew each time: kept ones would miss a write to `.data`."""
-        made = {}
-        for name, tensors in self.tensors().items():
-            shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
-            neutral = tensors[0].new_full(shape, self.neutral(name))
-            made[name] = torch.stack([*(padded(t, shape) for t in tensors), neutral])
-        return made
+    def gathered(self, places: Places) -> dict[str, Tensor]:
+        """(rows, ...) by name. Made anew each time: kept ones would miss a write to `.data`."""
+        return {name: self._gathered(name, own, places) for name, own in self.tensors().items()}
 
-    def gathered(self, places: Tensor) -> dict[str, Tensor]:
-        """(rows, ...) by name."""
-        return {name: t.index_select(0, places) for name, t in self.stacked().items()}
+    def _gathered(self, name: str, tensors: list[Tensor], places: Places) -> Tensor:
+        shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+        filled = [padded(t, shape) for t in tensors]
+        if places.in_order and len(places) <= len(filled):
+            return torch.stack(filled[: len(places)])
+        neutral = tensors[0].new_full(shape, self.neutral(name))
+        return torch.stack([*filled, neutral]).index_select(0, places.tensor)
 
 
 def padded(tensor: Tensor, shape: Sequence[int], value: float = 0.0) -> Tensor:
@@ -236,7 +249,7 @@ class _Bottlenecks(_Stack):
         return found
 
     def __call__(
-        self, places: Tensor, branch: Tensor, *, residual: Tensor | None, input: Tensor | None
+        self, places: Places, branch: Tensor, *, residual: Tensor | None, input: Tensor | None
     ) -> Tensor:
         one, own = self.modules[0], self.gathered(places)
         h = one.read(branch, residual=residual, input=input)
@@ -260,15 +273,21 @@ class _LoRAs(_Stack):
     modules: list[LoRA]
 
     def tensors(self) -> dict[str, list[Tensor]]:
+        scale = self.modules[0].scaling
         return {
             "a": [m.a for m in self.modules],
-            "b": [m.b * m.scaling for m in self.modules],
+            "b": [m.b if m.scaling == scale else m.b * (m.scaling / scale) for m in self.modules],
         }
 
-    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+    def __call__(self, places: Places, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         one, own = self.modules[0], self.gathered(places)
         x = F.dropout(x, one.dropout, one.training).to(own["a"].dtype)
-        return y + linear_by_row(linear_by_row(x, own["a"]), own["b"]).to(y.dtype)
+        z, b = linear_by_row(x, own["a"]), own["b"]
+        if y.dtype != b.dtype or torch.is_autocast_enabled(y.device.type):
+            return y + (linear_by_row(z, b) * one.scaling).to(y.dtype)
+        rows, states = (part.reshape(len(part), -1, part.shape[-1]) for part in (y, z))
+        changed = torch.baddbmm(rows, states, b.transpose(1, 2), alpha=one.scaling)
+        return changed.view(y.shape)
 
 
 class _OutputScales(_Stack):
@@ -280,17 +299,17 @@ class _OutputScales(_Stack):
     def tensors(self) -> dict[str, list[Tensor]]:
         return {"scale": [m.scale for m in self.modules]}
 
-    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+    def __call__(self, places: Places, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         return y * _by_token(self.gathered(places)["scale"], y).to(y.dtype)
 
 
 class _InputScales(_OutputScales):
     modules: list[InputScale]  # type: ignore[assignment]
 
-    def enter(self, places: Tensor, x: Tensor) -> Tensor:
+    def enter(self, places: Places, x: Tensor) -> Tensor:
         return x * _by_token(self.gathered(places)["scale"], x).to(x.dtype)
 
-    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+    def __call__(self, places: Places, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         return y
 
 
@@ -300,7 +319,7 @@ class _ScaleShifts(_OutputScales):
     def tensors(self) -> dict[str, list[Tensor]]:
         return {**super().tensors(), "shift": [m.shift for m in self.modules]}
 
-    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+    def __call__(self, places: Places, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         own = self.gathered(places)
         return y * _by_token(own["scale"], y).to(y.dtype) + _by_token(own["shift"], y).to(y.dtype)
 
@@ -311,7 +330,7 @@ class _Biases(_Stack):
     def tensors(self) -> dict[str, list[Tensor]]:
         return {"bias": [m.bias for m in self.modules]}
 
-    def __call__(self, places: Tensor, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
+    def __call__(self, places: Places, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
         return y + _by_token(self.gathered(places)["bias"], y).to(y.dtype)
 
 

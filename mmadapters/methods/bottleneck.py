@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -203,18 +203,25 @@ class Bottleneck(Placed):
         return self.down, self.up
 
     def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        if branch.is_cuda and not torch.compiler.is_compiling():
-            found = self._in_one(self.read(branch, residual=residual, input=input), branch)
-            if found is not None:
-                return found
-        return branch + self.change(branch, residual=residual, input=input)
+        maps = None if torch.compiler.is_compiling() else self._maps()
+        if maps is None:
+            return branch + self.change(branch, residual=residual, input=input)
+        scale: float = self.scale  # type: ignore[assignment]
+        h = self.read(branch, residual=residual, input=input)
+        if fused.fits(h, branch, maps, self.activation):
+            return fused.bottleneck(h, branch, maps, activation=self.activation, scale=scale)
+        down, down_bias, up, up_bias = maps
+        h = F.linear(ACTIVATIONS[self.activation](F.linear(h, down, down_bias)), up, up_bias)
+        if scale != 1.0:
+            h = h * scale
+        return branch + (h if h.dtype == branch.dtype else h.to(branch.dtype))
 
-    def _in_one(self, h: Tensor, branch: Tensor) -> Tensor | None:
-        """The result by one kernel; None where this is not two linear maps, an activation and a
-        fixed scale with nothing drawn, or the kernel does not take the tensors.
+    def _maps(self) -> fused.Maps | None:
+        """All that `change` computes with, where that is two linear maps, an activation and a fixed
+        scale, with nothing drawn; else None.
 
-        Parts are looked up where nn.Module keeps them: its own attribute access, which searches,
-        would take as long as the launch.
+        Calling four modules takes as long as running them does in a small batch. So parts are
+        looked up where nn.Module keeps them, not by its own attribute access, which searches.
         """
         parts = self._modules
         down, up = parts["down"], parts["up"]
@@ -227,13 +234,9 @@ class Bottleneck(Placed):
             or not _is_map(up)
         ):
             return None
-        assert down is not None
-        assert up is not None
         first, second = down._parameters, up._parameters
-        maps = (first["weight"], first["bias"], second["weight"], second["bias"])
-        if not fused.fits(h, branch, maps, self.activation):  # type: ignore[arg-type]
-            return None
-        return fused.bottleneck(h, branch, maps, activation=self.activation, scale=self.scale)  # type: ignore[arg-type]
+        maps: Any = (first["weight"], first["bias"], second["weight"], second["bias"])
+        return maps
 
     def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
         h = self.up(self.inner(branch, residual=residual, input=input))
@@ -252,9 +255,14 @@ class Bottleneck(Placed):
         return F.dropout(h, self.dropout, self.training)
 
 
-def _is_map(module: nn.Module | None) -> bool:
+def _is_map(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether calling it does what nn.Linear does and no more."""
-    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is nn.Linear and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def linear(in_features: int, out_features: int, like: dict) -> nn.Linear:

@@ -109,6 +109,31 @@ def test_module_computes_its_formula(placement: str, scale: str, norm: Any) -> N
         assert_close(module(**given).numpy(), reference(config, p, SITE, u, x, n), 1e-12)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("part", ["down", "up"])
+@pytest.mark.parametrize("hook", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_on_a_projection_are_called_and_change_no_bit(
+    hook: str, part: str, autocast: bool
+) -> None:
+    module = built(BottleneckConfig(placement=PLACEMENTS["sequential-after"], size=6, scale=0.7))
+    module, seen = module.float(), []
+    given = {name: value.float().requires_grad_() for name, value in triple().items()}
+
+    def results() -> list[torch.Tensor]:
+        with torch.autocast("cpu", enabled=autocast):
+            out = module(**given)
+        wanted = [given["branch"], given["residual"], *module.parameters()]
+        return [out, *torch.autograd.grad(out.square().sum(), wanted)]
+
+    plain = results()
+    register = getattr(getattr(module, part), f"register_{hook}_hook")
+    register(lambda *_: seen.append(hook))
+    hooked = results()
+    assert seen == [hook]
+    assert plain[0].dtype == torch.float32
+    assert all(map(torch.equal, plain, hooked))
+
+
 @pytest.mark.parametrize("name", KNOWN_ACTIVATIONS)
 def test_each_activation_is_the_one_of_that_name(name: str) -> None:
     x = torch.linspace(-4, 4, 81, dtype=torch.float64)
