@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,10 +29,10 @@ from .injectors import (
     resuming,
 )
 from .injectors.looking import Gaze, gazing
-from .merging import Merged, merged_tensors
+from .merging import Changes, Merged, merged, merged_tensors, widened_leaves
 from .methods import AdapterModule, FusionConfig, MethodConfig
 from .plans import Plans
-from .selfcheck import check
+from .selfcheck import agrees, check
 from .sharing import Sharing
 from .sites import SiteMap, nearest
 from .summary import AdapterRow, summary_table
@@ -287,6 +288,13 @@ class AdapterModel(nn.Module):
         return adapter
 
     def _insert(self, name: str, adapter: Adapter) -> None:
+        for folded in self._merged:
+            wide = {leaf.name for leaf in folded.widened}
+            for site in adapter.plan().delta.keys() & wide:
+                raise ValueError(
+                    f"adapter {name!r} cannot be added: {site} has channels of adapter "
+                    f"{folded.name!r}, which is merged; call reset_adapter({folded.name!r}) first"
+                )
         adapter.train(self.training)
         self.adapters._modules[name] = adapter
         try:
@@ -684,10 +692,14 @@ class AdapterModel(nn.Module):
     def merge_adapter(self, name: str) -> None:
         """Folds an adapter into the encoder's weights: the same outputs at no cost.
 
-        The adapter no longer acts by itself. `reset_adapter` undoes it to the bit.
+        The adapter no longer acts by itself. `reset_adapter` undoes it to the bit. A bottleneck
+        that stands beside a feed-forward part, reads what it reads and has its activation becomes
+        channels of it: the encoder is a wider one then (timm: another `mlp_ratio`).
 
         Raises:
-            ValueError: the method cannot be merged, with the reason; or a bias has nowhere to go.
+            ValueError: the method cannot be merged, with the reason; or a bias has nowhere to go;
+                or a feed-forward part that is to get channels is of another kind, or other
+                adapters change its maps.
         """
         adapter = self.adapter(name)
         self._refuse_merged(name, "merged again")
@@ -700,12 +712,34 @@ class AdapterModel(nn.Module):
             raise ValueError(f"adapter {name!r} cannot be merged: {adapter.config.mergeable}")
         self.identity()
         changes = merged_tensors(name, adapter, self.sites)
+        self._refuse_widening(name, changes)
         if self._composition is not None and name in self._composition.names():
             self._refuse_entangled(name)
             rest = [other for other in self._composition.names() if other != name]
             self.set_active_adapters(rest or None)
-        self._merged.append(Merged.into_weights(name, changes))
+        self._merged.append(Merged.into_weights(name, changes, self.sites))
         self._forget(name)
+
+    def _refuse_widening(self, name: str, changes: Changes) -> None:
+        wide = {leaf.name for leaf in widened_leaves(changes, self.sites)}
+        if not wide:
+            return
+        adapter = self.adapter(name)
+        for other in self.adapter_names:
+            for site in self.adapter(other).plan().delta.keys() & wide:
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged: {site} would get more channels, and "
+                    f"adapter {other!r} was made for those that it has; delete that first"
+                )
+        with torch.random.fork_rng(devices=[]):
+            example = self._example_input()
+        plan, folded = adapter.plan(), functools.partial(merged, name, adapter, self.sites)
+        parts = [part.output for part in self.sites.sublayers() if part.name in plan.branch]
+        if not agrees(self, self._runtime, plan, example, parts, folded):
+            raise ValueError(
+                f"adapter {name!r} cannot be merged: the feed-forward parts beside which it "
+                "stands are not just two maps with its activation between them"
+            )
 
     def _refuse_entangled(self, name: str) -> None:
         """What is merged acts on everything: only a plain Stack may lose a member to it."""
@@ -720,6 +754,15 @@ class AdapterModel(nn.Module):
                 f"adapter {name!r} cannot be merged while {active!r} acts: call "
                 "set_active_adapters(None) first"
             )
+        names = list(active.names())
+        sites = self.adapter(name).plan().branch.keys()
+        for other in names[: names.index(name)]:
+            if self.adapter(other).plan().branch.keys() & sites:
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged while {other!r} acts before it on the "
+                    "same feed-forward parts, and would then act behind: call "
+                    "set_active_adapters(None) first"
+                )
 
     def reset_adapter(self, name: str) -> None:
         """Undoes `merge_adapter`: the encoder has the very bits that it had.

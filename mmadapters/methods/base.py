@@ -55,6 +55,11 @@ class Branch(nn.Module):
         """What `forward` adds to the branch."""
         return self(branch, residual=residual, input=input) - branch
 
+    def channels(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """D (r, D), b_D (r,), U (D, r) and b_U (D,) where, with nothing drawn, U act(D n + b_D) +
+        b_U of the sublayer's own input n is what is added; else None."""
+        return None
+
 
 class Delta(nn.Module):
     """Changes a leaf: `forward` on activations, `effective` on the weight; both mean the same.

@@ -111,9 +111,21 @@ class BottleneckConfig(MethodConfig):
 
     method: ClassVar[str] = "bottleneck"
     standard: ClassVar[tuple[Literal["size", "reduction_factor"], int]] = ("reduction_factor", 16)
-    mergeable: ClassVar[bool | str] = (
-        "a bottleneck has a non-linearity between its two projections, so no weight equals it"
-    )
+
+    @property
+    def mergeable(self) -> bool | str:  # type: ignore[override]
+        """True where it is a few more channels of the feed-forward part that it stands beside."""
+        placement = self.placement
+        if (
+            isinstance(placement, ParallelPlacement)
+            and placement.input == "normed"
+            and placement.at == ("ffn",)
+            and self.norm is None
+        ):
+            return True
+        return (
+            "a bottleneck has a non-linearity between its two projections, so no weight equals it"
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,6 +249,15 @@ class Bottleneck(Placed):
         first, second = down._parameters, up._parameters
         maps: Any = (first["weight"], first["bias"], second["weight"], second["bias"])
         return maps
+
+    def channels(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        if self.reads != {"input"} or self.norm_before is not None or self.norm_after is not None:
+            return None
+        if not (_is_map(self.down) and _is_map(self.up)):
+            return None
+        down, up = self.linears
+        scale = torch.as_tensor(self.scale, dtype=up.weight.dtype, device=up.weight.device)
+        return down.weight, down.bias, up.weight * scale.reshape(-1, 1), up.bias * scale
 
     def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
         h = self.up(self.inner(branch, residual=residual, input=input))

@@ -16,6 +16,9 @@ METHODS = ("double_seq_bn", "seq_bn", "lora")
 PRECISIONS = ("fp32", "bf16")
 NAMES = {"torch": "", "mmadapters": "ours", "peft": "peft", "adapters": "AdapterHub"}
 MIXED = 8
+# Bottlenecks beside the feed-forward parts, twice as wide as others as there are half as many, that
+# have become channels of these.
+WIDER = "parallel merged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +26,8 @@ class Case:
     """One figure.
 
     Attributes:
-        method: one of `METHODS`, "lora merged", or of the bare encoder "bare" and "full", which is
-            full fine-tuning.
+        method: one of `METHODS`, "lora merged", `WIDER`, or of the bare encoder "bare" and "full",
+            which is full fine-tuning.
         kind: a forward pass, one with an adapter of its own for each eighth of the batch (mixed), a
             training step, one from stored states (cached), a switch between two adapters, loading
             one from disk.
@@ -132,12 +135,15 @@ def forward_cases(settings: Settings, libraries: Sequence[str], batch: int) -> l
             cases.append(Case(library=library, method="lora merged", kind="forward", batch=batch))
         if batch >= MIXED:
             cases.append(Case(library=library, method=method, kind="mixed", batch=batch))
+    wider = Case(library="mmadapters", method=WIDER, kind="forward", batch=batch)
+    if "own" in libraries:
+        cases.append(wider)
     if settings.compile and "own" in libraries:
         graphs: tuple[Mode, ...] = ("graph", "compile+graph")
         modes: tuple[Mode, ...] = ("compile", *(graphs if settings.device != "cpu" else ()))
         bare = Case(library="torch", method="bare", kind="forward", batch=batch)
         ours = Case(library="mmadapters", method=settings.method, kind="forward", batch=batch)
-        cases += [_in_mode(case, mode) for mode in modes for case in (bare, ours)]
+        cases += [_in_mode(case, mode) for mode in modes for case in (bare, ours, wider)]
     return cases
 
 

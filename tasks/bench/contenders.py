@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,17 @@ import torch
 from torch import nn
 
 import mmadapters
-from mmadapters import BottleneckConfig, DoubleSeqBnConfig, LoRAConfig, Route, SeqBnConfig
+from mmadapters import (
+    BottleneckConfig,
+    DoubleSeqBnConfig,
+    LoRAConfig,
+    ParallelPlacement,
+    Route,
+    SeqBnConfig,
+)
 from mmadapters.injectors import describe
 
+from .cases import WIDER
 from .encoders import Inputs
 from .limits import first_block
 
@@ -136,11 +144,17 @@ class Ours(Contender):
 
 
 class Merged(Bare):
-    """A LoRA of ours in the weights, and the encoder given back as it is served."""
+    """An adapter of ours in the weights, and the encoder given back as it is served."""
 
     def __init__(self, encoder: nn.Module, work: Work) -> None:
         ours = Ours(encoder, work)
-        ours.model.merge_adapter("a0")
+        try:
+            ours.model.merge_adapter("a0")
+        except ValueError:  # the feed-forward parts have CLIP's activation
+            ours.model.delete_adapter("a0")
+            ours.model.add_adapter("a0", replace(_config(work, encoder), activation="quick_gelu"))
+            randomise(list(ours.model.adapters.parameters()))
+            ours.model.merge_adapter("a0")
         super().__init__(ours.model.detach(), work)
 
 
@@ -148,6 +162,11 @@ def _config(work: Work, encoder: nn.Module) -> mmadapters.MethodConfig:
     sites = _sites(work.start, encoder)
     if work.method.startswith("lora"):
         return LoRAConfig(rank=RANK, targets=TARGETS, sites=sites)
+    if work.method == WIDER:
+        beside = ParallelPlacement(input="normed")
+        return BottleneckConfig(
+            placement=beside, size=2 * work.size, activation="gelu", sites=sites
+        )
     bottlenecks: dict[str, type[BottleneckConfig]] = {
         "double_seq_bn": DoubleSeqBnConfig,
         "seq_bn": SeqBnConfig,

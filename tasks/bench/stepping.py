@@ -116,7 +116,7 @@ def _contender(case: Case, place: Place, *, adapters: int = 1) -> Contender:
         adapters=MIXED if names else adapters,
         mixed=tuple(names),
     )
-    if (case.library, case.method) == ("mmadapters", "lora merged"):
+    if case.library == "mmadapters" and case.method.endswith(" merged"):
         return Merged(place.make(), work)
     return LIBRARIES[case.library](place.make(), work)
 

@@ -142,7 +142,8 @@ def test_twins_give_the_same_pooled_features(preset: str) -> None:
 def test_every_contender_has_its_row(found: dict[str, Any]) -> None:
     for preset in ("nano-vit", "nano-wav2vec2"):
         for batch in (1, 8):
-            for method in ("bare", "double_seq_bn", "seq_bn", "lora", "lora merged"):
+            merged = ("lora merged", "parallel merged")
+            for method in ("bare", "double_seq_bn", "seq_bn", "lora", *merged):
                 row_of(found, preset, kind="forward", method=method, batch=batch)
         for method in ("double_seq_bn", "seq_bn", "lora"):
             row_of(found, preset, kind="mixed", method=method, batch=8)
