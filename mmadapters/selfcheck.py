@@ -156,11 +156,11 @@ def agrees(
             off, on = output(NOTHING), output(plan)
             # Made so strong that rounding of all else hides no other activation.
             weak = _STRONG * _distance(off) / max(_distance(on, off), 1e-30)
-            for _, _, module in plan.entries():
-                if weak > 1 and getattr(module, "linears", None) is not None:
-                    for parameter in module.linears[1].parameters():
+            if weak > 1:
+                for _, _, module in plan.entries():
+                    for parameter in getattr(module, "linears", [nn.Module()])[-1].parameters():
                         parameter.mul_(weak)
-            on = output(plan)
+                on = output(plan)
             try:
                 with folded():
                     found = output(NOTHING)

@@ -150,9 +150,13 @@ class Merged(Bare):
         ours = Ours(encoder, work)
         try:
             ours.model.merge_adapter("a0")
-        except ValueError:  # the feed-forward parts have CLIP's activation
+        except ValueError:
+            config = ours.model.adapter("a0").config
+            if not isinstance(config, BottleneckConfig):
+                raise
+            # The feed-forward parts have CLIP's activation.
             ours.model.delete_adapter("a0")
-            ours.model.add_adapter("a0", replace(_config(work, encoder), activation="quick_gelu"))
+            ours.model.add_adapter("a0", replace(config, activation="quick_gelu"))
             randomise(list(ours.model.adapters.parameters()))
             ours.model.merge_adapter("a0")
         super().__init__(ours.model.detach(), work)
