@@ -717,8 +717,11 @@ class AdapterModel(nn.Module):
             self._refuse_entangled(name)
             rest = [other for other in self._composition.names() if other != name]
             self.set_active_adapters(rest or None)
-        self._merged.append(Merged.into_weights(name, changes, self.sites))
+        folded = Merged.into_weights(name, changes, self.sites)
+        self._merged.append(folded)
         self._forget(name)
+        if folded.widened:  # compiled code need not look at the shapes of parameters
+            self._runtime.recompile()
 
     def _refuse_widening(self, name: str, changes: Changes) -> None:
         wide = {leaf.name for leaf in widened_leaves(changes, self.sites)}
@@ -776,7 +779,10 @@ class AdapterModel(nn.Module):
             raise ValueError(f"adapter {name!r} is not merged")
         if merged[-1] != name:
             raise ValueError(f"adapter {merged[-1]!r} was merged after {name!r}: reset it first")
-        self._merged.pop().undo()
+        folded = self._merged.pop()
+        folded.undo()
+        if folded.widened:
+            self._runtime.recompile()
 
     def _refuse_merged(self, name: str, what: str) -> None:
         if name in [merge.name for merge in self._merged]:

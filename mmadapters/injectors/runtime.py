@@ -190,6 +190,10 @@ class Runtime:
         for key in sorted(wanted, key=lambda key: key == last):
             if key not in self._handles and key not in self._raw:
                 self._install(key)
+        self.recompile()
+
+    def recompile(self) -> None:
+        """Lets what torch.compile has made of the encoder so far run no more."""
         self.generation = _next_generation()
 
     def allow_copies(self) -> None:
@@ -198,7 +202,7 @@ class Runtime:
             self._copies = True
             for block in self.sites.blocks():
                 self._install(("copy", block.name))
-            self.generation = _next_generation()
+            self.recompile()
 
     def clear(self) -> None:
         """Removes every hook and gives every module its own class back."""
