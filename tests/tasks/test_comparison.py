@@ -280,7 +280,8 @@ def test_bad_configs_say_what_to_change(
 
 def test_shipped_comparisons_read_and_train_takes_none_of_them() -> None:
     names = config_names("comparison")
-    assert {"compare_vision", "compare_speech", "compare_vision_language"} <= names.keys()
+    shipped = {"compare_vision", "compare_speech", "compare_vision_language", "compare_retrieval"}
+    assert shipped <= names.keys()
     for name in names:
         assert read_contenders(read_comparison(name))
         with pytest.raises(ValueError, match="give it to mmadapters compare"):
