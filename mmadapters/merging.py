@@ -61,7 +61,7 @@ class Merged:
 
 
 @contextlib.contextmanager
-def merged(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[None]:
+def while_merged(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[None]:
     """Inside the block the adapter is folded in.
 
     Raises:

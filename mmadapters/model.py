@@ -29,7 +29,7 @@ from .injectors import (
     resuming,
 )
 from .injectors.looking import Gaze, gazing
-from .merging import Changes, Merged, merged, merged_tensors, widened_leaves
+from .merging import Changes, Merged, merged_tensors, while_merged, widened_leaves
 from .methods import AdapterModule, FusionConfig, MethodConfig
 from .plans import Plans
 from .selfcheck import agrees, check
@@ -736,7 +736,7 @@ class AdapterModel(nn.Module):
                 )
         with torch.random.fork_rng(devices=[]):
             example = self._example_input()
-        plan, folded = adapter.plan(), functools.partial(merged, name, adapter, self.sites)
+        plan, folded = adapter.plan(), functools.partial(while_merged, name, adapter, self.sites)
         parts = [part.output for part in self.sites.sublayers() if part.name in plan.branch]
         if not agrees(self, self._runtime, plan, example, parts, folded):
             raise ValueError(

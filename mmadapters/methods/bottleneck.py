@@ -215,25 +215,22 @@ class Bottleneck(Placed):
         return self.down, self.up
 
     def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        maps = None if torch.compiler.is_compiling() else self._maps()
-        if maps is None:
-            return branch + self.change(branch, residual=residual, input=input)
-        scale: float = self.scale  # type: ignore[assignment]
-        h = self.read(branch, residual=residual, input=input)
-        if fused.fits(h, branch, maps, self.activation):
-            return fused.bottleneck(h, branch, maps, activation=self.activation, scale=scale)
-        down, down_bias, up, up_bias = maps
-        h = F.linear(ACTIVATIONS[self.activation](F.linear(h, down, down_bias)), up, up_bias)
-        if scale != 1.0:
-            h = h * scale
-        return branch + (h if h.dtype == branch.dtype else h.to(branch.dtype))
+        maps = None
+        if branch.is_cuda and not torch.compiler.is_compiling():
+            maps = self._maps(branch)
+        if maps is not None:
+            h = self.read(branch, residual=residual, input=input)
+            if h is branch or fused.fits(h, branch, maps, self.activation):
+                scale: float = self.scale  # type: ignore[assignment]
+                return fused.bottleneck(h, branch, maps, activation=self.activation, scale=scale)
+        return branch + self.change(branch, residual=residual, input=input)
 
-    def _maps(self) -> fused.Maps | None:
-        """All that `change` computes with, where that is two linear maps, an activation and a fixed
-        scale, with nothing drawn; else None.
+    def _maps(self, branch: Tensor) -> fused.Maps | None:
+        """What one kernel can put on the branch; None where this is not two linear maps, an
+        activation and a fixed scale with nothing drawn, or the kernel does not take the tensors.
 
-        Calling four modules takes as long as running them does in a small batch. So parts are
-        looked up where nn.Module keeps them, not by its own attribute access, which searches.
+        Parts are looked up where nn.Module keeps them: its own attribute access, which searches,
+        would take as long as the launch.
         """
         parts = self._modules
         down, up = parts["down"], parts["up"]
@@ -248,7 +245,7 @@ class Bottleneck(Placed):
             return None
         first, second = down._parameters, up._parameters
         maps: Any = (first["weight"], first["bias"], second["weight"], second["bias"])
-        return maps
+        return maps if fused.fits(branch, branch, maps, self.activation) else None
 
     def channels(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         if self.reads != {"input"} or self.norm_before is not None or self.norm_after is not None:
@@ -260,7 +257,7 @@ class Bottleneck(Placed):
         return down.weight, down.bias, up.weight * scale.reshape(-1, 1), up.bias * scale
 
     def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        h = self.up(self.inner(branch, residual=residual, input=input))
+        h = _mapped(self.up, self.inner(branch, residual=residual, input=input))
         if self.norm_after is not None:
             h = self.norm_after(h)
         if isinstance(self.scale, Tensor) or self.scale != 1.0:
@@ -272,7 +269,7 @@ class Bottleneck(Placed):
         h = self.read(branch, residual=residual, input=input)
         if self.norm_before is not None:
             h = self.norm_before(h)
-        h = ACTIVATIONS[self.activation](self.down(h))
+        h = ACTIVATIONS[self.activation](_mapped(self.down, h))
         return F.dropout(h, self.dropout, self.training)
 
 
@@ -284,6 +281,17 @@ def _is_map(module: nn.Module | None) -> TypeGuard[nn.Linear]:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def _mapped(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x). In a small batch the call of a module takes longer than its product does, so plain
+    maps are not called; compiled code calls nothing in any case."""
+    if torch.compiler.is_compiling() or not _is_map(module):
+        return module(x)
+    own = module._parameters
+    weight = own["weight"]
+    assert weight is not None
+    return F.linear(x, weight, own["bias"])
 
 
 def linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
