@@ -71,9 +71,8 @@ def load(
     assert composition is not None
     built = []
     for name, config in stored.config["adapters"].items():
-        adapter = model._build(name, methods.from_dict(config))
-        adapter.load(_below(stored.tensors, f"{_ADAPTERS}{name}/"), directory)
-        built.append((name, adapter))
+        tensors = _below(stored.tensors, f"{_ADAPTERS}{name}/")
+        built.append((name, model._filled(name, methods.from_dict(config), tensors, directory)))
     added: list[str] = []
     loaded: list[str] = []
     try:

@@ -31,6 +31,7 @@ from .injectors import (
 from .injectors.looking import Gaze, gazing
 from .merging import Changes, Merged, merged_tensors, while_merged, widened_leaves
 from .methods import AdapterModule, FusionConfig, MethodConfig
+from .methods.starts import undrawn
 from .plans import Plans
 from .selfcheck import agrees, check
 from .sharing import Sharing
@@ -285,6 +286,19 @@ class AdapterModel(nn.Module):
                 parts[f"{site}#{key}"] = module
         adapter = Adapter(config, parts)
         adapter.requires_grad_(False)
+        return adapter
+
+    def _filled(
+        self,
+        name: str,
+        config: MethodConfig,
+        tensors: Mapping[str, Tensor],
+        source: str | os.PathLike,
+    ) -> Adapter:
+        """An adapter that holds `tensors`; see `Adapter.load`."""
+        with undrawn():
+            adapter = self._build(name, config)
+        adapter.load(tensors, source)
         return adapter
 
     def _insert(self, name: str, adapter: Adapter) -> None:
@@ -645,9 +659,8 @@ class AdapterModel(nn.Module):
         config, tensors = combined(
             [self.adapter(member) for member in names], names, given, how=how, rank=rank
         )
-        adapter = self._build(name, config)
-        adapter.load(tensors, f"the average of {', '.join(names)}")
-        self._insert(name, adapter)
+        average = f"the average of {', '.join(names)}"
+        self._insert(name, self._filled(name, config, tensors, average))
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter and the hooks that only it needed; nothing acts if it was acting.
@@ -893,7 +906,6 @@ class AdapterModel(nn.Module):
             stored.backbone, self.identity(), allow_different_weights=allow_different_weights
         )
         name = stored.name if name is None else name
-        adapter = self._build(name, methods.from_dict(stored.config))
-        adapter.load(stored.tensors, directory)
-        self._insert(name, adapter)
+        config = methods.from_dict(stored.config)
+        self._insert(name, self._filled(name, config, stored.tensors, directory))
         return stored

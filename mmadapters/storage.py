@@ -56,9 +56,9 @@ def write(directory: str | os.PathLike, stored: Stored) -> None:
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {**stored.tensors, **{_HEAD + key: value for key, value in stored.head.items()}}
-    for key, tensor in tensors.items():
-        if not _is_finite(tensor):
-            raise ValueError(f"{key} holds values that are not finite, so {target} was not written")
+    damaged = _not_finite(tensors)
+    if damaged is not None:
+        raise ValueError(f"{damaged} holds values that are not finite, so {target} was not written")
     # Copies, as safetensors takes no two tensors that share memory (tied weights of a head).
     data = save_tensors(
         {
@@ -99,8 +99,16 @@ def _check_replaceable(target: Path) -> None:
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first that holds a value that is not finite. All of a kind are looked at in one pass:
+    an adapter has many small tensors."""
+    flat: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            flat.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach().reshape(-1))
+    if all(bool(torch.isfinite(torch.cat(parts)).all()) for parts in flat.values()):
+        return None
+    return next(key for key, tensor in tensors.items() if not torch.isfinite(tensor).all())
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -160,9 +168,9 @@ def read(directory: str | os.PathLike) -> Stored:
         tensors = load_tensors(data)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS_FILE} is not a safetensors file: {error}") from None
-    for key, tensor in tensors.items():
-        if not _is_finite(tensor):
-            raise ValueError(f"{path / WEIGHTS_FILE}: {key} holds values that are not finite")
+    damaged = _not_finite(tensors)
+    if damaged is not None:
+        raise ValueError(f"{path / WEIGHTS_FILE}: {damaged} holds values that are not finite")
     return Stored(
         name=description["name"],
         config=description["config"],

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..sites import Leaf, SiteMap, nearest
@@ -242,9 +241,3 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1.0 - rate)
     return x * keep / (1.0 - rate)
-
-
-@torch.no_grad()
-def kaiming(weight: Tensor) -> Tensor:
-    """The initialisation of nn.Linear and of LoRA's A: uniform within sqrt(1 / fan_in)."""
-    return nn.init.kaiming_uniform_(weight, a=5**0.5)

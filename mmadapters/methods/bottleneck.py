@@ -37,8 +37,8 @@ from .base import (
     check_number,
     check_rate,
     drop_path,
-    kaiming,
 )
+from .starts import linear, zero_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -292,22 +292,6 @@ def _mapped(module: nn.Module, x: Tensor) -> Tensor:
     weight = own["weight"]
     assert weight is not None
     return F.linear(x, weight, own["bias"])
-
-
-def linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
-    """A linear map with nn.Linear's weight and zero bias."""
-    module = nn.Linear(in_features, out_features, **like)
-    kaiming(module.weight)
-    nn.init.zeros_(module.bias)
-    return module
-
-
-def zero_linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
-    """A linear map that gives zero until it is trained."""
-    module = nn.Linear(in_features, out_features, **like)
-    nn.init.zeros_(module.weight)
-    nn.init.zeros_(module.bias)
-    return module
 
 
 def check_size(size: int | None, reduction_factor: float | None) -> None:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import Embedding, SiteMap, Tower
-from .base import AdapterModule, Branch, MethodConfig, check_count, check_number, kaiming
+from .base import AdapterModule, Branch, MethodConfig, check_count, check_number
+from .starts import kaiming
 
 
 @dataclass(frozen=True, kw_only=True)

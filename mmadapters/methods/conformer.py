@@ -25,10 +25,9 @@ from .bottleneck import (
     Placed,
     Placement,
     SequentialPlacement,
-    linear,
-    zero_linear,
 )
 from .speech import audio_tower
+from .starts import linear, zero_linear
 
 
 @dataclass(frozen=True, kw_only=True)

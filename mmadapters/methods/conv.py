@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from ..sites import Grid, SiteMap, Sublayer
 from .base import AdapterModule, Branch, MethodConfig, check_count, check_number, check_rate
-from .bottleneck import ACTIVATIONS, linear, zero_linear
+from .bottleneck import ACTIVATIONS
+from .starts import linear, zero_linear
 
 Apply = Callable[[nn.Conv2d, Tensor], Tensor]
 

@@ -31,7 +31,8 @@ from .base import (
     check_number,
     check_rate,
 )
-from .bottleneck import ACTIVATIONS, chosen_sublayers, linear, zero_linear
+from .bottleneck import ACTIVATIONS, chosen_sublayers
+from .starts import linear, zero_linear
 
 
 @dataclass(frozen=True, kw_only=True)

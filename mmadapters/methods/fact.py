@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import Leaf, SiteMap
-from .base import AdapterModule, Delta, MethodConfig, check_count, check_number, kaiming
+from .base import AdapterModule, Delta, MethodConfig, check_count, check_number
 from .lora import TARGETS, check_targets, chosen_leaves
+from .starts import kaiming
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ..sites import Block, SiteMap, Tower
 from .adding import Adding
-from .base import AdapterModule, MethodConfig, check_count, check_rate, kaiming
+from .base import AdapterModule, MethodConfig, check_count, check_rate
+from .starts import kaiming
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ..sites import SiteMap, Tower
 from .base import AdapterModule, MethodConfig, Readout, check_count, check_number, check_rate
-from .bottleneck import bottleneck_size, check_size, linear, zero_linear
+from .bottleneck import bottleneck_size, check_size
+from .starts import linear, zero_linear
 
 
 @dataclass(frozen=True, kw_only=True)

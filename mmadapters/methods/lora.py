@@ -26,8 +26,8 @@ from .base import (
     check_count,
     check_number,
     check_rate,
-    kaiming,
 )
+from .starts import kaiming
 
 TARGETS = (*ATTENTION_LEAVES, *FFN_LEAVES)
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..sites import SiteMap, Sublayer, Tower
 from .adding import Adding
 from .base import AdapterModule, MethodConfig, check_count, check_number
-from .bottleneck import chosen_sublayers, zero_linear
+from .bottleneck import chosen_sublayers
+from .starts import zero_linear
 
 TOWERS = ("vision", "text")
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from ..sites import FrontLayer, SiteMap, Tower
 from .base import AdapterModule, Branch, MethodConfig, Readout, check_count
-from .bottleneck import BottleneckConfig, Placement, SequentialPlacement, linear
+from .bottleneck import BottleneckConfig, Placement, SequentialPlacement
+from .starts import linear
 
 
 @dataclass(frozen=True, kw_only=True)
