@@ -5,8 +5,8 @@ are loaded by the encoder that needs them.
 """
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,14 @@ class Nano:
         module: has `load(directory, library, **kwargs)` and `verify(directory, data)`.
         libraries: the libraries whose class it can be; the first is the default.
         summary: one line for a listing.
+        options: what both functions of the module take beside.
     """
 
     folder: str
     module: str
     libraries: tuple[str, ...]
     summary: str
+    options: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path:
@@ -58,6 +60,20 @@ NANO: dict[str, Nano] = {
         libraries=("open_clip", "hf"),
         summary="CLIP, 64×64 images, its own BPE; trained on photographs and drawn scenes",
     ),
+    "nano/blip-retrieval": Nano(
+        folder="blip",
+        module="mmadapters.zoo._blip",
+        libraries=("hf",),
+        summary="BLIP that embeds and matches, 64×64 images; trained on the same, over nano/vit",
+        options={"kind": "retrieval"},
+    ),
+    "nano/blip-caption": Nano(
+        folder="blip",
+        module="mmadapters.zoo._blip",
+        libraries=("hf",),
+        summary="BLIP that writes captions, of the same training",
+        options={"kind": "caption"},
+    ),
 }
 
 
@@ -72,6 +88,8 @@ def load_nano(name: str, *, library: str | None = None, **kwargs: Any) -> "nn.Mo
     |                 | `hf`                 | `transformers.CLIPModel`                        |
     | `nano/wav2vec2` | `hf` (default)       | `transformers.Wav2Vec2Model`                    |
     |                 | `torchaudio`         | `torchaudio.models.Wav2Vec2Model`               |
+    | `nano/blip-retrieval` | `hf`           | `transformers.BlipForImageTextRetrieval`        |
+    | `nano/blip-caption` | `hf`             | `transformers.BlipForConditionalGeneration`     |
 
     Args:
         kwargs: what the class's constructor or its config takes, over the shipped values
@@ -82,7 +100,8 @@ def load_nano(name: str, *, library: str | None = None, **kwargs: Any) -> "nn.Mo
     """
     row = _row(name)
     library = _library(name, row, library)
-    return importlib.import_module(row.module).load(row.directory, library, **kwargs)
+    module = importlib.import_module(row.module)
+    return module.load(row.directory, library, **row.options, **kwargs)
 
 
 def nano_config(name: str) -> dict[str, Any]:
@@ -91,7 +110,7 @@ def nano_config(name: str) -> dict[str, Any]:
 
 
 def image_transform(name: str, *, size: int | None = None) -> Callable[[Any], "Tensor"]:
-    """What turns a PIL image into the (3, S, S) fp32 input of `nano/vit` or `nano/clip`.
+    """What turns a PIL image into the (3, S, S) fp32 input of `nano/vit`, `nano/clip` or a BLIP.
 
     Args:
         size: S in pixels, the encoder's own by default.
@@ -115,10 +134,10 @@ def image_transform(name: str, *, size: int | None = None) -> Callable[[Any], "T
 
 
 def load_tokenizer(name: str, *, library: str | None = None) -> Callable[..., Any]:
-    """The tokenizer of `nano/clip`; both kinds give the same ids.
+    """The tokenizer of `nano/clip` and the BLIPs; both kinds give the same ids.
 
-    `open_clip` (default): `open_clip.tokenizer.HFTokenizer`, texts -> (N, L) int64, padded to the
-    context length. `hf`: `transformers.PreTrainedTokenizerFast`.
+    `open_clip` (default of `nano/clip`): `open_clip.tokenizer.HFTokenizer`, texts -> (N, L) int64,
+    padded to the context length. `hf`: `transformers.PreTrainedTokenizerFast`.
 
     Raises:
         ValueError: unknown name, or an encoder that reads no text.

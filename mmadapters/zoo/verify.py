@@ -39,6 +39,6 @@ def verify(
     for name in names:
         directory = (directories or {}).get(name, NANO[name].directory)
         module = importlib.import_module(NANO[name].module)
-        found = module.verify(directory, data)
+        found = module.verify(directory, data, **NANO[name].options)
         figures += [replace(figure, name=f"{name}: {figure.name}") for figure in found]
     return figures

@@ -72,8 +72,9 @@ class CaptioningTask(Task[CaptioningConfig]):
         if not is_blip(backbone) or type(backbone).__name__ != "BlipForConditionalGeneration":
             raise ValueError(
                 f"captioning needs a BLIP that writes captions, and {name} is a "
-                f"{type(backbone).__name__}: set backbone.name to hf/Salesforce/"
-                "blip-image-captioning-base or, for one of its own config, to hf/blip-caption"
+                f"{type(backbone).__name__}: set backbone.name to nano/blip-caption, to "
+                "hf/Salesforce/blip-image-captioning-base or, for one of its own config, to "
+                "hf/blip-caption"
             )
         preprocessing = image_preprocessing(self.config.backbone, backbone)
         resize = self.config.data.resize

@@ -122,7 +122,8 @@ class BlipTokenizer:
 def blip_tokenizer(
     config: BackboneConfig, tokens: BlipTokens, *, length: int | None = None
 ) -> BlipTokenizer:
-    """The tokenizer of `config.processor`, or of the hub name or folder in the backbone's name.
+    """The tokenizer of `config.processor`, or of the hub name or folder in the backbone's name, or
+    that of a nano encoder.
 
     Raises:
         ValueError: none is known or found, or it does not fit the encoder.
@@ -130,6 +131,10 @@ def blip_tokenizer(
     from transformers import AutoTokenizer
 
     library, _, name = config.name.partition("/")
+    if config.processor is None and library == "nano":
+        from mmadapters.zoo import load_tokenizer
+
+        return BlipTokenizer(load_tokenizer(config.name, library="hf"), tokens, length=length)
     if config.processor is None and (library != "hf" or "/" not in name):
         raise ValueError(
             f"nothing says which tokenizer {config.name!r} reads: set backbone.processor to the "

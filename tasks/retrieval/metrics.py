@@ -45,7 +45,10 @@ def candidates(queries: Tensor, gallery: Tensor, count: int) -> tuple[Tensor, Te
     """(Q, K) similarities and numbers of the most similar members of the gallery."""
     count = min(count, len(gallery))
     labels = torch.zeros(len(queries))
-    found = [(part @ gallery.T).topk(count) for part, _ in _chunks(queries, labels, len(gallery))]
+    # In bf16 many of a gallery would be equally similar.
+    with torch.autocast(queries.device.type, enabled=False):
+        chunks = _chunks(queries, labels, len(gallery))
+        found = [(part @ gallery.T).topk(count) for part, _ in chunks]
     return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
 
 

@@ -22,6 +22,7 @@ SEEDS = {
 }
 VOCABULARIES = {"unseen": scenes.UNSEEN, "pretraining": scenes.PRETRAINING}
 DRAWN_AT_ONCE = 500
+MOST_WORDINGS = 100
 
 
 class Options(Section):
@@ -35,6 +36,8 @@ class Options(Section):
     """Scenes for the reported figures."""
     size: int = Field(default=64, ge=16, le=1024)
     """Side of the pictures in pixels."""
+    wordings: int = Field(default=1, ge=1, le=MOST_WORDINGS)
+    """Captions of a scene, each worded anew: the first is `caption`, the others are `captions`."""
 
 
 def class_names(options: Options) -> tuple[str, ...]:
@@ -43,7 +46,8 @@ def class_names(options: Options) -> tuple[str, ...]:
 
 
 def read(options: Options, split: Split) -> Dataset:
-    """Columns: image, mask (an indexed PNG), caption, count (of the things in it)."""
+    """Columns: image, mask (an indexed PNG), caption, count (of the things in it); with
+    several `options.wordings` also captions."""
     import datasets
     import pyarrow as pa
 
@@ -62,8 +66,10 @@ def read(options: Options, split: Split) -> Dataset:
                 "caption": scenes.describe(scene, vocabulary),
                 "count": len(scene.things),
             }
+            | _captions(scene, options)
             for scene, image, mask in zip(drawn, pixels, masks.numpy(), strict=True)
         ]
+    several = {"captions": datasets.List(datasets.Value("string"))}
     features = datasets.Features(
         {
             "image": datasets.Image(decode=False),
@@ -71,9 +77,18 @@ def read(options: Options, split: Split) -> Dataset:
             "caption": datasets.Value("string"),
             "count": datasets.Value("int64"),
         }
+        | (several if options.wordings > 1 else {})
     )
     table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+
+
+def _captions(scene: scenes.Scene, options: Options) -> dict[str, list[str]]:
+    """The wordings behind the first."""
+    vocabulary = VOCABULARIES[options.vocabulary]
+    seeds = (MOST_WORDINGS * scene.seed + wording for wording in range(1, options.wordings))
+    others = [scenes.describe(scene, vocabulary, seed=seed) for seed in seeds]
+    return {"captions": others} if others else {}
 
 
 def _png(pixels: np.ndarray, palette: list[int] | None = None) -> bytes:

@@ -79,6 +79,20 @@ def test_scenes_are_what_is_drawn_for_their_seed(
     assert names == ("background", *words.shapes)
 
 
+def test_scenes_are_told_in_so_many_wordings() -> None:
+    columns = SEGMENTATION | {"captions": Column("texts")}
+    found = load("scenes", columns, wordings=4, train=20, validation=0, test=0)["train"]
+    rows = [found[i] for i in range(len(found))]
+    assert all(len(row["captions"]) == 3 for row in rows)
+    texts = [{row["caption"], *row["captions"]} for row in rows]
+    assert sum(len(some) for some in texts) > 50
+    for row, some in zip(rows, texts, strict=True):
+        scene = drawing.make_scene(int(row["image"]["path"].removesuffix(".png")), drawing.UNSEEN)
+        shapes = {thing.shape for thing in scene.things}
+        assert all(shape in text for text in some for shape in shapes)
+    assert "captions" not in load("scenes", SEGMENTATION, train=1, validation=0, test=0)["train"][0]
+
+
 def test_scenes_are_the_same_again() -> None:
     first, again = (
         load("scenes", SEGMENTATION, train=5, validation=0, test=0)["train"] for _ in range(2)

@@ -14,6 +14,7 @@ from mmadapters.zoo._files import read_weights, write_weights
 from mmadapters.zoo.verify import verify
 
 IMAGE_NAMES = ("nano/vit", "nano/clip")
+BLIP_NAMES = ("nano/blip-retrieval", "nano/blip-caption")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def tampered(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "library"),
-    [(name, library) for name in IMAGE_NAMES for library in NANO[name].libraries],
+    [(name, library) for name in IMAGE_NAMES + BLIP_NAMES for library in NANO[name].libraries],
 )
 def test_loading_takes_less_than_a_second(name, library):
     """Of processor time, since the cores may be shared, and without the libraries' imports."""

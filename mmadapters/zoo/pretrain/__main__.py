@@ -1,4 +1,4 @@
-"""`python -m mmadapters.zoo.pretrain vit|clip|wav2vec2 --data FOLDER --out FOLDER`."""
+"""`python -m mmadapters.zoo.pretrain vit|clip|blip|wav2vec2 --data FOLDER --out FOLDER`."""
 
 import argparse
 import importlib
@@ -8,6 +8,7 @@ from pathlib import Path
 RECIPES = {
     "vit": "photographs -> nano/vit",
     "clip": "photographs and drawn scenes -> nano/clip",
+    "blip": "the same photographs and scenes, over nano/vit -> nano/blip",
     "wav2vec2": "synthetic US English -> nano/wav2vec2",
 }
 

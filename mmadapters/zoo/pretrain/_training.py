@@ -145,9 +145,10 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def autocast(device: str) -> torch.autocast:
-    """bf16 on a GPU; fp32 on a CPU, where bf16 is slow on most machines."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device)
+def autocast(device: str, *, bf16: bool | None = None) -> torch.autocast:
+    """bf16 on a GPU; fp32 on a CPU unless asked for, since bf16 is slow on most machines."""
+    enabled = "cuda" in device if bf16 is None else bf16
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def train(

@@ -410,6 +410,18 @@ def test_blip_trains_both_losses_and_reranks_its_candidates(blip_folder: Path) -
     assert task.score(records, bootstrap=0)["mean R@1"].value > before + 0.3
 
 
+def test_blip_reranks_in_bf16(blip_folder: Path) -> None:
+    task, model = blip_task(blip_folder)
+    rows = Colours()
+    records = evaluate(task, model, rows, batch_size=16, precision="bf16").records
+    gallery = Gallery.of(records)
+    exact = (gallery.images @ gallery.texts.T).sort(dim=1, descending=True).values[:, :4]
+    offered = [gallery.texts[records[n]["to_text"][0]] @ gallery.images[n] for n in range(12)]
+    for image, found in enumerate(offered):  # The candidates are the first by exact similarity.
+        torch.testing.assert_close(found, exact[image])
+    assert {record["to_text"][1].dtype for record in records} == {np.dtype("float32")}
+
+
 def test_blips_second_stage_scores_candidates_as_pair_by_pair(blip_folder: Path) -> None:
     task, model = blip_task(blip_folder)
     trained(task, model, Colours(), steps=10, rate=1e-2)
