@@ -20,14 +20,19 @@ SEEDS = {
     "validation": scenes.VALIDATION_SEEDS,
     "test": scenes.TEST_SEEDS,
 }
-VOCABULARIES = {"unseen": scenes.UNSEEN, "pretraining": scenes.PRETRAINING}
+VOCABULARIES = {
+    "unseen": scenes.UNSEEN,
+    "pretraining": scenes.PRETRAINING,
+    "retold": scenes.RETOLD,
+}
 DRAWN_AT_ONCE = 500
 MOST_WORDINGS = 100
 
 
 class Options(Section):
-    vocabulary: Literal["unseen", "pretraining"] = "unseen"
-    """Shapes, colours and phrasings that the nano encoders never saw, or those that they did."""
+    vocabulary: Literal["unseen", "pretraining", "retold"] = "unseen"
+    """Shapes, colours and phrasings that the nano encoders never saw, or those that they did, or
+    those shapes and words in phrasings that they never saw."""
     train: int = Field(default=1000, ge=0, le=len(scenes.TASK_SEEDS))
     """Scenes for training."""
     validation: int = Field(default=200, ge=0, le=len(scenes.VALIDATION_SEEDS))

@@ -19,7 +19,7 @@ Shape legend: N scenes, T things in all of them, S image side in pixels, W windo
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -384,6 +384,20 @@ PRETRAINING = Vocabulary(
         "white": (0.96, 0.96, 0.96),
     },
     sizes={"small": 0.07, "medium": 0.105, "large": 0.145},
+)
+
+# What PRETRAINING draws, told in its words as a telegram: what an adapter must learn is a style.
+RETOLD = replace(
+    PRETRAINING,
+    one=("{shape} {colour} {size}",),
+    many=("{shapes} {colour} {size} {count}",),
+    placed=("{place} {thing}",),
+    left_of=("right of {a} {b}",),
+    right_of=("left of {a} {b}",),
+    above=("under {a} {b}",),
+    below=("over {a} {b}",),
+    joint=" with ",
+    sentence=("{body}", "picture {body}"),
 )
 
 # No shape, colour or size is shared with PRETRAINING: what an adapter must learn is new.

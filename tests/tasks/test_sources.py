@@ -58,12 +58,16 @@ def test_scenes_keep_the_promise_of_their_seeds() -> None:
         load("scenes", SEGMENTATION, test=100_001)
 
 
-@pytest.mark.parametrize("vocabulary", ["unseen", "pretraining"])
+@pytest.mark.parametrize("vocabulary", ["unseen", "pretraining", "retold"])
 def test_scenes_are_what_is_drawn_for_their_seed(
     vocabulary: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scenes, "DRAWN_AT_ONCE", 3)
-    words = {"unseen": drawing.UNSEEN, "pretraining": drawing.PRETRAINING}[vocabulary]
+    words = {
+        "unseen": drawing.UNSEEN,
+        "pretraining": drawing.PRETRAINING,
+        "retold": drawing.RETOLD,
+    }[vocabulary]
     options = {"vocabulary": vocabulary, "size": 48, "train": 5, "validation": 0, "test": 0}
     found = load("scenes", SEGMENTATION, **options)
     assert set(found) == {"train"}
@@ -260,7 +264,11 @@ def test_wrong_names_and_options_are_told() -> None:
         ("scene", {}, r"no builtin/scene; did you mean 'scenes'\?; there are builtin/scenes"),
         ("scenes", {"sise": 64}, r"no 'sise'; did you mean 'size'\?; it has vocabulary, train"),
         ("scenes", {"size": "big"}, r"data.options.size: .*integer.* \(got 'big'\)"),
-        ("scenes", {"vocabulary": "old"}, "data.options.vocabulary: .*'unseen' or 'pretraining'"),
+        (
+            "scenes",
+            {"vocabulary": "old"},
+            "data.options.vocabulary: .*'unseen', 'pretraining' or 'retold'",
+        ),
         ("speech", {"accents": []}, "data.options.accents: .*at least 1"),
         ("speech", {"accents": ["en-gb-scot"]}, "data.options.accents: there is no accent 'en-gb"),
         ("speech", {"accents": ["en-us", "en-us"]}, "data.options.accents: .*twice"),

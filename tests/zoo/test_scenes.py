@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from mmadapters.tasks.synthetic import scenes
-from mmadapters.tasks.synthetic.scenes import PRETRAINING, UNSEEN, describe, make_scene, render
+from mmadapters.tasks.synthetic.scenes import (
+    PRETRAINING,
+    RETOLD,
+    UNSEEN,
+    describe,
+    make_scene,
+    render,
+)
 
 VOCABULARIES = pytest.mark.parametrize(
     "vocabulary", [PRETRAINING, UNSEEN], ids=["pretraining", "unseen"]
@@ -45,6 +52,18 @@ def test_unseen_shares_no_shape_colour_or_size_with_pretraining():
     for field in ("shapes", "colours", "sizes"):
         assert not set(getattr(PRETRAINING, field)) & set(getattr(UNSEEN, field))
     assert set(PRETRAINING.shapes) | set(UNSEEN.shapes) <= set(scenes.SHAPES)
+
+
+def test_retold_tells_the_same_scenes_in_the_same_words_otherwise():
+    told, retold = (
+        [describe(make_scene(seed, vocabulary), vocabulary) for seed in range(2000)]
+        for vocabulary in (PRETRAINING, RETOLD)
+    )
+    assert make_scene(7, PRETRAINING) == make_scene(7, RETOLD)
+    assert {word for text in retold for word in text.split()} <= {
+        word for text in told for word in text.split()
+    }
+    assert not set(told) & set(retold)
 
 
 @VOCABULARIES
