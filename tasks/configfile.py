@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     GrammarParseError,
     InterpolationKeyError,
@@ -52,6 +52,7 @@ __all__ = [
 # `multitask` and `compare` one each.
 KINDS = {"job": "task", "continual": "jobs", "multitask": "tasks", "comparison": "methods"}
 # The command of each kind but jobs, and what such a file lists.
+_OF_JOBS = ("overrides", "contrast_overrides")  # keys of changes to the config of a job
 _COMMANDS = {
     "continual": ("continual", "jobs to be learned in turn"),
     "multitask": ("multitask", "tasks to be learned together"),
@@ -285,7 +286,16 @@ def _split(override: str) -> tuple[Place, Any]:
 
 def _override(source: Source, tree: DictConfig, override: str, cls: type[Section]) -> None:
     for path, value in _leaves(*_split(override), cls):
-        _set(source, tree, path, value, _override_place(override))
+        _set(source, tree, _of_a_job(path), value, _override_place(override))
+
+
+def _of_a_job(path: Place) -> Place:
+    """What stands below `overrides` names a place in a job's own config, whatever lies above it
+    there: it stays one key, so that `overrides.data.options.test=9` leaves the other options."""
+    for length, step in enumerate(path, start=1):
+        if step in _OF_JOBS and length < len(path):
+            return *path[:length], ".".join(path[length:])
+    return path
 
 
 def _leaves(path: Place, value: Any, cls: type[Section]) -> Iterator[tuple[Place, Any]]:
@@ -299,8 +309,15 @@ def _leaves(path: Place, value: Any, cls: type[Section]) -> Iterator[tuple[Place
 
 def _set(source: Source, tree: DictConfig, path: Place, value: Any, place: str) -> None:
     known: Any = _plain(tree)
+    above = ".".join(path[:-1])
     try:
-        OmegaConf.update(tree, ".".join(path), value, merge=False, force_add=True)
+        if "." in path[-1]:
+            if OmegaConf.select(tree, above) is None:
+                OmegaConf.update(tree, above, {}, force_add=True)
+            with open_dict(tree):
+                OmegaConf.select(tree, above)[path[-1]] = value
+        else:
+            OmegaConf.update(tree, ".".join(path), value, merge=False, force_add=True)
     except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"{place}: {str(error).partition(chr(10))[0]}") from None
     # What was no mapping before has become one by this override, whose place it takes.

@@ -286,3 +286,13 @@ def test_shipped_comparisons_read_and_train_takes_none_of_them() -> None:
         assert read_contenders(read_comparison(name))
         with pytest.raises(ValueError, match="give it to mmadapters compare"):
             read_config(name)
+
+
+def test_an_override_of_an_option_leaves_the_others(folder: Path) -> None:
+    changes = ["overrides.data.options.test=8", "overrides.trainer.batch_size=4"]
+    job = make_job(read_comparison("small.yaml", changes), {}, "any")
+    assert job.data.options == CONFIG["overrides"]["data.options"] | {"test": 8}
+    assert (job.trainer.epochs, job.trainer.batch_size) == (1, 4)
+    shipped = make_job(read_comparison("compare_captioning", changes[:1]), {}, "any")
+    own = read_config("caption_scenes").data.options
+    assert shipped.data.options == own | {"test": 8} != own
