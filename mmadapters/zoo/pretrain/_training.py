@@ -7,7 +7,7 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,30 @@ def machine(device: str) -> str:
     if device.startswith("cuda"):
         return f"one {torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     return f"{torch.get_num_threads()} threads of {platform.machine()}, PyTorch {torch.__version__}"
+
+
+def record(
+    options: argparse.Namespace,
+    curve: list[dict[str, float]],
+    *,
+    seconds: float,
+    start: float,
+    more: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What a card tells of a training.
+
+    Args:
+        curve, seconds: of `train`.
+        start: `time.perf_counter()` when the recipe began.
+        more: options of the recipe's own that belong there.
+    """
+    return {
+        **{key: getattr(options, key) for key in ("steps", "batch_size", *more, "seed")},
+        "seconds": round(seconds),
+        "total_seconds": round(time.perf_counter() - start),
+        "machine": machine(options.device),
+        "curve": curve,
+    }
 
 
 def optimiser(

@@ -95,17 +95,9 @@ def run(options: argparse.Namespace) -> None:
 
     shipped = _clip.load(options.out, "open_clip").to(options.device)
     config["figures"] = measure(shipped, data)
-    config["training"] = {
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "scene_batch_size": options.scene_batch_size,
-        "scenes": options.scenes,
-        "seed": options.seed,
-        "seconds": round(seconds),
-        "total_seconds": round(time.perf_counter() - start),
-        "machine": _training.machine(options.device),
-        "curve": curve,
-    }
+    config["training"] = _training.record(
+        options, curve, seconds=seconds, start=start, more=("scene_batch_size", "scenes")
+    )
     write_config(config, options.out)
     write_card(config, options.out)
     print({key: figure["value"] for key, figure in config["figures"].items()}, f"{seconds:.0f} s")

@@ -75,15 +75,7 @@ def run(options: argparse.Namespace) -> None:
             "linear_probe": {"name": claim, "value": round(top1, 4), "tolerance": 0.01},
             "linear_probe_random_weights": {"name": claim, "value": round(random_top1, 4)},
         },
-        "training": {
-            "steps": options.steps,
-            "batch_size": options.batch_size,
-            "seed": options.seed,
-            "seconds": round(seconds),
-            "total_seconds": round(time.perf_counter() - start),
-            "machine": _training.machine(options.device),
-            "curve": curve,
-        },
+        "training": _training.record(options, curve, seconds=seconds, start=start),
     }
     write_config(config, options.out)
     write_card(config, options.out)
