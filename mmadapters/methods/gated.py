@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..sites import Block, SiteMap, Tower
 from .adding import Adding
 from .base import AdapterModule, MethodConfig, check_count, check_rate
-from .starts import kaiming
+from .starts import linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,10 @@ class GatedCrossAttention(Adding):
         self.heads, self.dropout = config.heads, config.dropout
         self.norm = nn.LayerNorm(width, **like)
         self.norm_image = nn.LayerNorm(image_width, **like)
-        self.query = _map(width, size, like)
-        self.key, self.value = _map(image_width, size, like), _map(image_width, size, like)
-        self.out = _map(size, width, like)
+        self.query = linear(width, size, like, bias=False)
+        self.key = linear(image_width, size, like, bias=False)
+        self.value = linear(image_width, size, like, bias=False)
+        self.out = linear(size, width, like, bias=False)
         self.gate = nn.Parameter(torch.zeros((), **like))
         hidden = config.feed_forward * width
         self.inner = _FeedForward(width, hidden, config.dropout, like) if hidden else None
@@ -140,15 +141,10 @@ class _FeedForward(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.norm = nn.LayerNorm(width, **like)
-        self.up, self.down = _map(width, hidden, like), _map(hidden, width, like)
+        self.up = linear(width, hidden, like, bias=False)
+        self.down = linear(hidden, width, like, bias=False)
         self.gate = nn.Parameter(torch.zeros((), **like))
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.dropout(F.gelu(self.up(self.norm(x))), self.dropout, self.training)
         return self.gate.tanh() * self.down(inner)
-
-
-def _map(in_features: int, out_features: int, like: dict) -> nn.Linear:
-    module = nn.Linear(in_features, out_features, bias=False, **like)
-    kaiming(module.weight)
-    return module

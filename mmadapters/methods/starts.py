@@ -14,10 +14,10 @@ _undrawn: ContextVar[bool] = ContextVar("undrawn", default=False)
 
 @contextmanager
 def undrawn() -> Iterator[None]:
-    """Within it no values are drawn to start from: for modules that a file's are copied into next.
+    """Within it the functions below draw nothing: for modules whose values are copied in next.
 
-    Drawing them would take a third of the time that loading a small adapter takes, and move the
-    random state.
+    Drawing would take a third of the time that loading a small adapter takes, and move the random
+    state.
     """
     before = _undrawn.set(True)
     try:
@@ -32,20 +32,21 @@ def kaiming(weight: Tensor) -> Tensor:
     return weight if _undrawn.get() else nn.init.kaiming_uniform_(weight, a=5**0.5)
 
 
-def linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
+def linear(in_features: int, out_features: int, like: dict, *, bias: bool = True) -> nn.Linear:
     """A linear map with nn.Linear's weight and zero bias."""
     if _undrawn.get():
-        return _bare(in_features, out_features, like)
-    module = nn.Linear(in_features, out_features, **like)
+        return _bare(in_features, out_features, like, bias=bias)
+    module = nn.Linear(in_features, out_features, bias=bias, **like)
     kaiming(module.weight)
-    nn.init.zeros_(module.bias)
+    if bias:
+        nn.init.zeros_(module.bias)
     return module
 
 
 def zero_linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
     """A linear map that gives zero until it is trained."""
     if _undrawn.get():
-        return _bare(in_features, out_features, like)
+        return _bare(in_features, out_features, like, bias=True)
     module = nn.Linear(in_features, out_features, **like)
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
@@ -57,7 +58,7 @@ class _BareLinear(nn.Linear):
         pass
 
 
-def _bare(in_features: int, out_features: int, like: dict) -> nn.Linear:
-    module: nn.Linear = _BareLinear(in_features, out_features, **like)
+def _bare(in_features: int, out_features: int, like: dict, *, bias: bool) -> nn.Linear:
+    module: nn.Linear = _BareLinear(in_features, out_features, bias=bias, **like)
     module.__class__ = nn.Linear
     return module

@@ -29,7 +29,7 @@ CLASSES = {
 GALLERY = 1_000  # drawn scenes among which one is retrieved, and which are described
 RERANKED = 16  # images of a text that are matched with it
 WORDINGS = 5  # reference captions of a scene
-_OWN = "attention."  # the decoder's self-attention is its own, as in the original
+MATCHING = ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")  # beside the vision tower
 
 
 def load(directory: Path, library: str, *, kind: str, **kwargs: Any) -> nn.Module:
@@ -53,8 +53,7 @@ def build(
     tensors = vision_tensors(read_weights(VIT))
     tensors |= {key: value for key, value in weights.items() if key in tensors}
     if kind == "retrieval":
-        parts = ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
-        tensors |= {key: value for key, value in weights.items() if key.startswith(parts)}
+        tensors |= {key: value for key, value in weights.items() if key.startswith(MATCHING)}
     else:
         tensors |= decoder_tensors(weights)
     cls = getattr(transformers, CLASSES[kind])
@@ -78,12 +77,10 @@ def config_of(architecture: dict[str, Any], **kwargs: Any) -> BlipConfig:
 
 
 def vision_tensors(vit: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's ViT under the names of BLIP's vision tower; the function is the same."""
-    tensors = {
-        "vision_model.embeddings.class_embedding": vit["cls_token"],
-        "vision_model.embeddings.position_embedding": vit["pos_embed"],
-    }
+    """Tensors of timm's ViT under the names of BLIP's vision tower; the function is the same."""
     names = {
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding",
         "patch_embed.proj": "embeddings.patch_embedding",
         "norm": "post_layernorm",
         "norm1": "layer_norm1",
@@ -93,15 +90,14 @@ def vision_tensors(vit: dict[str, Tensor]) -> dict[str, Tensor]:
         "mlp.fc1": "mlp.fc1",
         "mlp.fc2": "mlp.fc2",
     }
+    tensors = {}
     for key, value in vit.items():
-        if key in ("cls_token", "pos_embed"):
-            continue
-        part, _, leaf = key.rpartition(".")
+        part, dot, leaf = (key, "", "") if key in names else key.rpartition(".")
         block = ""
         if part.startswith("blocks."):
             _, number, part = part.split(".", 2)
             block = f"encoder.layers.{number}."
-        tensors[f"vision_model.{block}{names[part]}.{leaf}"] = value
+        tensors[f"vision_model.{block}{names[part]}{dot}{leaf}"] = value
     return tensors
 
 
@@ -121,8 +117,8 @@ def decoder_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_shared(name: str) -> bool:
-    """Whether the decoder's BERT has this parameter from the encoder."""
-    return f".{_OWN}" not in name
+    """Whether the decoder's BERT has this parameter from the encoder: all but self-attention."""
+    return ".attention." not in name
 
 
 def drawn(
@@ -131,13 +127,7 @@ def drawn(
     """The first `GALLERY` scenes of `seeds`: pictures (N, 3, S, S) uint8, and `WORDINGS` captions
     of each."""
     made = [scenes.make_scene(seed, vocabulary) for seed in seeds[:GALLERY]]
-    captions = [
-        [
-            scenes.describe(scene, vocabulary, seed=WORDINGS * scene.seed + wording)
-            for wording in range(WORDINGS)
-        ]
-        for scene in made
-    ]
+    captions = [scenes.wordings(scene, vocabulary, range(WORDINGS), of=WORDINGS) for scene in made]
     return scenes.render(made, vocabulary, size=size)[0], captions
 
 
@@ -167,13 +157,14 @@ def recall(model: nn.Module, states: Tensor, captions: Sequence[str]) -> dict[st
 
     import mmadapters
     from mmadapters.tasks.encoders.blip import BlipMatcher, BlipTokenizer
+    from mmadapters.tasks.retrieval.metrics import candidates
 
     matcher = BlipMatcher(mmadapters.init(model))
     tokenizer = BlipTokenizer(_clip.load_tokenizer(CLIP, "hf"), matcher.tokens)
     with torch.inference_mode():
         images = torch.nn.functional.normalize(matcher.images_of(states), dim=-1)
         texts = torch.nn.functional.normalize(matcher.texts(tokenizer(captions)), dim=-1)
-        best = (texts @ images.T).topk(min(RERANKED, len(images)), dim=1).indices
+        _, best = candidates(texts, images, RERANKED)
         tokens = tokenizer.with_image(captions)
         matched = torch.cat(
             [
@@ -229,14 +220,5 @@ def verify(directory: Path, data: Path | None, *, kind: str) -> list[Figure]:
         found = {"scene_recall": measured["embeddings"], "scene_matching": measured["matching"]}
     else:
         found = {"scene_cider": caption_score(describe(model, states), captions)}
-    return [
-        Figure(
-            name=config["figures"][key]["name"],
-            expected=config["figures"][key]["value"],
-            measured=value,
-            tolerance=config["figures"][key]["tolerance"],
-            higher_is_better=True,
-            note=f"{len(pictures)} drawn scenes",
-        )
-        for key, value in found.items()
-    ]
+    note = f"{len(pictures)} drawn scenes"
+    return [Figure.of_card(config["figures"][key], value, note) for key, value in found.items()]

@@ -246,17 +246,6 @@ def verify(directory: Path, data: Path | None) -> list[Figure]:
         top1 = zero_shot(model, tokenize, photos=photos, names=names, image=config["image"])
         note = f"{len(photos[1])} photographs"
     return [
-        _figure(figures["scene_recall"], recall, f"{GALLERY} drawn scenes"),
-        _figure(figures["zero_shot"], top1, note),
+        Figure.of_card(figures["scene_recall"], recall, f"{GALLERY} drawn scenes"),
+        Figure.of_card(figures["zero_shot"], top1, note),
     ]
-
-
-def _figure(claimed: dict[str, Any], measured: float | None, note: str) -> Figure:
-    return Figure(
-        name=claimed["name"],
-        expected=claimed["value"],
-        measured=measured,
-        tolerance=claimed["tolerance"],
-        higher_is_better=True,
-        note=note,
-    )

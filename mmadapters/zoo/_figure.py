@@ -1,6 +1,8 @@
 """What a card claims beside what was measured again: the unit `mmadapters zoo verify` reports."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,18 @@ class Figure:
     tolerance: float
     higher_is_better: bool
     note: str = ""
+
+    @classmethod
+    def of_card(cls, claimed: Mapping[str, Any], measured: float | None, note: str) -> "Figure":
+        """Of a figure of `config.json` where greater is better."""
+        return cls(
+            name=claimed["name"],
+            expected=claimed["value"],
+            measured=measured,
+            tolerance=claimed["tolerance"],
+            higher_is_better=True,
+            note=note,
+        )
 
     @property
     def holds(self) -> bool | None:

@@ -129,13 +129,4 @@ def verify(directory: Path, data: Path | None) -> list[Figure]:
         )
         predicted = (features @ probe["weight"].T + probe["bias"]).argmax(dim=1)
         measured, note = (predicted == labels).double().mean().item(), f"{len(labels)} photographs"
-    return [
-        Figure(
-            name=claimed["name"],
-            expected=claimed["value"],
-            measured=measured,
-            tolerance=claimed["tolerance"],
-            higher_is_better=True,
-            note=note,
-        )
-    ]
+    return [Figure.of_card(claimed, measured, note)]

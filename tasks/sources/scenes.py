@@ -90,9 +90,8 @@ def read(options: Options, split: Split) -> Dataset:
 
 def _captions(scene: scenes.Scene, options: Options) -> dict[str, list[str]]:
     """The wordings behind the first."""
-    vocabulary = VOCABULARIES[options.vocabulary]
-    seeds = (MOST_WORDINGS * scene.seed + wording for wording in range(1, options.wordings))
-    others = [scenes.describe(scene, vocabulary, seed=seed) for seed in seeds]
+    numbers, vocabulary = range(1, options.wordings), VOCABULARIES[options.vocabulary]
+    others = scenes.wordings(scene, vocabulary, numbers, of=MOST_WORDINGS)
     return {"captions": others} if others else {}
 
 

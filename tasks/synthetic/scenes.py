@@ -18,7 +18,7 @@ Shape legend: N scenes, T things in all of them, S image side in pixels, W windo
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,6 +135,11 @@ def describe(scene: Scene, vocabulary: Vocabulary, *, seed: int | None = None) -
         a, b = (_tell(rng, vocabulary, group, placed=False) for group in groups)
         body = rng.choice(relation).format(a=a, b=b)
     return rng.choice(vocabulary.sentence).format(body=body)
+
+
+def wordings(scene: Scene, vocabulary: Vocabulary, numbers: Iterable[int], *, of: int) -> list[str]:
+    """Captions of the scene by their numbers; no two scenes share a seed of up to `of` captions."""
+    return [describe(scene, vocabulary, seed=of * scene.seed + number) for number in numbers]
 
 
 def render(

@@ -30,7 +30,7 @@ from mmadapters.zoo import NANO, _blip, _clip, _photos, _vit
 from mmadapters.zoo._files import CARD, WEIGHTS, read_config, write_config, write_weights
 from mmadapters.zoo.pretrain import _training
 from mmadapters.zoo.pretrain import clip as clip_recipe
-from mmadapters.zoo.pretrain._training import IMAGE
+from mmadapters.zoo.pretrain._training import IMAGE, figure
 
 LEARNT_BLOCKS = 2  # of the vision tower, from its top
 RATE, VISION_RATE, WARMUP, WEIGHT_DECAY, SMOOTHING = 1e-3, 3e-4, 200, 0.05, 0.1
@@ -86,9 +86,8 @@ def run(options: argparse.Namespace) -> None:
     pictures, captions = clip_recipe.draw(options.scenes, _blip.CLIP / _clip.TOKENIZER)
     model = Blip(architecture).to(options.device)
     data = Data(folder, pictures, captions, tokenizer=tokenizer, model=model, options=options)
-    curve, seconds = pretrain(model, data, config=config, options=options)
     write_config(config, options.out)
-    write_weights(model.tensors(), options.out)
+    curve, seconds = pretrain(model, data, options=options)
 
     config["figures"] = measure(options.out)
     config["training"] = _training.record(
@@ -166,15 +165,13 @@ class Blip(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds: see `_blip`."""
+        upper = tuple(f"blocks.{n}." for n in range(self.lower, len(self.vit.blocks)))
         vit = self.vit.state_dict()
-        learnt = {f"blocks.{n}." for n in range(self.lower, len(self.vit.blocks))} | {"norm."}
-        vision = {k: v for k, v in vit.items() if k.startswith(tuple(learnt))}
-        renamed = _blip.vision_tensors(vit)
-        known = {id(value) for value in vision.values()}
-        found = {key: value for key, value in renamed.items() if id(value) in known}
+        found = _blip.vision_tensors(
+            {k: v for k, v in vit.items() if k.startswith((*upper, "norm."))}
+        )
         own = self.state_dict()
-        parts = ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
-        found |= {k: v for k, v in own.items() if k.startswith(parts)}
+        found |= {k: v for k, v in own.items() if k.startswith(_blip.MATCHING)}
         bert, output = "text_decoder.bert.", "text_decoder.cls.predictions."
         found |= {k: v for k, v in own.items() if k.startswith(bert) and not _blip.is_shared(k)}
         found |= {
@@ -253,9 +250,12 @@ class Data:
 
 
 def pretrain(
-    model: Blip, data: Data, *, config: dict[str, Any], options: argparse.Namespace
+    model: Blip, data: Data, *, options: argparse.Namespace
 ) -> tuple[list[dict[str, float]], float]:
-    """Train; returns the held-out curve (validation scenes) and the seconds."""
+    """Train and write the weights; returns the held-out curve (validation scenes) and the seconds.
+
+    `config.json` is there already: what is evaluated is loaded as it ships.
+    """
     text = [model.text_encoder, model.vision_proj, model.text_proj, model.itm_head]
     own = [part for n, part in model.text_decoder.bert.named_modules() if n.endswith(".attention")]
     output = model.text_decoder.cls.predictions
@@ -274,7 +274,6 @@ def pretrain(
 
     def evaluate(_number: int) -> dict[str, float]:
         write_weights(model.tensors(), options.out)  # a run that is cut leaves its last state
-        write_config(config, options.out)
         found = figures(options.out, scene_images, scene_captions)
         return {
             "R@1, validation scenes": found["embeddings"],
@@ -304,9 +303,9 @@ def loss_of(model: Blip, states: Tensor, tokens: Tensor) -> Tensor:
     decode, encode = model.text_encoder.config.vocab_size - 2, tokens.clone()
     encode[:, 0] = decode + 1
     with torch.no_grad():
-        hard = logits.softmax(dim=1).fill_diagonal_(0) + 1e-6
+        hard = logits.softmax(dim=1) + 1e-6
         text_of = torch.multinomial(hard.fill_diagonal_(0), 1)[:, 0]
-        hard = logits.T.softmax(dim=1).fill_diagonal_(0) + 1e-6
+        hard = logits.T.softmax(dim=1) + 1e-6
         image_of = torch.multinomial(hard.fill_diagonal_(0), 1)[:, 0]
     pairs = model.encode(
         torch.cat([encode, encode[text_of], encode]),
@@ -346,17 +345,12 @@ def measure(directory: Path) -> dict[str, dict[str, Any]]:
     by, after = "by embeddings", f"the best {_blip.RERANKED} matched"
     cider = "CIDEr of the captions of 1,000 drawn {} scenes, 5 references each"
     return {
-        "scene_recall": _figure(among.format("test", by), test["embeddings"], 0.01),
-        "scene_matching": _figure(among.format("test", after), test["matching"], 0.01),
-        "scene_cider": _figure(cider.format("test"), test["cider"], 0.1),
-        "unseen_matching": _figure(among.format("UNSEEN", after), unseen["matching"]),
-        "unseen_cider": _figure(cider.format("UNSEEN"), unseen["cider"]),
+        "scene_recall": figure(among.format("test", by), test["embeddings"], 0.01),
+        "scene_matching": figure(among.format("test", after), test["matching"], 0.01),
+        "scene_cider": figure(cider.format("test"), test["cider"], 0.1),
+        "unseen_matching": figure(among.format("UNSEEN", after), unseen["matching"]),
+        "unseen_cider": figure(cider.format("UNSEEN"), unseen["cider"]),
     }
-
-
-def _figure(name: str, value: float, tolerance: float | None = None) -> dict[str, Any]:
-    figure: dict[str, Any] = {"name": name, "value": round(value, 4)}
-    return figure if tolerance is None else figure | {"tolerance": tolerance}
 
 
 def write_card(config: dict[str, Any], out: Path) -> None:
@@ -372,6 +366,7 @@ def write_card(config: dict[str, Any], out: Path) -> None:
         learnt=LEARNT_BLOCKS,
         table=_training.curve_table(config["training"]["curve"]),
         licence=_training.DATA_LICENCE,
+        scenes_licence=_training.SCENES_LICENCE.format(**config["training"]),
     )
     write_text(out / CARD, text)
 
@@ -412,10 +407,7 @@ The last step ships, whatever the curve.
 
 Data:
 {licence}
-- Drawn scenes are synthetic: {scenes:,} of them with two captions each, made by
-  `mmadapters.tasks.synthetic.scenes` (vocabulary `PRETRAINING`, seeds from 1,000,000 on), free of
-  any licence but the package's. Seeds below 1,000,000 were never trained on; the figures are of
-  seeds from 0 on, the curve's of seeds from 100,000 on.
+{scenes_licence}
 
 ## Not good for
 Any text but class names and descriptions of drawn shapes, any picture with detail beyond 64×64, any

@@ -37,7 +37,7 @@ from mmadapters.zoo._files import (
     write_weights,
 )
 from mmadapters.zoo.pretrain import _training
-from mmadapters.zoo.pretrain._training import IMAGE
+from mmadapters.zoo.pretrain._training import IMAGE, figure
 
 VOCABULARY_SIZE, CONTEXT_LENGTH = 1_024, 48
 TOKENIZER_SCENES = 20_000
@@ -177,9 +177,9 @@ def _draw(seeds: range, *, tokenizer: Path) -> tuple[np.ndarray, np.ndarray]:
     drawn = [scenes.make_scene(seed, scenes.PRETRAINING) for seed in seeds]
     pictures, _ = scenes.render(drawn, scenes.PRETRAINING, size=IMAGE["size"])
     texts = [
-        scenes.describe(scene, scenes.PRETRAINING, seed=WORDINGS * scene.seed + wording)
+        text
         for scene in drawn
-        for wording in range(WORDINGS)
+        for text in scenes.wordings(scene, scenes.PRETRAINING, range(WORDINGS), of=WORDINGS)
     ]
     ids = np.array([encoding.ids for encoding in encoder.encode_batch(texts)])
     return pictures.numpy(), ids.reshape(len(drawn), WORDINGS, CONTEXT_LENGTH)
@@ -326,15 +326,11 @@ def measure(model: CLIP, data: Data) -> dict[str, dict[str, Any]]:
     among = "text→image R@{} among 1,000 drawn {} scenes"
     zero_shot = "zero-shot top-1 on tiny_imagenet_64/validation, 200 class names"
     return {
-        "scene_recall": _figure(among.format(1, "test"), test["R@1"]) | {"tolerance": 0.01},
-        "scene_recall_at_5": _figure(among.format(5, "test"), test["R@5"]),
-        "unseen_recall": _figure(among.format(1, "UNSEEN"), unseen["R@1"]),
-        "zero_shot": _figure(zero_shot, data.zero_shot(model)) | {"tolerance": 0.01},
+        "scene_recall": figure(among.format(1, "test"), test["R@1"], 0.01),
+        "scene_recall_at_5": figure(among.format(5, "test"), test["R@5"]),
+        "unseen_recall": figure(among.format(1, "UNSEEN"), unseen["R@1"]),
+        "zero_shot": figure(zero_shot, data.zero_shot(model), 0.01),
     }
-
-
-def _figure(name: str, value: float) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4)}
 
 
 def write_card(config: dict[str, Any], out: Path) -> None:
@@ -347,6 +343,7 @@ def write_card(config: dict[str, Any], out: Path) -> None:
         vocabulary=config["architecture"]["text_cfg"]["vocab_size"],
         table=_training.curve_table(config["training"]["curve"]),
         licence=_training.DATA_LICENCE,
+        scenes_licence=_training.SCENES_LICENCE.format(**config["training"]),
     )
     write_text(out / CARD, text)
 
@@ -387,10 +384,7 @@ The last step ships, whatever the curve.
 
 Data:
 {licence}
-- Drawn scenes are synthetic: {scenes:,} of them with two captions each, made by
-  `mmadapters.tasks.synthetic.scenes` (vocabulary `PRETRAINING`, seeds from 1,000,000 on), free of
-  any licence but the package's. Seeds below 1,000,000 were never trained on; the figures are of
-  seeds from 0 on, the curve's of seeds from 100,000 on.
+{scenes_licence}
 
 ## Not good for
 Any text but class names and descriptions of drawn shapes: its English is a few hundred words. Any

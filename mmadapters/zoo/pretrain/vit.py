@@ -72,8 +72,8 @@ def run(options: argparse.Namespace) -> None:
         "architecture": ARCHITECTURE,
         "image": IMAGE,
         "figures": {
-            "linear_probe": {"name": claim, "value": round(top1, 4), "tolerance": 0.01},
-            "linear_probe_random_weights": {"name": claim, "value": round(random_top1, 4)},
+            "linear_probe": _training.figure(claim, top1, 0.01),
+            "linear_probe_random_weights": _training.figure(claim, random_top1),
         },
         "training": _training.record(options, curve, seconds=seconds, start=start),
     }
