@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backbones import load_backbone
+    from .adapters.summary import AdapterRow
+    from .backbones.load import load_backbone
     from .composition import Average, BatchSplit, Fuse, Parallel, Route, Split, Stack
-    from .heads import RoutedHeads
-    from .injectors import Architecture, EmbeddingSpec, LeafSpec, PatchSpec, SublayerSpec, TowerSpec
+    from .injectors.selfcheck import InertAdapterError
     from .methods import (
         AdapterPlusConfig,
         AdaptFormerConfig,
@@ -48,16 +48,23 @@ if TYPE_CHECKING:
         UniAdapterConfig,
         UniPELTConfig,
     )
-    from .model import AdapterModel, init
-    from .prefix import FrozenPrefix, TowerPrefix, placeholder
-    from .selfcheck import InertAdapterError
-    from .summary import AdapterRow
+    from .model.model import AdapterModel, init
+    from .plans.heads import RoutedHeads
+    from .sites.spec import (
+        Architecture,
+        EmbeddingSpec,
+        LeafSpec,
+        PatchSpec,
+        SublayerSpec,
+        TowerSpec,
+    )
+    from .trunk.frozen import FrozenTrunk, TowerTrunk, placeholder
 
 __version__ = "0.1.0"
 
 # Where each name lives. Importing on first use keeps `mmadapters --help` from waiting for torch.
 _HOMES = {
-    "backbones": ("load_backbone",),
+    "backbones.load": ("load_backbone",),
     "composition": (
         "Average",
         "BatchSplit",
@@ -67,8 +74,8 @@ _HOMES = {
         "Split",
         "Stack",
     ),
-    "heads": ("RoutedHeads",),
-    "injectors": (
+    "plans.heads": ("RoutedHeads",),
+    "sites.spec": (
         "Architecture",
         "EmbeddingSpec",
         "LeafSpec",
@@ -114,17 +121,17 @@ _HOMES = {
         "UniAdapterConfig",
         "UniPELTConfig",
     ),
-    "model": (
+    "model.model": (
         "AdapterModel",
         "init",
     ),
-    "prefix": (
-        "FrozenPrefix",
-        "TowerPrefix",
+    "trunk.frozen": (
+        "FrozenTrunk",
+        "TowerTrunk",
         "placeholder",
     ),
-    "selfcheck": ("InertAdapterError",),
-    "summary": ("AdapterRow",),
+    "injectors.selfcheck": ("InertAdapterError",),
+    "adapters.summary": ("AdapterRow",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

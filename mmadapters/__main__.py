@@ -1,5 +1,10 @@
-"""`python -m mmadapters`: what torchrun and accelerate launch start."""
+"""`python -m mmadapters`: what torchrun and accelerate launch start.
 
-from mmadapters.tasks.cli import app
+The command is found as the one that the distribution installs: the library does not know the
+application that is built on it.
+"""
 
-app(prog_name="mmadapters")
+from importlib.metadata import entry_points
+
+(command,) = entry_points(group="console_scripts", name="mmadapters")
+command.load()(prog_name="mmadapters")

@@ -1,7 +1,7 @@
 """The adapter directory of a run: adapter, head and all that a task needs to be built again.
 
-Three kinds share the format of `mmadapters.storage`: an adapter with its head; a head alone
-(`trainer.mode: head`); and a whole encoder with its head (`full`), whose tensors stand under
+Three kinds share the format of `mmadapters.adapters.storage`: an adapter with its head; a head
+alone (`trainer.mode: head`); and a whole encoder with its head (`full`), whose tensors stand under
 `backbone/`. Each names the encoder it was trained on and is refused by any other.
 """
 
@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 import mmadapters
-from mmadapters import AdapterModel, bundles, storage
+from mmadapters import AdapterModel
+from mmadapters.adapters import storage
 from mmadapters.composition import parse
+from mmadapters.model import bundles
 
-from .config import BackboneConfig, JobConfig
-from .task import Task, TaskModel
+from .config.schema import BackboneConfig, JobConfig
+from .core.task import Task, TaskModel
 
 FOLDER = "adapter"
 _FULL = "backbone/"
@@ -39,7 +41,7 @@ class Opened:
 
 def task_class(name: str) -> type[Task]:
     """The class of a task; imports its modules."""
-    from .configfile import TASKS
+    from .config.file import TASKS
 
     module = TASKS[name].partition(":")[0].removesuffix(".config") + ".task"
     return next(
@@ -69,7 +71,9 @@ def make_backbone(config: BackboneConfig) -> nn.Module:
     return backbone
 
 
-def awake_modules(config: BackboneConfig, backbone: nn.Module) -> tuple[nn.Module, ...]:
+def modules_active_in_training(
+    config: BackboneConfig, backbone: nn.Module
+) -> tuple[nn.Module, ...]:
     """The modules of a speech encoder that must be in train mode for what the config asks for."""
     wanted = []
     for module in backbone.modules():
@@ -154,7 +158,7 @@ def open_directory(
     Raises:
         FileNotFoundError, ValueError: see `storage.read`; another encoder; no task in it.
     """
-    from .configfile import from_data
+    from .config.file import from_data
 
     directory = adapter_directory(path)
     stored = storage.read(directory)

@@ -39,8 +39,8 @@ from mmadapters import (
     SSFConfig,
     UniPELTConfig,
 )
-from mmadapters.arithmetic import combined
-from mmadapters.merging import merged_tensors
+from mmadapters.adapters.arithmetic import combined
+from mmadapters.adapters.merging import merged_tensors
 
 Array = NDArray[np.float64]
 

@@ -14,17 +14,7 @@ import yaml
 from families.small import small_vit
 
 import mmadapters
-from mmadapters import (
-    Average,
-    BatchSplit,
-    Fuse,
-    LoRAConfig,
-    Parallel,
-    Route,
-    Split,
-    Stack,
-    init,
-)
+from mmadapters import Average, BatchSplit, Fuse, LoRAConfig, Parallel, Route, Split, Stack, init
 from mmadapters.composition import KINDS, Composition, from_data, parse
 
 FUSE = Fuse("a", Stack("b", "c"))

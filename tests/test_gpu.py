@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import mmadapters
 from mmadapters import BottleneckConfig, DoRAConfig, LoRAConfig, MethodConfig, PrefixConfig
-from mmadapters.methods import fused
 from mmadapters.methods.bottleneck import ACTIVATIONS
+from mmadapters.methods.kernels import fused
 
 pytestmark = pytest.mark.gpu
 

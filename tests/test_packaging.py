@@ -72,7 +72,7 @@ def files_of_packages(*suffixes: str) -> set[str]:
 
 
 def test_wheel_holds_every_module(contents: set[str]) -> None:
-    assert {"mmadapters/tasks/cli.py", "mmadapters/configs/__init__.py"} <= contents
+    assert {"mmadapters/tasks/cli/app.py", "mmadapters/configs/__init__.py"} <= contents
     assert files_of_packages(".py") - contents == set()
 
 
@@ -89,7 +89,7 @@ def test_wheel_adds_one_name_to_site_packages(wheel: Path, contents: set[str]) -
 
 
 def test_installed_wheel_imports_from_where_it_is_installed(installed: Path) -> None:
-    names = ["mmadapters", "mmadapters.zoo", "mmadapters.tasks.cli", "mmadapters.configs"]
+    names = ["mmadapters", "mmadapters.zoo", "mmadapters.tasks.cli.app", "mmadapters.configs"]
     program = f"""
 import importlib, json, mmadapters
 files = [importlib.import_module(name).__file__ for name in {names}]

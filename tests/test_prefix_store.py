@@ -19,15 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmadapters.prefix_format import pack, unpack
-from mmadapters.prefix_room import cache_folder, check_room
-from mmadapters.prefix_store import (
-    ABOUT,
-    Entry,
-    Part,
-    PrefixStore,
-    chunk_size,
-)
+from mmadapters.trunk.budget import cache_folder, check_room
+from mmadapters.trunk.format import pack, unpack
+from mmadapters.trunk.store import ABOUT, Entry, Part, TrunkStore, chunk_size
 
 RECORDS, VIEWS, WIDTH = 10, 2, 6
 ORDER = np.random.default_rng(0).permutation(RECORDS * VIEWS)
@@ -46,14 +40,14 @@ def entry(place: int) -> Entry:
     return Entry(pack(rest), {"vision": [Part(states)], "text": texts})
 
 
-def store(where: Path | None, **options: Any) -> PrefixStore:
+def store(where: Path | None, **options: Any) -> TrunkStore:
     options = {"order": ORDER, "views": VIEWS, "per_chunk": 6, **options}
     if where is None:
-        return PrefixStore.in_memory(**options)
-    return PrefixStore.on_disk(where, {"weights": "w"}, **options)
+        return TrunkStore.in_memory(**options)
+    return TrunkStore.on_disk(where, {"weights": "w"}, **options)
 
 
-def fill(kept: PrefixStore, chunks: list[int] | None = None) -> list[int]:
+def fill(kept: TrunkStore, chunks: list[int] | None = None) -> list[int]:
     made = []
     for chunk in kept.missing() if chunks is None else chunks:
         if kept.claim(chunk):
@@ -63,7 +57,7 @@ def fill(kept: PrefixStore, chunks: list[int] | None = None) -> list[int]:
     return made
 
 
-def assert_whole(kept: PrefixStore) -> None:
+def assert_whole(kept: TrunkStore) -> None:
     assert kept.missing() == []
     for place in range(RECORDS * VIEWS):
         record, view = divmod(place, VIEWS)
@@ -137,7 +131,7 @@ def test_equal_keys_are_kept_once(tmp_path: Path) -> None:
     order = np.arange(8)
     sizes = []
     for keys in ([None] * 8, ["a"] * 4 + ["b"] * 4):
-        kept = PrefixStore.in_memory(order=order, per_chunk=8)
+        kept = TrunkStore.in_memory(order=order, per_chunk=8)
         parts = [Part({0: torch.full((50, 64), float(i // 4))}, keys[i]) for i in range(8)]
         kept.put(0, [Entry(pack({}), {"vision": [part]}) for part in parts])
         states = kept.states("vision", [0], [(i, 0, 0) for i in range(8)])[0]
@@ -163,7 +157,7 @@ def test_states_are_kept_in_half_where_asked_for(dtype: torch.dtype, digits: int
 
 
 def test_states_too_large_for_fp16_are_refused() -> None:
-    kept = PrefixStore.in_memory(order=np.arange(1), per_chunk=1, dtype=torch.float16)
+    kept = TrunkStore.in_memory(order=np.arange(1), per_chunk=1, dtype=torch.float16)
     part = Part({0: torch.full((2, 3), 1e6)})
     with pytest.raises(ValueError, match="1e\\+06, which fp16 cannot hold: keep them as bf16"):
         kept.put(0, [Entry(pack({}), {"vision": [part]})])
@@ -178,7 +172,7 @@ def test_a_later_run_finds_what_is_there_and_another_does_not(tmp_path: Path) ->
     for other in (
         store(tmp_path, dtype=torch.bfloat16),
         store(tmp_path, order=ORDER[::-1].copy()),
-        PrefixStore.on_disk(tmp_path, {"weights": "x"}, order=ORDER, views=VIEWS, per_chunk=6),
+        TrunkStore.on_disk(tmp_path, {"weights": "x"}, order=ORDER, views=VIEWS, per_chunk=6),
     ):
         assert other.missing() == [0, 1, 2, 3]
     (first, *_) = sorted(tmp_path.iterdir())
@@ -212,7 +206,7 @@ def header(path: Path) -> None:
 
 
 def of_another_cache(path: Path) -> None:
-    other = PrefixStore.on_disk(
+    other = TrunkStore.on_disk(
         path.parents[1], {"weights": "other"}, order=ORDER, views=VIEWS, per_chunk=6
     )
     fill(other)
@@ -265,7 +259,7 @@ def test_a_damaged_description_is_written_anew(tmp_path: Path) -> None:
 
 
 class Rows(Dataset):
-    def __init__(self, kept: PrefixStore) -> None:
+    def __init__(self, kept: TrunkStore) -> None:
         self.kept = kept
 
     def __len__(self) -> int:
@@ -287,7 +281,7 @@ def test_workers_of_a_loader_read_it(disk: bool, tmp_path: Path) -> None:
 FILLER = textwrap.dedent("""
     import os, signal, sys, time
     from pathlib import Path
-    from test_prefix_store import entry, store
+    from test_trunk_store import entry, store
 
     folder, kill_at, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     kept, made = store(folder, per_chunk=2), []

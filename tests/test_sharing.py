@@ -31,7 +31,7 @@ from mmadapters import (
     Stack,
     init,
 )
-from mmadapters.sharing import HALVES, half_parameters, shared_with, sharing_of
+from mmadapters.model.sharing import HALVES, half_parameters, shared_with, sharing_of
 
 TASKS = ("vqa", "retrieval", "caption")
 WHOLE = {"conformer_adapter", "fact", "fact-tk", "ia3", "ssf", "bitfit", "l_adapter", "mam"}

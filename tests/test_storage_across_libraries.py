@@ -14,14 +14,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mmadapters import (
-    AdapterModel,
-    ConfigUnion,
-    LoRAConfig,
-    PrefixConfig,
-    SeqBnConfig,
-    init,
-)
+from mmadapters import AdapterModel, ConfigUnion, LoRAConfig, PrefixConfig, SeqBnConfig, init
 
 DATA = Path(__file__).parent / "data"
 CONFIG = ConfigUnion(LoRAConfig(rank=2), SeqBnConfig(size=4))

@@ -35,14 +35,7 @@ from timm.models.eva import Eva
 from torch import nn
 from transformers import ViTConfig, ViTModel, WavLMConfig, WavLMModel
 
-from mmadapters import (
-    AdapterModel,
-    Architecture,
-    DoRAConfig,
-    LoRAConfig,
-    SublayerSpec,
-    TowerSpec,
-)
+from mmadapters import AdapterModel, Architecture, DoRAConfig, LoRAConfig, SublayerSpec, TowerSpec
 
 WIDTH, DEPTH, HEADS, RANK = 64, 2, 4, 8
 STEPS = 200

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .resuming import stand_for, stands_for
-from .runtime import Runtime
+from .installer import Runtime
+from .intercept import stand_for, stands_for
 
 
 @dataclass(eq=False)

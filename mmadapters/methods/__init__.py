@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..sites import nearest
+from ..suggest import nearest
 from .base import AdapterModule, Branch, Delta, MethodConfig, Prefix, Prompt, Readout
 from .bitfit import BitFitConfig
 from .bottleneck import (
@@ -34,12 +34,7 @@ from .prefix import PrefixConfig
 from .prompt import PromptConfig
 from .reparam import RepAdapterConfig
 from .scaling import IA3Config, SSFConfig
-from .speech import (
-    EAdapterConfig,
-    FrontEndAdapterConfig,
-    LAdapterConfig,
-    MMSAdapterConfig,
-)
+from .speech import EAdapterConfig, FrontEndAdapterConfig, LAdapterConfig, MMSAdapterConfig
 from .uniadapter import UniAdapterConfig
 from .union import ConfigUnion, MAMConfig, UniPELTConfig
 

@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ..sites import Leaf, SiteMap, nearest
+from ..sites.sitemap import Leaf, SiteMap
+from ..suggest import nearest
 
 Read = Literal["residual", "input", "mask", "grid", "query", "attended", "image"]
 

@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import SiteMap, Sublayer
-from . import fused
+from ..sites.sitemap import SiteMap, Sublayer
 from .base import (
     AdapterModule,
     Branch,
@@ -38,7 +37,8 @@ from .base import (
     check_rate,
     drop_path,
 )
-from .starts import linear, zero_linear
+from .init import linear, zero_linear
+from .kernels import fused
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

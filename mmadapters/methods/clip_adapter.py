@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Embedding, SiteMap, Tower
+from ..sites.sitemap import Embedding, SiteMap, Tower
 from .base import AdapterModule, Branch, MethodConfig, check_count, check_number
-from .starts import kaiming
+from .init import kaiming
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..sites import SiteMap
+from ..sites.sitemap import SiteMap
 from .base import AdapterModule, check_count
 from .bottleneck import Bottleneck, BottleneckConfig, bottleneck_size, chosen_sublayers
 

@@ -18,16 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import SiteMap, Sublayer
+from ..sites.sitemap import SiteMap, Sublayer
 from .base import AdapterModule, MethodConfig, check_count, check_rate
-from .bottleneck import (
-    ParallelPlacement,
-    Placed,
-    Placement,
-    SequentialPlacement,
-)
+from .bottleneck import ParallelPlacement, Placed, Placement, SequentialPlacement
+from .init import linear, zero_linear
 from .speech import audio_tower
-from .starts import linear, zero_linear
 
 
 @dataclass(frozen=True, kw_only=True)

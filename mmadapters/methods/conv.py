@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Grid, SiteMap, Sublayer
+from ..sites.sitemap import Grid, SiteMap, Sublayer
 from .base import AdapterModule, Branch, MethodConfig, check_count, check_number, check_rate
 from .bottleneck import ACTIVATIONS
-from .starts import linear, zero_linear
+from .init import linear, zero_linear
 
 Apply = Callable[[nn.Conv2d, Tensor], Tensor]
 

@@ -21,18 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import SiteMap, Sublayer
+from ..sites.sitemap import SiteMap, Sublayer
 from .adding import Adding
-from .base import (
-    AdapterModule,
-    MethodConfig,
-    check_choice,
-    check_count,
-    check_number,
-    check_rate,
-)
+from .base import AdapterModule, MethodConfig, check_choice, check_count, check_number, check_rate
 from .bottleneck import ACTIVATIONS, chosen_sublayers
-from .starts import linear, zero_linear
+from .init import linear, zero_linear
 
 
 @dataclass(frozen=True, kw_only=True)

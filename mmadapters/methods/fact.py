@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Leaf, SiteMap
+from ..sites.sitemap import Leaf, SiteMap
 from .base import AdapterModule, Delta, MethodConfig, check_count, check_number
+from .init import kaiming
 from .lora import TARGETS, check_targets, chosen_leaves
-from .starts import kaiming
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import SiteMap, Sublayer
+from ..sites.sitemap import SiteMap, Sublayer
 from .base import (
     AdapterModule,
     Branch,

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Block, SiteMap, Tower
+from ..sites.sitemap import Block, SiteMap, Tower
 from .adding import Adding
 from .base import AdapterModule, MethodConfig, check_count, check_rate
-from .starts import linear
+from .init import linear
 
 
 @dataclass(frozen=True, kw_only=True)

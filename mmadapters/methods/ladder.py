@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import SiteMap, Tower
+from ..sites.sitemap import SiteMap, Tower
 from .base import AdapterModule, MethodConfig, Readout, check_count, check_number, check_rate
 from .bottleneck import bottleneck_size, check_size
-from .starts import linear, zero_linear
+from .init import linear, zero_linear
 
 
 @dataclass(frozen=True, kw_only=True)

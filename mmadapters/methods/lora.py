@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..low_rank import plus_low_rank
-from ..sites import ATTENTION_LEAVES, FFN_LEAVES, Leaf, SiteMap
+from ..sites.sitemap import ATTENTION_LEAVES, FFN_LEAVES, Leaf, SiteMap
 from .base import (
     AdapterModule,
     Delta,
@@ -27,7 +27,7 @@ from .base import (
     check_number,
     check_rate,
 )
-from .starts import kaiming
+from .init import kaiming
 
 TARGETS = (*ATTENTION_LEAVES, *FFN_LEAVES)
 

@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import SiteMap, Sublayer, Tower
+from ..sites.sitemap import SiteMap, Sublayer, Tower
 from .adding import Adding
 from .base import AdapterModule, MethodConfig, check_count, check_number
 from .bottleneck import chosen_sublayers
-from .starts import zero_linear
+from .init import zero_linear
 
 TOWERS = ("vision", "text")
 

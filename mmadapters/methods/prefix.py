@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..sites import SiteMap, Sublayer
+from ..sites.sitemap import SiteMap, Sublayer
 from .base import AdapterModule, MethodConfig, Prefix, check_count
 from .bottleneck import chosen_sublayers
 

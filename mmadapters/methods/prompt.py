@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..sites import SiteMap, Tower
+from ..sites.sitemap import SiteMap, Tower
 from .base import AdapterModule, MethodConfig, Prompt, check_count
 
 

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Leaf, SiteMap
+from ..sites.sitemap import Leaf, SiteMap
 from .base import AdapterModule, Delta, MethodConfig, check_count, check_number
-from .starts import kaiming
+from .init import kaiming
 
 # The maps of a sublayer that read the same input.
 READERS = {"attn": ("q", "k", "v"), "ffn": ("up", "gate")}

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..sites import Leaf, SiteMap
+from ..sites.sitemap import Leaf, SiteMap
 from .base import AdapterModule, Delta, MethodConfig
 from .lora import TARGETS, check_targets, chosen_leaves
 

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import FrontLayer, SiteMap, Tower
+from ..sites.sitemap import FrontLayer, SiteMap, Tower
 from .base import AdapterModule, Branch, MethodConfig, Readout, check_count
 from .bottleneck import BottleneckConfig, Placement, SequentialPlacement
-from .starts import linear
+from .init import linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,11 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Block, SiteMap, Sublayer, Tower
+from ..sites.sitemap import Block, SiteMap, Sublayer, Tower
 from .adding import Adding
 from .base import AdapterModule, MethodConfig, check_count, check_number, check_rate
 from .bottleneck import chosen_sublayers
-from .starts import linear, zero_linear
+from .init import linear, zero_linear
 
 # CoCa's cross-attentions stand in blocks of their own, between those of its decoder.
 _DECODERS = ("decoder", "fusion")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Leaf, SiteMap
+from ..sites.sitemap import Leaf, SiteMap
 from .base import AdapterModule, Branch, Delta, MethodConfig, Prefix
 from .bottleneck import BottleneckConfig, ParBnConfig, SeqBnConfig
 from .lora import LoRAConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapters.zoo._files import read_config
+from .files import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,38 +38,38 @@ class Nano:
 
     @property
     def directory(self) -> Path:
-        return Path(__file__).parent / self.folder
+        return Path(__file__).parent / "weights" / self.folder
 
 
 NANO: dict[str, Nano] = {
     "nano/vit": Nano(
         folder="vit",
-        module="mmadapters.zoo._vit",
+        module="mmadapters.zoo.vit",
         libraries=("timm", "hf"),
         summary="ViT, 64×64 in patches of 8, width 224, 8 blocks; trained on photographs",
     ),
     "nano/wav2vec2": Nano(
         folder="wav2vec2",
-        module="mmadapters.zoo._wav2vec2",
+        module="mmadapters.zoo.wav2vec2",
         libraries=("hf", "torchaudio"),
         summary="wav2vec 2.0, 16 kHz waveform in; trained on synthetic US English",
     ),
     "nano/clip": Nano(
         folder="clip",
-        module="mmadapters.zoo._clip",
+        module="mmadapters.zoo.clip",
         libraries=("open_clip", "hf"),
         summary="CLIP, 64×64 images, its own BPE; trained on photographs and drawn scenes",
     ),
     "nano/blip-retrieval": Nano(
         folder="blip",
-        module="mmadapters.zoo._blip",
+        module="mmadapters.zoo.blip",
         libraries=("hf",),
         summary="BLIP that embeds and matches, 64×64 images; trained on the same, over nano/vit",
         options={"kind": "retrieval"},
     ),
     "nano/blip-caption": Nano(
         folder="blip",
-        module="mmadapters.zoo._blip",
+        module="mmadapters.zoo.blip",
         libraries=("hf",),
         summary="BLIP that writes captions, of the same training",
         options={"kind": "caption"},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import BackboneConfig
+from ..config.schema import BackboneConfig
 from .text import PAD, Vocabulary
 
 
@@ -19,9 +19,9 @@ def own_head(config: BackboneConfig, backbone: Any) -> nn.Linear:
         ValueError: it has none.
     """
     if config.name == "nano/wav2vec2":
-        from mmadapters.zoo import NANO, _wav2vec2
+        from mmadapters.zoo import NANO, wav2vec2
 
-        found = _wav2vec2.load_ctc(NANO[config.name].directory).lm_head
+        found = wav2vec2.load_ctc(NANO[config.name].directory).lm_head
     else:
         inner = getattr(backbone, "model", backbone)
         found = getattr(backbone, "lm_head", None) or getattr(inner, "aux", None)

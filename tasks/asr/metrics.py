@@ -9,8 +9,8 @@ from typing import Any
 import jiwer
 import numpy as np
 
-from ..metrics import Metric, summed_metric
-from ..task import Record
+from ..core.metrics import Metric, summed_metric
+from ..core.task import Record
 
 # What `counts` gives of an utterance.
 WORD_ERRORS, WORDS, CHARACTER_ERRORS, CHARACTERS, WRONG = range(5)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
+from ..core.task import TaskModel
 from ..encoders.speech import SpeechTower
-from ..task import TaskModel
 from .config import ChunkConfig
 
 PIECES = 8  # of long audio at a time

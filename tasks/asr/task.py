@@ -12,9 +12,7 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters import AdapterModel
 
-from ..encoders.speech import SpeechTower, conv_frames, normalises
-from ..media import audio_samples, read_audio
-from ..task import (
+from ..core.task import (
     BadRow,
     Batch,
     Column,
@@ -29,6 +27,8 @@ from ..task import (
     TaskModel,
     Unit,
 )
+from ..data.media import audio_samples, read_audio
+from ..encoders.speech import SpeechTower, conv_frames, normalises
 from .augment import augmented
 from .config import ASRConfig
 from .decoding import BeamSearch, Decoded, greedy
@@ -250,7 +250,7 @@ class ASRTask(Task[ASRConfig]):
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .illustrate import illustrate
+        from .pictures import illustrate
 
         return illustrate(self, records, count=count)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..task import BadRow
+from ..core.task import BadRow
 from .config import TextConfig
 
 PAD, DELIMITER = "<pad>", "|"

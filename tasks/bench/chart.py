@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mmadapters.tasks.plots import LIGHT
-
+from ..core.plots import LIGHT
 from .report import first
 from .results import Row
 from .run import Bench

@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mmadapters.tasks.console import bar, plain
-
+from ..reports.console import bar, plain
 from .cases import Settings
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {

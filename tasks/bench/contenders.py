@@ -23,7 +23,7 @@ from mmadapters import (
     Route,
     SeqBnConfig,
 )
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 from .cases import WIDER
 from .encoders import Inputs

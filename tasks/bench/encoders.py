@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmadapters import load_backbone
-from mmadapters.injectors import describe
 from mmadapters.injectors.calls import first_output
-from mmadapters.sites import SiteMap, nearest
+from mmadapters.sites.sitemap import SiteMap
+from mmadapters.sites.tables import describe
+from mmadapters.suggest import nearest
 
 from .limits import Tower
 

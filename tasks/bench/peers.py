@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 from .contenders import RANK, TARGETS, Contender, Work, randomise
 from .encoders import Inputs

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmadapters.writing import write_bytes, write_text
+from mmadapters.files import write_bytes, write_text
 
 from .checks import Check, checks
 from .limits import Tower, first_block
@@ -36,8 +36,7 @@ class Grid:
 
 def write_report(bench: Bench, folder: Path) -> None:
     """Writes `bench.json`, `bench.md` and `bench.png`, each whole or not at all."""
-    from mmadapters.tasks.plots import figure_png
-
+    from ..core.plots import figure_png
     from .chart import chart
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +208,7 @@ def _markdown_grid(grid: Grid) -> str:
 
 def show(bench: Bench, console: Console) -> None:
     """Prints the same tables."""
-    from mmadapters.tasks.console import plain
+    from ..reports.console import plain
 
     console.print(plain(header(bench)), soft_wrap=True, highlight=False)
     for preset in bench.settings.encoders:
@@ -223,7 +222,7 @@ def show(bench: Bench, console: Console) -> None:
 def _rich(grid: Grid) -> Any:
     from rich.table import Table
 
-    from mmadapters.tasks.console import plain
+    from ..reports.console import plain
 
     table = Table(*map(plain, grid.head), title=plain(grid.title), title_justify="left")
     for column in table.columns[grid.words :]:

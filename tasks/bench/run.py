@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mmadapters import __version__
-from mmadapters.tasks.machine import processor
 
+from ..core.machine import processor
 from .cases import Case, Settings, forward_cases, life_cases, step_cases
 from .encoders import Encoder, Preset, choose, find_preset
 from .environments import PEERS, Environment, Refused, environments

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmadapters.tasks.measuring import kept_for_backward, seconds
-
+from ..core.timing import kept_for_backward, seconds
 from .cases import MIXED, Case
 from .contenders import Bare, Contender, Merged, Ours, Work
 from .encoders import Inputs, make_inputs, pooled
@@ -234,7 +233,7 @@ def _from_cached_prefix(case: Case, contender: Contender, inputs: Inputs) -> Cal
     Raises:
         ValueError: a tower cannot start there, or gives something else then.
     """
-    from mmadapters.prefix import FrozenPrefix, placeholder
+    from mmadapters.trunk.frozen import FrozenTrunk, placeholder
 
     def empty(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
@@ -246,7 +245,7 @@ def _from_cached_prefix(case: Case, contender: Contender, inputs: Inputs) -> Cal
     contender.train()
     # Pooled, as an encoder gives more than that, and what is read below the states is not there.
     whole, hollow = partial(_pooled, inputs, model), partial(_pooled, inputs.mapped(empty), model)
-    prefix = FrozenPrefix.of(model, whole)
+    prefix = FrozenTrunk.of(model, whole)
     for tower, why in prefix.skipped.items():
         raise ValueError(f"nothing of tower {tower!r} is kept: {why}")
     tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 2e-2

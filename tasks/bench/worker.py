@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from mmadapters.tasks.machine import versions
-
+from ..core.machine import versions
 from .cases import Case
 from .encoders import Encoder, make_inputs, measure_towers
 from .stepping import Place, Runner, prepare

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ..config import DataConfig, EvaluationConfig, JobConfig, Section
+from ..config.schema import DataConfig, EvaluationConfig, JobConfig, Section
 
 Deciding = Literal["CIDEr", "BLEU-4", "ROUGE-L", "perplexity"]
 

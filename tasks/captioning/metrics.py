@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..metrics import Metric, summed_metric
-from ..task import Record, Scores, Table
+from ..core.metrics import Metric, summed_metric
+from ..core.task import Record, Scores, Table
 from .cider import cider
 from .words import words
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
+from ..core.task import TaskModel
 from ..encoders.blip import LOGITS_AT_A_TIME
 from ..encoders.blip_captioner import BlipCaptioner
-from ..task import TaskModel
 from .config import CaptioningConfig
 
 

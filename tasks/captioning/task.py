@@ -14,19 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
-from .. import media
-from ..captions import (
-    COLUMNS,
-    all_captions,
-    caption_rows,
-    captions_of,
-    image_id,
-    one_of_several,
-    stated_captions,
-)
-from ..encoders.blip import BlipTokenizer, BlipTokens, blip_tokenizer, is_blip
-from ..encoders.preprocessing import image_preprocessing, to_tensor
-from ..task import (
+from ..core.task import (
     BadRow,
     Batch,
     Column,
@@ -41,6 +29,18 @@ from ..task import (
     TaskModel,
     Unit,
 )
+from ..data import media
+from ..data.captions import (
+    COLUMNS,
+    all_captions,
+    caption_rows,
+    captions_of,
+    image_id,
+    one_of_several,
+    stated_captions,
+)
+from ..encoders.blip import BlipTokenizer, BlipTokens, blip_tokenizer, is_blip
+from ..encoders.preprocessing import image_preprocessing, to_tensor
 from . import metrics
 from .config import CaptioningConfig
 from .model import CaptioningModel
@@ -187,7 +187,7 @@ class CaptioningTask(Task[CaptioningConfig]):
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .illustrate import illustrate
+        from .pictures import illustrate
 
         return illustrate(rows, metrics.images_of(records), count=count)
 

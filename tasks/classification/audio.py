@@ -8,7 +8,7 @@ from torch import nn
 
 import mmadapters
 
-from ..config import BackboneConfig
+from ..config.schema import BackboneConfig
 
 
 def audio_preprocessing(config: BackboneConfig, backbone: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..config import DataConfig, JobConfig, Section
+from ..config.schema import DataConfig, JobConfig, Section
 
 SPEECH = re.compile("^torchaudio/|wav2vec|hubert|wavlm|whisper")  # names of speech encoders
 MetricName = Literal["accuracy", "balanced accuracy", "macro F1", "mAP", "micro F1"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmadapters import AdapterModel
-from mmadapters.adapter import Adapter
+from mmadapters.adapters.adapter import Adapter
 
 from ..encoders.clip import ClipTowers, tokenizer
 from ..encoders.refusals import refuse_other_towers, refuse_unpaired

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..evaluation import autocast, refuse, to_device
-from ..reading import readers
-from ..task import BadRow, Collate, Examples, Loaded, Problem, Rows
+from ..core.task import BadRow, Collate, Examples, Loaded, Problem, Rows
+from ..data.workers import readers
+from ..training.evaluate import autocast, refuse, to_device
 from .embedding_heads import TipAdapterHead, cache_logits, unit
 from .labels import LabelMap
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmadapters.sites import nearest
+from mmadapters.suggest import nearest
 
-from ..task import BadRow, Rows
+from ..core.task import BadRow, Rows
 
 
 @dataclass(frozen=True)

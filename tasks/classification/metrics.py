@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..metrics import CHUNK, Metric, interval, summed_metric
+from ..core.metrics import CHUNK, Metric, interval, summed_metric
 
 LARGEST = 1e7  # statistics of all examples from which the means over classes get an interval
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmadapters import AdapterModel
-from mmadapters.sites import nearest
+from mmadapters.suggest import nearest
 
+from ..core.task import TaskModel
 from ..encoders.refusals import refuse_embedding_adapters, refuse_other_towers
 from ..encoders.vision import ImageTower
 from ..encoders.watch import Watch
-from ..task import TaskModel
 from .config import ClassificationConfig
 from .head import ClassificationHead
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..task import Table
+from ..core.task import Table
 from .metrics import average_precision, class_figures, confusion
 
 MISTAKES = 20

@@ -13,15 +13,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
-from mmadapters.sites import nearest
+from mmadapters.suggest import nearest
 
-from .. import media
-from ..config import Split
-from ..encoders.speech import conv_frames
-from ..encoders.vision import image_preprocessing, to_tensor
-from ..evaluation import to_device
-from ..metrics import Metric
-from ..task import (
+from ..config.schema import Split
+from ..core.metrics import Metric
+from ..core.task import (
     BadRow,
     Batch,
     Column,
@@ -35,6 +31,10 @@ from ..task import (
     TaskModel,
     Unit,
 )
+from ..data import media
+from ..encoders.speech import conv_frames
+from ..encoders.vision import image_preprocessing, to_tensor
+from ..training.evaluate import to_device
 from . import few_shot, metrics
 from .audio import audio_preprocessing
 from .augment import ImageAugmenter, augment_audio, cut
@@ -357,7 +357,7 @@ class ClassificationTask(Task[ClassificationConfig]):
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .illustrate import illustrate
+        from .pictures import illustrate
 
         return illustrate(self, rows, records, count=count)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..config import BackboneConfig
+from ..config.schema import BackboneConfig
 
 IGNORED = -100  # a label that counts nothing
 LOGITS_AT_A_TIME = 2**26  # numbers of (M, T, V) held at once when answers are ranked

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mmadapters import AdapterModel
-from mmadapters.sites import Tower
+from mmadapters.sites.sitemap import Tower
 
-from ..config import BackboneConfig
+from ..config.schema import BackboneConfig
 
 _OPEN_CLIP = ("CLIP", "CustomTextCLIP", "CoCa")
 _TRANSFORMERS = ("CLIPModel", "SiglipModel")

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..config import BackboneConfig
+from ..config.schema import BackboneConfig
 
 Preprocessing = dict[str, Any]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 
 from mmadapters import AdapterModel
-from mmadapters.adapter import Adapter
+from mmadapters.adapters.adapter import Adapter
 
 
 def refuse_other_towers(encoder: AdapterModel, used: Iterable[str], what: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..config import BackboneConfig
+from ..config.schema import BackboneConfig
 
 __all__ = ["SpeechTower", "convolutions", "normalises"]
 

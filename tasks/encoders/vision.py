@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmadapters import AdapterModel
-from mmadapters.sites import Tower
+from mmadapters.sites.sitemap import Tower
 
 from .positions import Grid, Kept, Lock, open_clip_at, timm_at
 from .preprocessing import image_preprocessing, normalised, to_tensor

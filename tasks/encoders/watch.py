@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mmadapters.sites import Tower
+from mmadapters.sites.sitemap import Tower
 
 
 class Reached(Exception):
@@ -43,7 +43,7 @@ class Watch:
     ) -> None:
         """
         Args:
-            reads_entered: more than the shape of `entered` is looked at, so that a `FrozenPrefix`
+            reads_entered: more than the shape of `entered` is looked at, so that a `FrozenTrunk`
                 keeps it, too.
             stop: raise `Reached` after the last of the requested blocks.
             changes: of what is given to blocks, by their number.

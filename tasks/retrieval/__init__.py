@@ -1,0 +1,1 @@
+"""Retrieval of images by texts and of texts by images."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..config import DataConfig, EvaluationConfig, JobConfig, Section
+from ..config.schema import DataConfig, EvaluationConfig, JobConfig, Section
 
 Deciding = Literal["mean R@1", "text-to-image R@1", "image-to-text R@1"]
 

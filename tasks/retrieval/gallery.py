@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..task import Record
+from ..core.task import Record
 from .metrics import TO_IMAGE, TO_TEXT, ranks, reranked
 
 

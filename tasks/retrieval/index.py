@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..task import Task, TaskModel
+from ..core.task import Task, TaskModel
 from .model import RetrievalModel
 from .queries import PICTURES, Item, embed, items
 

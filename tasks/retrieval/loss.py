@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..evaluation import processes
+from ..training.evaluate import processes
 
 
 def contrastive_loss(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics import Metric, summed_metric
+from ..core.metrics import Metric, summed_metric
 
 TIE = 1e-6  # products of equal vectors differ by less where they stand in other blocks of a matmul
 CUTS = (1, 5, 10)

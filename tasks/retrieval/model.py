@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from mmadapters import AdapterModel
 
+from ..core.task import TaskModel
 from ..encoders.blip import BlipMatcher, is_blip
 from ..encoders.clip import ClipTowers
 from ..encoders.refusals import refuse_other_towers, refuse_unpaired
-from ..task import TaskModel
 from .config import RetrievalConfig
 from .head import RetrievalHead
 from .loss import contrastive_loss, hard_negatives, in_chunks

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmadapters.writing import write_bytes
+from mmadapters.files import write_bytes
 
 from .model import RetrievalModel
 from .queries import Item, embed, items

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .. import media
-from ..task import BadRow
+from ..core.task import BadRow
+from ..data import media
 from .model import RetrievalModel
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..evaluation import DataError, processes, to_device
-from ..reading import readers
-from ..task import Collate, Examples, Record, Rows
+from ..core.task import Collate, Examples, Record, Rows
+from ..data.workers import readers
+from ..training.evaluate import DataError, processes, to_device
 from .gallery import Gallery
 from .metrics import candidates
 from .model import RetrievalModel

@@ -19,19 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
-from .. import media
-from ..captions import (
-    COLUMNS,
-    all_captions,
-    captions_of,
-    image_id,
-    number_of,
-    one_of_several,
-)
-from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
-from ..encoders.clip import load_tokenizer, text_limits
-from ..encoders.preprocessing import image_preprocessing, to_tensor
-from ..task import (
+from ..core.task import (
     Batch,
     Column,
     Example,
@@ -45,6 +33,11 @@ from ..task import (
     TaskModel,
     Unit,
 )
+from ..data import media
+from ..data.captions import COLUMNS, all_captions, captions_of, image_id, number_of, one_of_several
+from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
+from ..encoders.clip import load_tokenizer, text_limits
+from ..encoders.preprocessing import image_preprocessing, to_tensor
 from .config import RetrievalConfig
 from .gallery import Gallery
 from .metrics import TO_IMAGE, TO_TEXT, grouped, recalls
@@ -197,7 +190,7 @@ class RetrievalTask(Task[RetrievalConfig]):
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .illustrate import figures
+        from .pictures import figures
 
         return list(figures(Gallery.of(records), rows, records, count=count))
 

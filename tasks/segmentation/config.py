@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..config import DataConfig, EvaluationConfig, JobConfig, Section
+from ..config.schema import DataConfig, EvaluationConfig, JobConfig, Section
 
 IGNORE = "ignore"  # what label_map and palette call pixels that count for nothing
 Channel = Annotated[int, Field(ge=0, le=255)]

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mmadapters.sites import nearest
+from mmadapters.suggest import nearest
 
-from ..media import read_mask
-from ..task import BadRow, Rows
+from ..core.task import BadRow, Rows
+from ..data.media import read_mask
 from .coco import category_ids, draw_segments
 from .config import IGNORE, SegmentationDataConfig
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..metrics import Metric, bootstrap, summed_metric
-from ..task import Table
+from ..core.metrics import Metric, bootstrap, summed_metric
+from ..core.task import Table
 
 Values = Callable[[np.ndarray], np.ndarray]
 

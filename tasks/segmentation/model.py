@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mmadapters import AdapterModel
 
+from ..core.task import TaskModel
 from ..encoders.refusals import refuse_embedding_adapters, refuse_other_towers
 from ..encoders.vision import ImageTower
-from ..task import TaskModel
 from .config import SegmentationConfig
 from .heads import head_layers, make_head
 from .inference import resize_logits

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
+from ..core.task import BadRow, Column, Figure, Problem, Rows, Scores, Table, Task, TaskModel
+from ..data.media import image_size, read_image
 from ..encoders.vision import image_preprocessing
-from ..media import image_size, read_image
-from ..task import BadRow, Column, Figure, Problem, Rows, Scores, Table, Task, TaskModel
 from . import metrics, pictures
 from .config import SegmentationConfig
 from .inference import predict_classes

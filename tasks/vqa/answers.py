@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..task import BadRow, Rows
+from ..core.task import BadRow, Rows
 
 MANY = 4  # from so many answers to a question on, agreement of all of them makes a score of 1
 

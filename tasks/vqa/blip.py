@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
+from ..core.task import TaskModel
 from ..encoders.blip import BlipAnswerer
-from ..task import TaskModel
 from .config import BlipAnswersConfig
 
 

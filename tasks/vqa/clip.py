@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
+from ..core.task import TaskModel
 from ..encoders.clip import ClipTowers
 from ..encoders.refusals import refuse_embedding_adapters
-from ..task import TaskModel
 from .config import VQAHeadConfig
 from .heads import BilinearHead, CoAttentionHead, FusionHead
 

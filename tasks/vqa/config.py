@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ..config import DataConfig, JobConfig, Section
+from ..config.schema import DataConfig, JobConfig, Section
 
 HeadKind = Literal["auto", "fusion", "bilinear", "coattention", "ranking", "generation"]
 

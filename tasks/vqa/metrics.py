@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import Metric, summed_metric
-from ..task import Record, Scores, Table
+from ..core.metrics import Metric, summed_metric
+from ..core.task import Record, Scores, Table
 from .answers import Vocabulary, score
 
 KINDS = ("question_type", "answer_type")  # columns of VQAv2 by which accuracy is always given

@@ -16,11 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
-from .. import media
-from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
-from ..encoders.clip import load_tokenizer, text_limits
-from ..encoders.preprocessing import image_preprocessing, to_tensor
-from ..task import (
+from ..core.task import (
     BadRow,
     Batch,
     Column,
@@ -35,6 +31,10 @@ from ..task import (
     TaskModel,
     Unit,
 )
+from ..data import media
+from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
+from ..encoders.clip import load_tokenizer, text_limits
+from ..encoders.preprocessing import image_preprocessing, to_tensor
 from . import metrics
 from .answers import MANY, Vocabulary, all_answers, answers_of
 from .blip import BlipVQA
@@ -277,7 +277,7 @@ class VQATask(Task[VQAConfig]):
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .illustrate import illustrate
+        from .pictures import illustrate
 
         return illustrate(rows, records, count=count)
 

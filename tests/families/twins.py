@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmadapters import MethodConfig, init
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 from . import Family, vision, vision_language
 from .small import randomise

@@ -12,8 +12,8 @@ from families import Family, tensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmadapters.injectors import describe
-from mmadapters.sites import Block, Leaf, SiteMap, Sublayer
+from mmadapters.sites.sitemap import Block, Leaf, SiteMap, Sublayer
+from mmadapters.sites.tables import describe
 
 ATTENTION = {"q", "k", "v", "o", "norm"}
 FEED_FORWARD = {"up", "down", "norm"}

@@ -52,7 +52,7 @@ from mmadapters import (
     UniAdapterConfig,
     UniPELTConfig,
 )
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 EVERYWHERE = ("q", "k", "v", "o", "up", "down")
 

@@ -34,7 +34,7 @@ from mmadapters import (
     ConfigUnion,
     DoubleSeqBnConfig,
     FrontEndAdapterConfig,
-    FrozenPrefix,
+    FrozenTrunk,
     Fuse,
     LAdapterConfig,
     LadderConfig,
@@ -46,7 +46,7 @@ from mmadapters import (
     Stack,
     placeholder,
 )
-from mmadapters.injectors.resuming import Interceptor
+from mmadapters.injectors.intercept import Interceptor
 from mmadapters.tasks.encoders.speech import SpeechTower
 from mmadapters.tasks.encoders.vision import ImageTower
 
@@ -126,7 +126,7 @@ def gradients(model: nn.Module, given: list[Tensor]) -> dict[str, Tensor]:
 
 
 def check_same(
-    model: AdapterModel, prefix: FrozenPrefix, run: Callable[[], Any], again: Any = None
+    model: AdapterModel, prefix: FrozenTrunk, run: Callable[[], Any], again: Any = None
 ) -> None:
     """Outputs and gradients of a resumed pass are those of the plain one, dropout included."""
     states = prefix.capture(run)
@@ -143,7 +143,7 @@ def check_same(
         assert distance([found[name]], [gradient]) <= 1e-6, name
 
 
-def kept(prefix: FrozenPrefix) -> dict[str, tuple[int, tuple[int, ...]]]:
+def kept(prefix: FrozenTrunk) -> dict[str, tuple[int, tuple[int, ...]]]:
     return {tower.tower: (tower.block, tower.layers) for tower in prefix.towers}
 
 
@@ -152,7 +152,7 @@ def kept(prefix: FrozenPrefix) -> dict[str, tuple[int, tuple[int, ...]]]:
 def test_resumed_pass_is_the_plain_one_in_outputs_and_gradients(family: Family, start: str) -> None:
     model = model_from(family, start)
     run = called(model, family)
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     args, kwargs = blank(family) if prefix.towers else family.inputs()
     check_same(model, prefix, run, lambda: model(*args, **kwargs))
     skipped = SKIPPED.get(family.name, {})
@@ -194,7 +194,7 @@ def test_stem_and_lower_blocks_do_not_run_and_capturing_runs_nothing_else(
 ) -> None:
     model = model_from(family, start)
     run = called(model, family)
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     below, above = [], []
     for part in prefix.towers:
         tower = model.sites.towers[part.tower]
@@ -238,7 +238,7 @@ def test_every_method_acts_as_in_a_plain_pass(method: str, drop: int) -> None:
     randomise(model.adapter("a"), 0.1)
     model.train_adapter("a", drop=drop)
     run = called(model, family)
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     if method == "conv_front_end" and not drop:
         assert prefix.skipped == {"audio": "adapters act on its convolutional front end"}
     else:
@@ -265,7 +265,7 @@ def test_layers_that_a_ladder_reads_are_kept_and_no_others(
 ) -> None:
     model = holding(deep_vit(), config)
     run = functools.partial(model, images())
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {"vision": (layers[-1] + 1, layers)}
     check_same(model, prefix, run, lambda: model(placeholder((2, 3, 32, 32))))
 
@@ -274,7 +274,7 @@ def test_layers_that_a_ladder_reads_are_kept_and_no_others(
 def test_layers_that_an_l_adapter_reads_are_kept(name: str) -> None:
     family = FAMILIES[name]
     model = holding(mmadapters.init(bare(family)), LAdapterConfig())
-    prefix = FrozenPrefix.of(model, called(model, family))
+    prefix = FrozenTrunk.of(model, called(model, family))
     assert kept(prefix) == {"audio": (2, (0, 1))}
     check_same(model, prefix, called(model, family))
 
@@ -289,7 +289,7 @@ def test_layers_that_an_image_tower_is_asked_for_are_kept(norm: bool) -> None:
         assert states.cls is not None
         return [*states.maps, states.cls, states.pooled]
 
-    prefix = FrozenPrefix.of(model, lambda: run(images()))
+    prefix = FrozenTrunk.of(model, lambda: run(images()))
     assert kept(prefix) == {"vision": (5, (0, 2, 4))}
     check_same(model, prefix, lambda: run(images()), lambda: run(placeholder((2, 3, 32, 32))))
 
@@ -301,7 +301,7 @@ def test_blocks_above_the_last_one_that_is_read_are_not_kept_either() -> None:
     def run() -> list[Tensor]:
         return tower(images(), (1, 3)).maps
 
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {"vision": (4, (1, 3))}
     check_same(model, prefix, run)
 
@@ -316,11 +316,11 @@ def test_hidden_states_that_a_pass_gives_are_kept(name: str) -> None:
     def run() -> Any:
         return model(*args, **kwargs, output_hidden_states=True)
 
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {tower: (2, (-1, 0, 1))}
     check_same(model, prefix, run)
     # Once asked for, transformers' hooks stay on the blocks, and keep nothing.
-    plain = FrozenPrefix.of(model, called(model, family))
+    plain = FrozenTrunk.of(model, called(model, family))
     assert kept(plain) == {tower: (2, (1,))}
 
 
@@ -332,7 +332,7 @@ def test_hidden_states_are_kept_for_a_head_that_lets_go_of_them() -> None:
         states = model(pixel_values=images(), output_hidden_states=True).hidden_states
         return torch.stack([state.mean() for state in states[:3]])
 
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {"vision": (4, (-1, 0, 1, 2, 3))}
     check_same(model, prefix, run)
 
@@ -343,7 +343,7 @@ def test_intermediate_states_that_a_library_collects_by_itself_are_kept(
 ) -> None:
     model = deep_vit()
     run = functools.partial(model.forward_intermediates, images(), indices=wanted)
-    prefix = FrozenPrefix.of(model, lambda: run())
+    prefix = FrozenTrunk.of(model, lambda: run())
     assert set(wanted) <= set(kept(prefix)["vision"][1])
     check_same(model, prefix, run)
 
@@ -355,7 +355,7 @@ def test_intermediate_states_are_kept_for_a_head_that_lets_go_of_them() -> None:
         states = model.forward_intermediates(images(), indices=[1, 3, 4], intermediates_only=True)
         return torch.stack([state.mean() for state in states])
 
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {"vision": (6, (1, 3, 4, 5))}
     check_same(model, prefix, run)
 
@@ -367,7 +367,7 @@ def test_blocks_below_the_least_number_that_training_drops_are_kept(least: int) 
     randomise(model.adapter("a"))
     model.train_adapter("a", drop=(least, 6))
     run = functools.partial(model, images())
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {"vision": (least, (least - 1,))}
     states = prefix.capture(run)
     for seed in range(4):
@@ -400,7 +400,7 @@ def test_compositions_start_at_the_first_block_at_which_a_member_acts(setup: Any
         model.add_adapter_fusion(setup)
     model.train_adapter(setup)
     run = functools.partial(model, images())
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {"vision": (2, (1,))}
     check_same(model, prefix, run)
 
@@ -413,13 +413,13 @@ def test_setups_that_will_act_later_count_too() -> None:
     model.add_adapter("ladder", LadderConfig(heads=2))
     model.set_active_adapters("a")
     run = functools.partial(model, images())
-    assert kept(FrozenPrefix.of(model, run)) == {"vision": (4, (3,))}
-    prefix = FrozenPrefix.of(model, run, setups=["b", None])
+    assert kept(FrozenTrunk.of(model, run)) == {"vision": (4, (3,))}
+    prefix = FrozenTrunk.of(model, run, setups=["b", None])
     assert kept(prefix) == {"vision": (2, (1,))}
     for setup in ("a", "b", None):
         with model.using(setup):
             check_same(model, prefix, run)
-    prefix = FrozenPrefix.of(model, run, setups=["ladder"])
+    prefix = FrozenTrunk.of(model, run, setups=["ladder"])
     assert kept(prefix) == {"vision": (4, (-1, 0, 1, 2, 3))}
     with model.using("ladder"):
         check_same(model, prefix, run)
@@ -444,7 +444,7 @@ def test_padded_utterances_of_different_lengths_are_resumed(family: Family, star
     def run(sound: Tensor = waves) -> Tensor:
         return tower(sound, lengths)[0]
 
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     block = {"first": 0, "upper": 1, "head": 2}[start]
     assert kept(prefix) == {"audio": (block, (block - 1,))}
     check_same(model, prefix, run, lambda: run(placeholder(waves.shape)))
@@ -455,7 +455,7 @@ def test_images_of_another_size_than_the_first_ones_are_resumed() -> None:
         mmadapters.init(small_vit(depth=4, dynamic_img_size=True)),
         LoRAConfig(sites=("vision.blocks.[23]",)),
     )
-    prefix = FrozenPrefix.of(model, lambda: model(images()))
+    prefix = FrozenTrunk.of(model, lambda: model(images()))
     large = torch.randn(3, 3, 48, 40)
     check_same(model, prefix, lambda: model(large), lambda: model(placeholder((3, 3, 48, 40))))
 
@@ -464,7 +464,7 @@ def test_images_of_another_size_than_the_first_ones_are_resumed() -> None:
 def test_positions_are_interpolated_as_ever(name: str) -> None:
     family = FAMILIES[name]
     model = model_from(family, "upper")
-    prefix = FrozenPrefix.of(model, called(model, family))
+    prefix = FrozenTrunk.of(model, called(model, family))
     large = torch.randn(1, 3, 48, 40)
     check_same(
         model,
@@ -483,7 +483,7 @@ def test_block_whose_input_is_changed_from_outside_is_run(layer: int) -> None:
     def run() -> list[Tensor]:
         return tower(images(), (5,), between={layer: lambda tokens: tokens + shift}).maps
 
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {"vision": (layer, (layer - 1,))}
     states = prefix.capture(run)
     shift.data += 1
@@ -496,7 +496,7 @@ def test_block_whose_input_is_changed_from_outside_is_run(layer: int) -> None:
 def test_blocks_that_take_tokens_first_are_resumed_from_states_with_the_batch_first() -> None:
     model = holding(hand_written(batch_first=False), LoRAConfig(sites=("audio.blocks.1",)))
     x = torch.randn(5, 3, 32)
-    prefix = FrozenPrefix.of(model, lambda: model(x))
+    prefix = FrozenTrunk.of(model, lambda: model(x))
     assert prefix.capture(lambda: model(x))["audio", 0].shape == (3, 5, 32)
     check_same(model, prefix, lambda: model(x), lambda: model(placeholder(x.shape)))
 
@@ -504,14 +504,14 @@ def test_blocks_that_take_tokens_first_are_resumed_from_states_with_the_batch_fi
 def test_prompts_do_not_come_into_states() -> None:
     model = holding(deep_vit(4), PromptConfig(length=3, sites=("vision.blocks.[23]",)))
     run = functools.partial(model, images())
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert prefix.capture(run)["vision", 1].shape == (2, 17, 32)
     check_same(model, prefix, run)
 
 
 def test_states_have_no_gradient_and_need_not_be_those_of_the_first_batch() -> None:
     model = holding(deep_vit(4), LoRAConfig(sites=("vision.blocks.[23]",)))
-    prefix = FrozenPrefix.of(model, lambda: model(images()))
+    prefix = FrozenTrunk.of(model, lambda: model(images()))
     other = torch.randn(5, 3, 32, 32)
     states = prefix.capture(lambda: model(other))
     assert not states["vision", 1].requires_grad
@@ -527,7 +527,7 @@ def test_states_in_half_precision_are_close(autocast: bool) -> None:
         with context():
             return model(images())
 
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     states = {key: state.bfloat16() for key, state in prefix.capture(run).items()}
     plain = run()
     with prefix.resume(states):
@@ -541,7 +541,7 @@ def test_model_in_half_precision_is_resumed() -> None:
         mmadapters.init(small_vit(depth=4).bfloat16()), LoRAConfig(sites=("vision.blocks.3",))
     )
     x = images().bfloat16()
-    prefix = FrozenPrefix.of(model, lambda: model(x))
+    prefix = FrozenTrunk.of(model, lambda: model(x))
     check_same(model, prefix, lambda: model(x))
 
 
@@ -561,7 +561,7 @@ def test_resumed_forward_costs_what_its_blocks_cost(block: int, share: float) ->
         model.add_adapter("a", LoRAConfig(rank=1, sites=sites))
         model.train_adapter("a")
     x = torch.randn(2, 3, 96, 96)
-    prefix = FrozenPrefix.of(model, lambda: model(x))
+    prefix = FrozenTrunk.of(model, lambda: model(x))
     assert kept(prefix) == {"vision": (block, (block - 1,))}
     states = prefix.capture(lambda: model(x))
 
@@ -576,7 +576,7 @@ def test_resumed_forward_costs_what_its_blocks_cost(block: int, share: float) ->
 
 def test_train_mode_of_the_trunk_is_skipped() -> None:
     model = mmadapters.init(small_vit(), train_trunk=True)
-    prefix = FrozenPrefix.of(model, lambda: model(images()))
+    prefix = FrozenTrunk.of(model, lambda: model(images()))
     assert prefix.skipped["vision"].startswith("its encoder is in train mode, where dropout")
     assert prefix.towers == ()
     assert prefix.capture(lambda: model(images())) == {}
@@ -588,7 +588,7 @@ def test_part_of_the_trunk_in_train_mode_is_skipped_by_name() -> None:
     model = mmadapters.init(bare(FAMILIES["hf-wav2vec2"]))
     model.backbone.wav2vec2.encoder.training = True
     run = called(model, FAMILIES["hf-wav2vec2"])
-    while "audio" not in (skipped := FrozenPrefix.of(model, run).skipped):
+    while "audio" not in (skipped := FrozenTrunk.of(model, run).skipped):
         raise AssertionError("kept")
     # LayerDrop may have left a block out of this very pass.
     assert (
@@ -601,15 +601,15 @@ def test_trained_stem_is_skipped_and_trained_block_is_run() -> None:
     model = deep_vit()
     run = functools.partial(model, images())
     model.backbone.blocks[4].mlp.fc1.weight.requires_grad_(True)
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {"vision": (4, (3,))}
     check_same(model, prefix, run)
     model.backbone.pos_embed.requires_grad_(True)
-    assert FrozenPrefix.of(model, run).skipped == {
+    assert FrozenTrunk.of(model, run).skipped == {
         "vision": "what enters its first block is trained"
     }
     model.backbone.patch_embed.proj.weight.requires_grad_(True)
-    assert FrozenPrefix.of(model, run).skipped == {
+    assert FrozenTrunk.of(model, run).skipped == {
         "vision": "patch_embed.proj.weight, before its blocks, is trained"
     }
 
@@ -618,7 +618,7 @@ def test_trained_head_of_the_encoder_is_no_reason_to_skip() -> None:
     model = deep_vit()
     model.backbone.head.requires_grad_(True)
     run = functools.partial(model, images())
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     assert kept(prefix) == {"vision": (6, (5,))}
     check_same(model, prefix, run)
 
@@ -629,7 +629,7 @@ def test_tower_that_runs_twice_or_not_at_all_is_skipped() -> None:
     def run() -> list[Tensor]:
         return [model.encode_image(images()), model.encode_image(images() + 1)]
 
-    assert FrozenPrefix.of(model, run).skipped == {
+    assert FrozenTrunk.of(model, run).skipped == {
         "vision": "it ran 2 times in one pass",
         "text": "it did not run in this pass",
     }
@@ -638,13 +638,13 @@ def test_tower_that_runs_twice_or_not_at_all_is_skipped() -> None:
 def test_front_end_adapters_are_skipped_and_lower_ones_bound_the_rest() -> None:
     family = FAMILIES["hf-hubert"]
     model = holding(mmadapters.init(bare(family)), FrontEndAdapterConfig(size=4))
-    skipped = FrozenPrefix.of(model, called(model, family)).skipped
+    skipped = FrozenTrunk.of(model, called(model, family)).skipped
     assert skipped == {"audio": "adapters act on its convolutional front end"}
 
 
 def test_states_of_another_batch_are_refused() -> None:
     model = deep_vit()
-    prefix = FrozenPrefix.of(model, lambda: model(images()))
+    prefix = FrozenTrunk.of(model, lambda: model(images()))
     states = prefix.capture(lambda: model(images()[:1]))
     with (
         prefix.resume(states),
@@ -660,7 +660,7 @@ def test_adapters_that_act_below_by_now_are_refused() -> None:
     model = deep_vit()
     model.add_adapter("a", LoRAConfig(sites=("vision.blocks.2",)))
     run = functools.partial(model, images())
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     states = prefix.capture(run)
     model.set_active_adapters("a")
     with pytest.raises(ValueError, match="act at block 2 of tower 'vision' now, and its states"):
@@ -671,14 +671,14 @@ def test_adapters_that_act_below_by_now_are_refused() -> None:
 
 def test_pass_that_stops_below_is_refused() -> None:
     model = deep_vit()
-    prefix = FrozenPrefix.of(model, lambda: model(images()))
+    prefix = FrozenTrunk.of(model, lambda: model(images()))
     with pytest.raises(ValueError, match="tower 'vision' did not run as far as block 5"):
         prefix.capture(lambda: ImageTower(model)(images(), (2,)))
 
 
 def test_check_finds_what_reads_pixels_and_blocks_that_do_not_run() -> None:
     model = deep_vit()
-    prefix = FrozenPrefix.of(model, lambda: model(images()))
+    prefix = FrozenTrunk.of(model, lambda: model(images()))
     prefix.check(lambda: model(images()))
 
     def reads(pixels: Tensor) -> Tensor:
@@ -695,7 +695,7 @@ def test_check_names_the_tower_at_fault_and_takes_dropout_for_what_it_is() -> No
     family = FAMILIES["hf-clip"]
     model = mmadapters.init(bare(family))
     args, kwargs = family.inputs()
-    prefix = FrozenPrefix.of(model, lambda: model(*args, **kwargs))
+    prefix = FrozenTrunk.of(model, lambda: model(*args, **kwargs))
 
     def noisy(**more: Any) -> Any:
         given = model(*args, **kwargs, **more)
@@ -729,7 +729,7 @@ def test_other_threads_run_plainly_meanwhile(blocks: str) -> None:
 
     with torch.no_grad():
         plain, other = model(images()), model(x)
-        prefix = FrozenPrefix.of(model, lambda: model(images()))
+        prefix = FrozenTrunk.of(model, lambda: model(images()))
         with ThreadPoolExecutor(2) as pool:
             threads = [pool.submit(others) for _ in range(2)]
             resumed = []
@@ -759,7 +759,7 @@ def test_nothing_is_left_on_the_encoder(name: str) -> None:
     model = model_from(family, "upper")
     run = called(model, family)
     before, keys = hooks(model), list(model.backbone.state_dict())
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     states = prefix.capture(run)
     with prefix.resume(states):
         run()
@@ -779,7 +779,7 @@ def test_pass_that_breaks_off_leaves_nothing_behind() -> None:
         raise OSError("no such image")
 
     with pytest.raises(OSError, match="no such image"):
-        FrozenPrefix.of(model, broken)
+        FrozenTrunk.of(model, broken)
     assert not intercepted(model)
     assert model._runtime.local.passing is None
 
@@ -789,11 +789,11 @@ def test_checkpointed_blocks_are_resumed_and_computed_anew(name: str) -> None:
     family = FAMILIES[name]
     model = model_from(family, "upper")
     run = called(model, family)
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     plain = outputs(run)
     expected = gradients(model, plain)
     model.gradient_checkpointing_enable()
-    check_same(model, FrozenPrefix.of(model, run), run)
+    check_same(model, FrozenTrunk.of(model, run), run)
     states = prefix.capture(run)
     with prefix.resume(states):
         resumed = outputs(run)
@@ -816,7 +816,7 @@ def test_copies_of_a_model_made_in_a_resumed_pass_run_plainly(checkpointed: bool
         model.gradient_checkpointing_enable()
     run = functools.partial(model, images())
     plain = run()
-    prefix = FrozenPrefix.of(model, run)
+    prefix = FrozenTrunk.of(model, run)
     with prefix.resume(prefix.capture(run)):
         copied = copy.deepcopy(model)
         file = io.BytesIO()
@@ -826,7 +826,7 @@ def test_copies_of_a_model_made_in_a_resumed_pass_run_plainly(checkpointed: bool
     loaded = torch.load(file, weights_only=False)
     for other in (copied, loaded):
         assert torch.equal(other(images()), plain)
-        own = FrozenPrefix.of(other, lambda other=other: other(images()))
+        own = FrozenTrunk.of(other, lambda other=other: other(images()))
         check_same(other, own, lambda other=other: other(images()))
         assert not [m for m in other.detach().modules() if "forward" in m.__dict__]
 
@@ -840,7 +840,7 @@ def test_prefixes_may_be_entered_one_in_another() -> None:
     made = {}
     for name in "ab":
         model.set_active_adapters(name)
-        prefix = FrozenPrefix.of(model, run)
+        prefix = FrozenTrunk.of(model, run)
         made[name] = prefix, prefix.capture(run), run()
     for outer, inner in ("ab", "ba"):
         prefix, states, plain = made[outer]
@@ -862,7 +862,7 @@ def test_tower_that_only_a_pass_around_this_one_keeps_is_run() -> None:
     def image() -> Any:
         return model.get_image_features(pixel_values=kwargs["pixel_values"])
 
-    all_towers, vision = FrozenPrefix.of(model, both), FrozenPrefix.of(model, image)
+    all_towers, vision = FrozenTrunk.of(model, both), FrozenTrunk.of(model, image)
     assert set(kept(all_towers)) == {"vision", "text"}
     assert set(kept(vision)) == {"vision"}
     plain, states = outputs(both), vision.capture(both)
@@ -875,7 +875,7 @@ def test_compiled_model_is_compiled_once_for_all_resumed_passes() -> None:
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
     blank = placeholder((2, 3, 32, 32))
-    prefix = FrozenPrefix.of(model, lambda: model(images()))
+    prefix = FrozenTrunk.of(model, lambda: model(images()))
     frames = []
     for _ in range(3):
         batch = torch.randn(2, 3, 32, 32)
@@ -893,7 +893,7 @@ def test_fingerprint_tells_of_what_lies_below_alone() -> None:
     model.add_adapter("low", LoRAConfig(sites=("vision.blocks.1",)))
     randomise(model.adapter("low"))
     model.set_active_adapters("a")
-    prefix = FrozenPrefix.of(model, lambda: model(images()))
+    prefix = FrozenTrunk.of(model, lambda: model(images()))
     before = prefix.fingerprint()
     randomise(model.adapter("a"))
     model.backbone.blocks[4].mlp.fc1.weight.data += 1

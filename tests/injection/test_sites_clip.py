@@ -9,7 +9,7 @@ from families.vision_language import CLIP_FAMILIES
 from injection.checks import check_family
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 
 @pytest.mark.parametrize("family", CLIP_FAMILIES, ids=lambda family: family.name)

@@ -9,7 +9,7 @@ from families.speech_twins import to_torchaudio
 from injection.checks import check_family
 from torchaudio.pipelines._wav2vec2.utils import _extend_model
 
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 BY_NAME = {family.name: family for family in FAMILIES}
 TWINS = [

@@ -10,7 +10,7 @@ from families.language import FAMILIES as LANGUAGE
 from families.language import SMALL, VOCABULARY
 from injection.checks import check_example, check_family
 
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 FAMILIES = [*LANGUAGE, *BLIP]
 BLIP_SUBLAYERS = {

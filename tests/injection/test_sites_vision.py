@@ -13,7 +13,7 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -38,8 +38,8 @@ from mmadapters import (
     TowerSpec,
 )
 from mmadapters.composition import Composition
-from mmadapters.injectors import find_row
 from mmadapters.methods.conformer import ConformerAdapter
+from mmadapters.sites.tables import find_row
 from mmadapters.tasks.encoders.speech import SpeechTower
 
 OWN = (

@@ -34,9 +34,9 @@ from mmadapters import (
     Stack,
     init,
 )
-from mmadapters.injectors import describe
 from mmadapters.methods import Branch
 from mmadapters.methods.bottleneck import ACTIVATIONS as KNOWN_ACTIVATIONS
+from mmadapters.sites.tables import describe
 
 SITE = "vision.blocks.0.ffn"
 PLACEMENTS = {

@@ -24,8 +24,8 @@ from torch import nn
 from torch.func import functional_call
 
 from mmadapters import CompacterConfig, ParallelPlacement, init
-from mmadapters.injectors import describe
 from mmadapters.methods.compacter import KroneckerLinear
+from mmadapters.sites.tables import describe
 
 LIKE = {"dtype": torch.float64, "device": torch.device("cpu")}
 

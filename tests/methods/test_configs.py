@@ -46,9 +46,9 @@ from mmadapters import (
     UniAdapterConfig,
     UniPELTConfig,
 )
-from mmadapters.injectors import describe
 from mmadapters.methods import METHODS, from_dict, method_named, to_dict
-from mmadapters.sites import SiteMap
+from mmadapters.sites.sitemap import SiteMap
+from mmadapters.sites.tables import describe
 
 CONFIGS: list[MethodConfig] = [
     BottleneckConfig(),

@@ -51,7 +51,7 @@ from mmadapters import (
     TowerSpec,
     init,
 )
-from mmadapters.sites import Grid
+from mmadapters.sites.sitemap import Grid
 
 METHODS: dict[str, MethodConfig] = {
     "convpass": ConvpassConfig(size=4, scale=0.7, sites=("vision",)),

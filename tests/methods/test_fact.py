@@ -25,7 +25,7 @@ from methods.reference import (
 from safetensors.torch import load_file
 
 from mmadapters import Average, FacTConfig, LoRAConfig, Route, Split, Stack, init
-from mmadapters.sites import Leaf
+from mmadapters.sites.sitemap import Leaf
 
 FAMILIES = families()
 ALL = ("q", "k", "v", "o", "up", "down")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmadapters.methods import fused
+from mmadapters.methods.kernels import fused
 
 SCRIPT = Path(__file__).with_name("fused_by_interpreter.py")
 

@@ -22,9 +22,9 @@ from methods.reference import (
 from torch.func import functional_call
 
 from mmadapters import ConfigUnion, DoRAConfig, IA3Config, LoRAConfig, SSFConfig, Stack, init
-from mmadapters.injectors import describe
 from mmadapters.methods.lora import LoRA
-from mmadapters.sites import Leaf
+from mmadapters.sites.sitemap import Leaf
+from mmadapters.sites.tables import describe
 
 ALL = ("q", "k", "v", "o", "up", "down")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mmadapters
 from mmadapters import AdapterModel, Average, Fuse, MMAConfig, Route, Split
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 FAMILIES = families()
 SCALE = 0.2

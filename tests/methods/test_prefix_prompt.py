@@ -38,7 +38,7 @@ from mmadapters import (
     TowerSpec,
     init,
 )
-from mmadapters.injectors import describe
+from mmadapters.sites.tables import describe
 
 
 class WithPrefix(ReferenceViT):

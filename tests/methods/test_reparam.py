@@ -26,16 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmadapters import (
-    Average,
-    LoRAConfig,
-    RepAdapterConfig,
-    Route,
-    Split,
-    Stack,
-    init,
-)
-from mmadapters.injectors import describe
+from mmadapters import Average, LoRAConfig, RepAdapterConfig, Route, Split, Stack, init
+from mmadapters.sites.tables import describe
 
 FAMILIES = families()
 # Fused and plain q, k and v; weights of nn.MultiheadAttention and others that are read, not called;

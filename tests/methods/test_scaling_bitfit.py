@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmadapters import BitFitConfig, IA3Config, MethodConfig, SSFConfig, Stack, init
-from mmadapters.injectors import describe
 from mmadapters.methods import Delta
-from mmadapters.sites import Leaf
+from mmadapters.sites.sitemap import Leaf
+from mmadapters.sites.tables import describe
 
 FAMILIES = families()
 

@@ -26,8 +26,8 @@ from mmadapters import (
     SequentialPlacement,
     init,
 )
-from mmadapters.injectors import describe
 from mmadapters.methods.conformer import ConformerAdapter, FrameNorm
+from mmadapters.sites.tables import describe
 
 SITE = "audio.blocks.0.ffn"
 FRAMES, WIDTH, LAYERS = 14, 32, 2

@@ -38,8 +38,8 @@ from mmadapters import (
     UniPELTConfig,
     init,
 )
-from mmadapters.injectors import describe
 from mmadapters.methods.union import GatedBranch, GatedDelta, GatedPrefix
+from mmadapters.sites.tables import describe
 
 
 def relu(x: Array) -> Array:

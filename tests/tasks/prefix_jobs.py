@@ -20,10 +20,10 @@ from mmadapters import load_backbone
 from mmadapters.tasks.artifact import task_class
 from mmadapters.tasks.asr.config import ASRConfig
 from mmadapters.tasks.classification.config import ClassificationConfig
-from mmadapters.tasks.config import JobConfig
-from mmadapters.tasks.run import build_model, make_encoder
-from mmadapters.tasks.synthetic import scenes
-from mmadapters.tasks.training import TaskTrainer
+from mmadapters.tasks.config.schema import JobConfig
+from mmadapters.tasks.data.synthetic import scenes
+from mmadapters.tasks.jobs.run import build_model, make_encoder
+from mmadapters.tasks.training.trainer import TaskTrainer
 from tasks.captioning import conftest as captioning
 from tasks.retrieval import conftest as retrieval
 from tasks.segmentation import scenes as segmentation
@@ -31,7 +31,7 @@ from tasks.vqa import conftest as vqa
 
 TRAINER = {
     **{"epochs": 3, "batch_size": 8, "log_every": 1, "device": "cpu", "tensorboard": False},
-    **{"learning_rate": 1e-2, "cache_prefix": "memory"},
+    **{"learning_rate": 1e-2, "cache_trunk": "memory"},
 }
 
 

@@ -29,7 +29,7 @@ from mmadapters.tasks.bench.environments import Environment, Refused, environmen
 from mmadapters.tasks.bench.limits import FULL, Tower, cached_limit, first_block, step_limit
 from mmadapters.tasks.bench.results import Row, Spread
 from mmadapters.tasks.bench.run import Bench, Missing
-from mmadapters.tasks.cli import app
+from mmadapters.tasks.cli.app import app
 
 PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 OPTIONS = (

@@ -15,9 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import mmadapters
-from mmadapters import storage
+from mmadapters.adapters import storage
 from mmadapters.tasks.artifact import open_directory
-from mmadapters.tasks.cli import app
+from mmadapters.tasks.cli.app import app
 
 CONFIG = {
     "task": "classification",
@@ -101,7 +101,7 @@ def test_evaluate_gives_the_figures_of_the_run_again() -> None:
 
 def pictures(name: str) -> Path:
     """A folder of three drawn scenes, and a table that is none."""
-    from mmadapters.tasks.synthetic import scenes
+    from mmadapters.tasks.data.synthetic import scenes
 
     made = Path(name)
     made.mkdir()

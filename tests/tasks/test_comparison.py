@@ -11,13 +11,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from mmadapters.tasks.cli import app
-from mmadapters.tasks.comparison import Cell, Duel, Entrant, difference, spread
-from mmadapters.tasks.comparison_config import make_job, read_comparison, read_contenders
-from mmadapters.tasks.comparison_cost import Cost
-from mmadapters.tasks.configfile import config_names, read_config
-from mmadapters.tasks.metrics import Metric, interval, summed_metric
-from mmadapters.tasks.run import make_model
+from mmadapters.tasks.cli.app import app
+from mmadapters.tasks.config.file import config_names, read_config
+from mmadapters.tasks.core.metrics import Metric, interval, summed_metric
+from mmadapters.tasks.jobs.comparison.config import make_job, read_comparison, read_contenders
+from mmadapters.tasks.jobs.comparison.cost import Cost
+from mmadapters.tasks.jobs.comparison.run import Cell, Duel, Entrant, difference, spread
+from mmadapters.tasks.jobs.run import make_model
 
 CONFIG: dict[str, Any] = {
     "name": "small",
@@ -110,10 +110,11 @@ def test_bottleneck_trains_as_many_parameters_as_a_whole_size_can(folder: Path) 
 
 
 def _rows(config: Any) -> Any:
-    from mmadapters.tasks import artifact, data
+    from mmadapters.tasks import artifact
+    from mmadapters.tasks.data import load
 
     job = make_job(config, {}, "rows")
-    return data.load(job.data, artifact.task_class(job.task)(job).columns)["train"]
+    return load.load(job.data, artifact.task_class(job.task)(job).columns)["train"]
 
 
 def test_costs_are_of_a_step(folder: Path) -> None:

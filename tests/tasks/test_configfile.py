@@ -10,9 +10,8 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from mmadapters.tasks import configkeys
-from mmadapters.tasks.config import DataConfig, JobConfig, Section, TrainerConfig
-from mmadapters.tasks.configfile import (
+from mmadapters.tasks.config import keys as configkeys
+from mmadapters.tasks.config.file import (
     TASKS,
     config_class,
     config_names,
@@ -20,6 +19,7 @@ from mmadapters.tasks.configfile import (
     from_data,
     read_config,
 )
+from mmadapters.tasks.config.schema import DataConfig, JobConfig, Section, TrainerConfig
 
 BASE = "task: segmentation\nbackbone:\n  name: nano/vit\ndata:\n  source: builtin/scenes\n"
 THERE = [task for task in TASKS if Path(configkeys.__file__).with_name(task).is_dir()]
@@ -328,7 +328,7 @@ def test_keys_tell_types_and_bounds_in_words() -> None:
 def test_help_does_not_wait_for_torch() -> None:
     program = (
         "import sys\n"
-        "from mmadapters.tasks.configfile import TASKS, config_names, describe_keys\n"
+        "from mmadapters.tasks.config.file import TASKS, config_names, describe_keys\n"
         f"assert config_names() and all(describe_keys(task) for task in {THERE})\n"
         "print('torch' in sys.modules)"
     )

@@ -15,15 +15,17 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from mmadapters.tasks import artifact, data, routing
+from mmadapters.tasks import artifact
 from mmadapters.tasks.artifact import open_directory
-from mmadapters.tasks.cli import app
-from mmadapters.tasks.configfile import config_names, read_config
-from mmadapters.tasks.continual import Cell, Chain, fingerprint, measure
-from mmadapters.tasks.continual_config import contrast_jobs, read_continual, read_jobs
-from mmadapters.tasks.continual_report import points
-from mmadapters.tasks.metrics import Metric
-from mmadapters.tasks.plots import heat_maps
+from mmadapters.tasks.cli.app import app
+from mmadapters.tasks.config.file import config_names, read_config
+from mmadapters.tasks.core.metrics import Metric
+from mmadapters.tasks.core.plots import heat_maps
+from mmadapters.tasks.data import load
+from mmadapters.tasks.jobs.continual import router as routing
+from mmadapters.tasks.jobs.continual.config import contrast_jobs, read_continual, read_jobs
+from mmadapters.tasks.jobs.continual.report import points
+from mmadapters.tasks.jobs.continual.run import Cell, Chain, fingerprint, measure
 
 FEW = {"train": 32, "validation": 8, "test": 16}
 SHORT = {
@@ -91,7 +93,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 def again(directory: str) -> str:
     """The hash of what a saved run gives on its test split, on an encoder loaded anew."""
     opened = open_directory(directory)
-    rows = data.load(opened.task.config.data, opened.task.columns)["test"]
+    rows = load.load(opened.task.config.data, opened.task.columns)["test"]
     return measure(opened.task, opened.model, rows)[0].outputs
 
 

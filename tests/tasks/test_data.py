@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmadapters.tasks import data, media
-from mmadapters.tasks.config import DataConfig, Split
-from mmadapters.tasks.task import Column, Rows
+from mmadapters.tasks.config.schema import DataConfig, Split
+from mmadapters.tasks.core.task import Column, Rows
+from mmadapters.tasks.data import load as data
+from mmadapters.tasks.data import media
 
 PICTURES = {"image": Column("image"), "text": Column("text")}
 MASKS = {"image": Column("image"), "mask": Column("mask")}

@@ -133,8 +133,8 @@ PROGRAM = """
 import json
 import datasets
 from mmadapters.tasks import data, media
-from mmadapters.tasks.config import DataConfig
-from mmadapters.tasks.task import Column
+from mmadapters.tasks.config.schema import DataConfig
+from mmadapters.tasks.core.task import Column
 
 # It rests for 5 s after each pass, lest threads outlive the interpreter.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2

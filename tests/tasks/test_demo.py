@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mmadapters.tasks import demo
-from mmadapters.tasks.metrics import Metric
+from mmadapters.tasks.core.metrics import Metric
+from mmadapters.tasks.jobs import demo
 
 SMALL = {
     "segmentation": ["data.options.train=16", "data.options.validation=8", "data.options.test=8"],

@@ -18,10 +18,8 @@ from rich.console import Console
 from torch import nn
 
 from mmadapters import AdapterModel
-from mmadapters.tasks import data, doctor, media
-from mmadapters.tasks.config import BackboneConfig, DataConfig, EvaluationConfig, JobConfig
-from mmadapters.tasks.doctor import Place, examine, print_report
-from mmadapters.tasks.task import (
+from mmadapters.tasks.config.schema import BackboneConfig, DataConfig, EvaluationConfig, JobConfig
+from mmadapters.tasks.core.task import (
     BadRow,
     Column,
     Figure,
@@ -32,6 +30,9 @@ from mmadapters.tasks.task import (
     Task,
     TaskModel,
 )
+from mmadapters.tasks.data import doctor, media
+from mmadapters.tasks.data import load as data
+from mmadapters.tasks.data.doctor import Place, examine, print_report
 
 
 class ReadingTask(Task[JobConfig]):

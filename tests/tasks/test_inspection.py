@@ -13,7 +13,7 @@ from torch import nn
 
 import mmadapters
 from mmadapters.methods import METHODS
-from mmadapters.tasks.inspection import Inspection, MethodRow, inspect, print_inspection
+from mmadapters.tasks.jobs.inspection import Inspection, MethodRow, inspect, print_inspection
 
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
 NAME = "timm/vit_tiny_patch16_224"

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from mmadapters.tasks import media
-from mmadapters.tasks.task import BadRow
+from mmadapters.tasks.core.task import BadRow
+from mmadapters.tasks.data import media
 
 RATE = 16_000
 

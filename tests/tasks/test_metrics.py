@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmadapters.tasks.metrics import Metric, bootstrap, summed_metric
+from mmadapters.tasks.core.metrics import Metric, bootstrap, summed_metric
 
 
 def share(sums: np.ndarray) -> np.ndarray:

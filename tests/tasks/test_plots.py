@@ -10,8 +10,8 @@ import pytest
 from matplotlib.colors import to_rgba
 from PIL import Image
 
-from mmadapters.tasks.metrics import Metric
-from mmadapters.tasks.plots import (
+from mmadapters.tasks.core.metrics import Metric
+from mmadapters.tasks.core.plots import (
     LIGHT,
     PAGE,
     RIGHT,

@@ -15,10 +15,10 @@ import pytest
 import torch
 from tasks.prefix_jobs import JOBS, PLAIN, changed, figures, fitted, pictures, trainer_of
 
-from mmadapters.tasks.prefix_cache import prepare
-from mmadapters.tasks.reporting import cache_text
-from mmadapters.tasks.task import Examples
-from mmadapters.tasks.training import TaskTrainer, last_checkpoint, trained_tensors
+from mmadapters.tasks.core.task import Examples
+from mmadapters.tasks.reports.results import cache_text
+from mmadapters.tasks.training.cache.cache import prepare
+from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint, trained_tensors
 from tasks import joint_tints
 
 PROGRAM = Path(__file__).with_name("train_prefix.py")
@@ -53,9 +53,9 @@ def assert_same(training: TaskTrainer, other: TaskTrainer, tolerance: float = 1e
 
 @pytest.mark.parametrize("name", list(JOBS))
 def test_kept_states_train_the_same_model(name: str, tmp_path: Path) -> None:
-    plain, told = fitted(name, tmp_path / "plain", cache_prefix="off")
+    plain, told = fitted(name, tmp_path / "plain", cache_trunk="off")
     assert "cache" not in told
-    kept, told = fitted(name, tmp_path / "kept", cache_prefix="memory")
+    kept, told = fitted(name, tmp_path / "kept", cache_trunk="memory")
     assert_same(plain, kept)
     assert told["cache"]["train"]["read"] == 8 * len(figures(kept)[0])
     assert isinstance(told["cache"]["validation"], dict)
@@ -113,7 +113,7 @@ def test_views_are_those_of_a_run_that_draws_among_them_anew(where: str, tmp_pat
     trainings = []
     for kept in ("off", where):
         folder = tmp_path / kept
-        trainer = {"views": 3, "epochs": 4, "cache_prefix": kept, "cache_folder": str(tmp_path)}
+        trainer = {"views": 3, "epochs": 4, "cache_trunk": kept, "cache_folder": str(tmp_path)}
         training, told = fitted("images", folder, data=image_job(folder, data=drawn), **trainer)
         trainings.append(training)
     assert_same(*trainings)
@@ -140,10 +140,10 @@ REFUSED = {
 def test_what_cannot_be_kept_is_refused_or_left_with_the_reason(case: str, tmp_path: Path) -> None:
     sections, reason = REFUSED[case]
     data = image_job(tmp_path, **sections)
-    with pytest.raises(ValueError, match=f"trainer.cache_prefix memory: .*{reason}") as raised:
+    with pytest.raises(ValueError, match=f"trainer.cache_trunk memory: .*{reason}") as raised:
         fitted("images", tmp_path / "asked", data=data)
     assert "\n" not in str(raised.value)
-    training, told = fitted("images", tmp_path / "auto", data=data, cache_prefix="auto")
+    training, told = fitted("images", tmp_path / "auto", data=data, cache_trunk="auto")
     assert told["cache"]["where"] == "off"
     assert len(figures(training)[0]) == 6
     with pytest.raises(ValueError, match=reason):
@@ -163,15 +163,15 @@ def test_auto_leaves_what_would_not_pay(
     sections: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     data = image_job(tmp_path, **sections)
-    _, told = fitted("images", tmp_path, data=data, cache_prefix="auto")
+    _, told = fitted("images", tmp_path, data=data, cache_trunk="auto")
     assert told["cache"]["where"] == "off"
     assert reason in told["cache"]["reason"]
 
 
 def test_auto_keeps_in_memory_all_that_a_head_alone_reads(tmp_path: Path) -> None:
     data = image_job(tmp_path, trainer={"mode": "head"})
-    plain, _ = fitted("images", tmp_path / "plain", data=data, cache_prefix="off")
-    kept, told = fitted("images", tmp_path / "kept", data=data, cache_prefix="auto")
+    plain, _ = fitted("images", tmp_path / "plain", data=data, cache_trunk="off")
+    kept, told = fitted("images", tmp_path / "kept", data=data, cache_trunk="auto")
     assert_same(plain, kept)
     assert told["cache"]["where"] == "memory"
     assert told["cache"]["towers"] == {"vision": {"block": 8, "blocks": 8}}
@@ -182,7 +182,7 @@ def test_auto_keeps_in_memory_all_that_a_head_alone_reads(tmp_path: Path) -> Non
 
 def test_a_ladder_is_fed_from_kept_states_of_every_rung(tmp_path: Path) -> None:
     data = image_job(tmp_path, adapter={"method": "ladder", "sites": ["vision"]})
-    plain, _ = fitted("images", tmp_path / "plain", data=data, cache_prefix="off")
+    plain, _ = fitted("images", tmp_path / "plain", data=data, cache_trunk="off")
     kept, told = fitted("images", tmp_path / "kept", data=data)
     assert_same(plain, kept)
     assert told["cache"]["towers"]["vision"]["block"] == 8
@@ -193,7 +193,7 @@ def test_a_ladder_is_fed_from_kept_states_of_every_rung(tmp_path: Path) -> None:
 
 def test_a_drawn_drop_of_adapters_starts_at_the_lowest(tmp_path: Path) -> None:
     data = image_job(tmp_path, adapter={"sites": ["vision"]}, trainer={"adapter_drop": [3, 6]})
-    plain, _ = fitted("images", tmp_path / "plain", data=data, cache_prefix="off")
+    plain, _ = fitted("images", tmp_path / "plain", data=data, cache_trunk="off")
     kept, told = fitted("images", tmp_path / "kept", data=data)
     assert_same(plain, kept)
     assert told["cache"]["towers"]["vision"]["block"] == 3
@@ -203,13 +203,13 @@ def test_a_head_that_reads_pixels_gets_them(tmp_path: Path) -> None:
     config, train, validation = JOBS["segments"].make(tmp_path)
     config = changed(config, head={"kind": "fpn"}, adapter={"sites": ["vision.blocks.[6-7].*"]})
     data = config, train, validation
-    plain, _ = fitted("segments", tmp_path / "plain", data=data, cache_prefix="off")
+    plain, _ = fitted("segments", tmp_path / "plain", data=data, cache_trunk="off")
     kept, _ = fitted("segments", tmp_path / "kept", data=data)
     assert_same(plain, kept)
 
 
 def test_states_in_bf16_train_almost_the_same(tmp_path: Path) -> None:
-    plain, _ = fitted("images", tmp_path / "plain", cache_prefix="off")
+    plain, _ = fitted("images", tmp_path / "plain", cache_trunk="off")
     _, told = fitted("images", tmp_path / "whole")
     half, halved = fitted("images", tmp_path / "half", cache_dtype="bf16")
     assert_same(plain, half, tolerance=0.05)
@@ -220,15 +220,15 @@ def test_states_in_bf16_train_almost_the_same(tmp_path: Path) -> None:
 
 
 def test_runs_in_bf16_keep_bf16(tmp_path: Path) -> None:
-    plain, _ = fitted("images", tmp_path / "plain", cache_prefix="off", precision="bf16")
+    plain, _ = fitted("images", tmp_path / "plain", cache_trunk="off", precision="bf16")
     kept, told = fitted("images", tmp_path / "kept", precision="bf16")
     assert_same(plain, kept, tolerance=0.05)
     assert told["cache"]["dtype"] == "bfloat16"
 
 
 def test_a_later_run_finds_its_states_on_disk_and_mends_what_is_damaged(tmp_path: Path) -> None:
-    kept = {"cache_prefix": "disk", "cache_folder": str(tmp_path / "cache")}
-    plain, _ = fitted("images", tmp_path / "plain", cache_prefix="off")
+    kept = {"cache_trunk": "disk", "cache_folder": str(tmp_path / "cache")}
+    plain, _ = fitted("images", tmp_path / "plain", cache_trunk="off")
     first, told = fitted("images", tmp_path / "first", **kept)
     assert told["cache"]["train"]["found"] == 0
     # Another adapter in the same blocks, from another seed, which draws nothing of the examples.
@@ -257,7 +257,7 @@ def test_a_later_run_finds_its_states_on_disk_and_mends_what_is_damaged(tmp_path
     ids=["block", "preprocessing", "dtype", "encoder"],
 )
 def test_states_of_something_else_are_not_taken(sections: dict[str, Any], tmp_path: Path) -> None:
-    kept = {"cache_prefix": "disk", "cache_folder": str(tmp_path / "cache"), "epochs": 2}
+    kept = {"cache_trunk": "disk", "cache_folder": str(tmp_path / "cache"), "epochs": 2}
     fitted("images", tmp_path / "first", **kept)
     data = image_job(tmp_path, **sections)
     _, told = fitted("images", tmp_path / "other", data=data, **kept)
@@ -265,7 +265,7 @@ def test_states_of_something_else_are_not_taken(sections: dict[str, Any], tmp_pa
 
 
 def test_states_of_other_rows_are_not_taken(tmp_path: Path) -> None:
-    kept = {"cache_prefix": "disk", "cache_folder": str(tmp_path / "cache"), "epochs": 2}
+    kept = {"cache_trunk": "disk", "cache_folder": str(tmp_path / "cache"), "epochs": 2}
     config, train, validation = image_job(tmp_path)
     fitted("images", tmp_path / "first", data=(config, train, validation), **kept)
     others = pictures(20, first=1)
@@ -276,14 +276,14 @@ def test_states_of_other_rows_are_not_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_workers_read_kept_states(where: str, tmp_path: Path) -> None:
-    plain, _ = fitted("images", tmp_path / "plain", cache_prefix="off", workers=0)
+    plain, _ = fitted("images", tmp_path / "plain", cache_trunk="off", workers=0)
     settings = {"workers": 1, "cache_folder": str(tmp_path)}
-    kept, _ = fitted("images", tmp_path / "kept", cache_prefix=where, **settings)
+    kept, _ = fitted("images", tmp_path / "kept", cache_trunk=where, **settings)
     assert_same(plain, kept)
 
 
 def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    kept = {"cache_prefix": "disk", "cache_folder": str(tmp_path / "cache")}
+    kept = {"cache_trunk": "disk", "cache_folder": str(tmp_path / "cache")}
     whole, _ = fitted("images", tmp_path / "run", **kept)
     checkpoint = min(
         (path.parent for path in (tmp_path / "run").rglob("whole")),
@@ -309,7 +309,7 @@ def test_bad_rows_are_passed_over_and_counted_as_ever(tmp_path: Path) -> None:
         rows[bad]["image"] = {"bytes": b"no picture", "path": None}
     train = type(train).from_list(rows)
     trainings = [
-        fitted("images", tmp_path / kept, data=(config, train, validation), cache_prefix=kept)[0]
+        fitted("images", tmp_path / kept, data=(config, train, validation), cache_trunk=kept)[0]
         for kept in ("off", "memory")
     ]
     assert_same(*trainings)
@@ -340,7 +340,7 @@ def test_long_recordings_are_validated_plainly(tmp_path: Path) -> None:
     config, train, validation = JOBS["speech"].make(tmp_path)
     config = changed(config, chunks={"seconds": 0.5, "stride": 0.1})
     data = config, train, validation
-    plain, _ = fitted("speech", tmp_path / "plain", data=data, cache_prefix="off")
+    plain, _ = fitted("speech", tmp_path / "plain", data=data, cache_trunk="off")
     kept, told = fitted("speech", tmp_path / "kept", data=data)
     assert_same(plain, kept)
     assert "may be longer than 0.5 s and run in pieces" in told["cache"]["validation"]
@@ -388,7 +388,7 @@ def test_one_of_several_captions_is_drawn(tmp_path: Path) -> None:
 
 
 def test_tasks_that_are_trained_together_refuse_it(tmp_path: Path) -> None:
-    made = joint_tints.tasks(cache_prefix="disk")
+    made = joint_tints.tasks(cache_trunk="disk")
     with pytest.raises(ValueError, match="several tasks that are trained together run without"):
         joint_tints.trainer(tmp_path, made, joint_tints.joint(made, None))
 
@@ -418,7 +418,7 @@ def told_by(process: subprocess.Popen, folder: Path) -> dict[str, Any]:
 def test_processes_of_a_group_fill_together(where: str, tmp_path: Path) -> None:
     found = {}
     for kept in ("off", where):
-        settings = {"cache_prefix": kept, "cache_folder": str(tmp_path / "cache")}
+        settings = {"cache_trunk": kept, "cache_folder": str(tmp_path / "cache")}
         process = start(tmp_path / kept, processes=2, **settings)
         found[kept] = told_by(process, tmp_path / kept)
     assert found[where]["losses"] == pytest.approx(found["off"]["losses"], abs=1e-5)
@@ -429,7 +429,7 @@ def test_processes_of_a_group_fill_together(where: str, tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_share_one_cache(tmp_path: Path) -> None:
-    settings = {"cache_prefix": "disk", "cache_folder": str(tmp_path / "cache")}
+    settings = {"cache_trunk": "disk", "cache_folder": str(tmp_path / "cache")}
     folders = [tmp_path / name for name in ("one", "two")]
     runs = [start(folder, **settings) for folder in folders]
     one, two = (told_by(run, folder) for run, folder in zip(runs, folders, strict=True))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from mmadapters.tasks import reading
-from mmadapters.tasks.config import TrainerConfig
+from mmadapters.tasks.config.schema import TrainerConfig
+from mmadapters.tasks.data import workers
 
 
 def test_the_config_decides_where_it_gives_a_number() -> None:
-    assert reading.readers(TrainerConfig(workers=3)) == 3
-    assert reading.readers(TrainerConfig(workers=0)) == 0
+    assert workers.readers(TrainerConfig(workers=3)) == 3
+    assert workers.readers(TrainerConfig(workers=0)) == 0
 
 
 @pytest.mark.parametrize(
@@ -21,13 +21,13 @@ def test_the_config_decides_where_it_gives_a_number() -> None:
 def test_a_model_on_the_cpu_leaves_one_core(
     monkeypatch: pytest.MonkeyPatch, cores: int, sharing: int, methods: list[str], wanted: int
 ) -> None:
-    monkeypatch.setattr(reading.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(reading.multiprocessing, "get_start_method", lambda allow_none: None)
-    monkeypatch.setattr(reading.multiprocessing, "get_all_start_methods", lambda: methods)
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(workers.multiprocessing, "get_start_method", lambda allow_none: None)
+    monkeypatch.setattr(workers.multiprocessing, "get_all_start_methods", lambda: methods)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(sharing))
-    assert reading.readers(TrainerConfig(device="cpu")) == wanted
-    assert reading.readers(TrainerConfig(device="cpu"), decoded=True) == 0
-    assert reading.readers(TrainerConfig(device="cpu", workers=2), decoded=True) == 2
+    assert workers.readers(TrainerConfig(device="cpu")) == wanted
+    assert workers.readers(TrainerConfig(device="cpu"), decoded=True) == 0
+    assert workers.readers(TrainerConfig(device="cpu", workers=2), decoded=True) == 2
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,10 @@ def test_a_model_on_the_cpu_leaves_one_core(
 def test_beside_an_accelerator_each_core_but_one_reads(
     monkeypatch: pytest.MonkeyPatch, cores: int | None, sharing: int, wanted: int
 ) -> None:
-    monkeypatch.setattr(reading, "default_device", lambda: "cuda")
-    monkeypatch.setattr(reading.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(workers, "default_device", lambda: "cuda")
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(sharing))
-    assert reading.readers(TrainerConfig()) == wanted
+    assert workers.readers(TrainerConfig()) == wanted
 
 
 @pytest.mark.parametrize("wrong", [-1, "many", 1.5])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mmadapters.tasks.configfile import read_config
-from mmadapters.tasks.run import Run, train
+from mmadapters.tasks.config.file import read_config
+from mmadapters.tasks.jobs.run import Run, train
 
 pytestmark = pytest.mark.slow
 

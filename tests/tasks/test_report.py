@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmadapters.tasks.metrics import Metric
-from mmadapters.tasks.report import (
+from mmadapters.tasks.core.metrics import Metric
+from mmadapters.tasks.core.task import Figure, Problem, Scores, Table
+from mmadapters.tasks.reports.charts import learning_curves, series
+from mmadapters.tasks.reports.page import (
     REASONS,
     Report,
     cell_text,
@@ -26,9 +28,7 @@ from mmadapters.tasks.report import (
     value_text,
     write_report,
 )
-from mmadapters.tasks.report_charts import learning_curves, series
-from mmadapters.tasks.report_tables import group_table, metric_rows, scale_of
-from mmadapters.tasks.task import Figure, Problem, Scores, Table
+from mmadapters.tasks.reports.tables import group_table, metric_rows, scale_of
 
 ATTACK = "<script>alert('x')</script>"
 HISTORY = [

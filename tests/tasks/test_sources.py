@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmadapters.tasks import data, media
-from mmadapters.tasks.config import DataConfig
-from mmadapters.tasks.sources import builtin_parts, scenes, speech
-from mmadapters.tasks.synthetic import scenes as drawing
-from mmadapters.tasks.synthetic import sentences
-from mmadapters.tasks.task import Column, Rows
+from mmadapters.tasks.config.schema import DataConfig
+from mmadapters.tasks.core.task import Column, Rows
+from mmadapters.tasks.data import load as data
+from mmadapters.tasks.data import media
+from mmadapters.tasks.data.sources import builtin_parts, scenes, speech
+from mmadapters.tasks.data.synthetic import scenes as drawing
+from mmadapters.tasks.data.synthetic import sentences
 
 SEGMENTATION = {"image": Column("image"), "mask": Column("mask")}
 SPEECH = {"audio": Column("audio"), "text": Column("text")}
@@ -144,7 +145,7 @@ def test_speech_is_sound_with_its_text_speaker_and_accent() -> None:
 
 @needs_espeak
 def test_test_readings_are_those_of_the_encoders_card() -> None:
-    from mmadapters.zoo._wav2vec2 import held_out_readings
+    from mmadapters.zoo.wav2vec2 import held_out_readings
 
     rows = load("speech", SPEECH, accents=["en-gb"], train=0, validation=0, test=3)["test"]
     for row, (text, waveform) in zip(rows, held_out_readings("en-gb", 3), strict=True):
@@ -194,7 +195,7 @@ def test_augmentation_and_seed_change_training_alone() -> None:
 
 
 def test_speech_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmadapters.tasks.synthetic import speech as synthesis
+    from mmadapters.tasks.data.synthetic import speech as synthesis
 
     caches = (synthesis._data_folder, synthesis.variants)
     for cached in caches:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tasks.tints import NAME, Pictures, job, task_and_model
 
-from mmadapters.tasks.batches import EpochBatches
-from mmadapters.tasks.evaluation import DataError, evaluate
-from mmadapters.tasks.training import TaskTrainer, last_checkpoint, parameter_groups
+from mmadapters.tasks.data.batches import EpochBatches
+from mmadapters.tasks.training.evaluate import DataError, evaluate
+from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint, parameter_groups
 
 PROGRAM = Path(__file__).with_name("train_tints.py")
 LONG = {"epochs": 4, "batch_size": 8, "evaluate_every": 5, "learning_rate": 1e-2}

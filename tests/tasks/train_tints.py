@@ -20,8 +20,8 @@ from accelerate import PartialState
 from tints import Pictures, job, task_and_model
 from transformers import TrainerCallback
 
-from mmadapters.tasks.evaluation import evaluate
-from mmadapters.tasks.training import TaskTrainer, last_checkpoint, trained_tensors
+from mmadapters.tasks.training.evaluate import evaluate
+from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint, trained_tensors
 
 
 class Killer(TrainerCallback):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters.tasks.encoders.blip import BlipMatcher, BlipTokenizer
 from mmadapters.tasks.encoders.blip_captioner import BlipCaptioner
-from mmadapters.zoo import NANO, _blip, image_transform, load_nano, load_tokenizer, nano_config
-from mmadapters.zoo._files import read_weights
-from mmadapters.zoo.pretrain import blip as recipe
-from mmadapters.zoo.pretrain.__main__ import main as pretrain
+from mmadapters.tasks.zoo.pretrain import blip as recipe
+from mmadapters.tasks.zoo.pretrain.__main__ import main as pretrain
+from mmadapters.zoo import NANO, image_transform, load_nano, load_tokenizer, nano_config
+from mmadapters.zoo import blip as _blip
+from mmadapters.zoo.files import read_weights
 
 NAMES = ("nano/blip-retrieval", "nano/blip-caption")
 TEXTS = ["a photo of a goldfish", "a large red star above a small blue circle", ""]
@@ -160,7 +161,7 @@ def test_tokens_follow_the_tokenizers() -> None:
 
 def test_it_describes_drawn_scenes() -> None:
     """Of the test seeds: a caption names a colour that is there, most of the time."""
-    from mmadapters.tasks.synthetic import scenes
+    from mmadapters.tasks.data.synthetic import scenes
 
     made = [scenes.make_scene(seed, scenes.PRETRAINING) for seed in scenes.TEST_SEEDS[:40]]
     drawn, _ = scenes.render(made, scenes.PRETRAINING, size=64)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mmadapters.tasks.synthetic.scenes import PRETRAINING, UNSEEN, describe, make_scene
+from mmadapters.tasks.data.synthetic.scenes import PRETRAINING, UNSEEN, describe, make_scene
+from mmadapters.tasks.zoo.pretrain.__main__ import main as pretrain
 from mmadapters.zoo import NANO, image_transform, load_nano, load_tokenizer, nano_config
-from mmadapters.zoo.pretrain.__main__ import main as pretrain
 
 TEXTS = [
     "a photo of a goldfish",
@@ -111,8 +111,8 @@ def test_only_what_reads_text_has_a_tokenizer():
 
 
 def test_its_recipe_makes_a_directory_that_loads(tmp_path, tiny_photos, monkeypatch):
-    from mmadapters.zoo import _clip
-    from mmadapters.zoo.pretrain import clip
+    from mmadapters.tasks.zoo.pretrain import clip
+    from mmadapters.zoo import clip as _clip
 
     monkeypatch.setattr(_clip, "GALLERY", 20)
     monkeypatch.setattr(clip, "TOKENIZER_SCENES", 200)
@@ -132,9 +132,9 @@ def test_its_recipe_makes_a_directory_that_loads(tmp_path, tiny_photos, monkeypa
 
 def test_vision_starts_from_the_vit():
     """Where `ln_pre` is left out, the start is exactly the ViT's tokens."""
-    from mmadapters.zoo import _clip
-    from mmadapters.zoo._files import read_weights
-    from mmadapters.zoo.pretrain.clip import EMBED_DIM, TEXT, VISION, start_vision
+    from mmadapters.tasks.zoo.pretrain.clip import EMBED_DIM, TEXT, VISION, start_vision
+    from mmadapters.zoo import clip as _clip
+    from mmadapters.zoo.files import read_weights
 
     vit = load_nano("nano/vit")
     clip = _clip.build(embed_dim=EMBED_DIM, vision_cfg=VISION, text_cfg=TEXT | {"vocab_size": 512})

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mmadapters.tasks.synthetic import scenes
-from mmadapters.tasks.synthetic.scenes import (
+from mmadapters.tasks.data.synthetic import scenes
+from mmadapters.tasks.data.synthetic.scenes import (
     PRETRAINING,
     RETOLD,
     UNSEEN,

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from mmadapters.tasks.synthetic import sentences, speech
+from mmadapters.tasks.data.synthetic import sentences, speech
 
 pytest.importorskip("espeakng_loader", reason="speech synthesis is the optional extra [speech]")
 
@@ -24,7 +24,7 @@ def test_what_was_read_before_changes_no_sample(variant: str) -> None:
 
 def test_another_process_reads_the_same_samples() -> None:
     program = (
-        "from mmadapters.tasks.synthetic import speech\n"
+        "from mmadapters.tasks.data.synthetic import speech\n"
         f"x = speech.synthesize({TEXT!r}, speech.Reader('en-029', 'm1', rate=150, pitch=60))\n"
         "print(len(x), x.double().abs().sum().item())"
     )

@@ -8,10 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mmadapters.tasks.cli import app
-from mmadapters.zoo import NANO, _photos, load_nano
-from mmadapters.zoo._files import read_weights, write_weights
-from mmadapters.zoo.verify import verify
+from mmadapters.tasks.cli.app import app
+from mmadapters.tasks.zoo import photos
+from mmadapters.tasks.zoo.verify import verify
+from mmadapters.zoo import NANO, load_nano
+from mmadapters.zoo.files import read_weights, write_weights
 
 IMAGE_NAMES = ("nano/vit", "nano/clip")
 BLIP_NAMES = ("nano/blip-retrieval", "nano/blip-caption")
@@ -20,9 +21,9 @@ BLIP_NAMES = ("nano/blip-retrieval", "nano/blip-caption")
 @pytest.fixture(autouse=True)
 def _small_gallery(monkeypatch):
     """200 scenes of the 1,000, to be quick; finding the right one is then a little easier."""
-    from mmadapters.zoo import _clip
+    from mmadapters.zoo import clip
 
-    monkeypatch.setattr(_clip, "GALLERY", 200)
+    monkeypatch.setattr(clip, "GALLERY", 200)
 
 
 @pytest.fixture
@@ -69,12 +70,12 @@ def test_tampered_weights_do_not_hold(tampered):
 
 
 def test_a_truncated_file_is_not_loaded(tampered):
-    from mmadapters.zoo import _clip
+    from mmadapters.zoo import clip
 
     path = tampered / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(Exception, match=r"(?i)incomplete|deserializ|invalid"):
-        _clip.load(tampered, "open_clip")
+        clip.load(tampered, "open_clip")
 
 
 def test_an_unknown_name_is_refused():
@@ -113,7 +114,7 @@ def test_the_command_line_lists_every_encoder():
 
 
 def test_the_command_line_and_the_zoo_import_no_library():
-    code = "import sys, mmadapters.tasks.cli, mmadapters.zoo.verify; print(*sys.modules)"
+    code = "import sys, mmadapters.tasks.cli.app, mmadapters.tasks.zoo.verify; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "timm", "transformers", "open_clip", "torchaudio", "matplotlib", "datasets"}
     assert not heavy & set(done.stdout.split())
@@ -122,9 +123,9 @@ def test_the_command_line_and_the_zoo_import_no_library():
 @pytest.mark.parametrize("name", IMAGE_NAMES)
 def test_the_headlines_hold_on_a_part_of_the_real_photographs(name, shared_dir, monkeypatch):
     """400 of the 2,500 photographs, to be quick: three standard errors are 0.075."""
-    whole = _photos.read_photos
+    whole = photos.read_photos
     monkeypatch.setattr(
-        _photos, "read_photos", lambda *a: tuple(tensor[:400] for tensor in whole(*a))
+        photos, "read_photos", lambda *a: tuple(tensor[:400] for tensor in whole(*a))
     )
     for figure in verify([name], data=shared_dir / "data"):
         assert figure.measured is not None

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mmadapters.tasks.zoo.pretrain.__main__ import main as pretrain
 from mmadapters.zoo import NANO, image_transform, load_nano, nano_config
-from mmadapters.zoo.pretrain.__main__ import main as pretrain
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def test_what_does_not_exist_is_refused_with_what_does(name, library, message):
 
 
 def test_its_recipe_makes_a_directory_that_loads(tmp_path, tiny_photos, monkeypatch):
-    from mmadapters.zoo import _vit
-    from mmadapters.zoo.pretrain import vit
+    from mmadapters.tasks.zoo.pretrain import vit
+    from mmadapters.zoo import vit as _vit
 
     monkeypatch.setitem(vit.ARCHITECTURE, "depth", 1)
     arguments = ["--steps=2", "--batch-size=8", "--probe-epochs=1", "--device=cpu", "--no-compile"]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmadapters.zoo import NANO, _wav2vec2, load_nano
-from mmadapters.zoo._files import read_config, read_weights, write_weights
+from mmadapters.zoo import NANO, load_nano
+from mmadapters.zoo import wav2vec2 as _wav2vec2
+from mmadapters.zoo.files import read_config, read_weights, write_weights
 
 DIRECTORY = NANO["nano/wav2vec2"].directory
 SENTENCES = 24
@@ -136,7 +137,7 @@ def test_verify_fails_on_tampered_weights(tmp_path: Path) -> None:
 
 
 def test_verify_without_the_extra_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmadapters.tasks.synthetic import speech
+    from mmadapters.tasks.data.synthetic import speech
 
     def missing(*_: object, **__: object) -> None:
         raise ImportError("pip install mmadapters[speech]")
@@ -159,7 +160,7 @@ def test_recipe_trains_and_writes_what_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("espeakng_loader", reason="speech synthesis is the optional extra")
-    from mmadapters.zoo.pretrain import _wav2vec2_card, wav2vec2
+    from mmadapters.tasks.zoo.pretrain import wav2vec2, wav2vec2_card
 
     # The same code on narrow layers.
     small = {"conv_dim": [8] * 7, "hidden_size": 16, "num_hidden_layers": 2}
@@ -175,5 +176,5 @@ def test_recipe_trains_and_writes_what_loads(
     wav2vec2.run(parser.parse_args(command))
     assert _wav2vec2.load_ctc(tmp_path).config.hidden_size == 16
     assert read_config(tmp_path)["training"]["curve"][-1]["step"] == 3
-    _wav2vec2_card.write(tmp_path, count=2)
+    wav2vec2_card.write(tmp_path, count=2)
     assert "en-gb-scotland" in (tmp_path / "README.md").read_text("utf-8")

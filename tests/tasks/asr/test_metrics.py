@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmadapters.tasks.asr.illustrate import confusions, worst
 from mmadapters.tasks.asr.metrics import aligned, counts, error_rates, improvement, misheard
+from mmadapters.tasks.asr.pictures import confusions, worst
 
 
 def edit_distance(a: Sequence[Any], b: Sequence[Any]) -> int:

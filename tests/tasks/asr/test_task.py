@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 import mmadapters
 from mmadapters.tasks.asr.head import own_head, own_vocabulary
 from mmadapters.tasks.asr.task import ASRTask
-from mmadapters.tasks.config import BackboneConfig
-from mmadapters.tasks.evaluation import evaluate
-from mmadapters.tasks.task import BadRow, Collate, Examples
+from mmadapters.tasks.config.schema import BackboneConfig
+from mmadapters.tasks.core.task import BadRow, Collate, Examples
+from mmadapters.tasks.training.evaluate import evaluate
 
 from .conftest import SPEECH, config, task_and_model
 
@@ -214,19 +214,19 @@ def test_words_that_cost_too_much_are_not_heard(tmp_path: Path) -> None:
 
 
 def test_nano_brings_its_own_head_and_characters() -> None:
-    from mmadapters.zoo import NANO, _wav2vec2
+    from mmadapters.zoo import NANO, wav2vec2
 
     task = fitted()
     backbone = mmadapters.load_backbone("nano/wav2vec2")
     model = task.build(mmadapters.init(backbone)).eval()
     wave = 0.1 * torch.randn(2, 8000)
-    reference = _wav2vec2.load_ctc(NANO["nano/wav2vec2"].directory)
+    reference = wav2vec2.load_ctc(NANO["nano/wav2vec2"].directory)
     with torch.no_grad():
         log_probs, _ = model.log_probs(wave, torch.tensor([8000, 8000]))
         expected = reference(wave).logits.log_softmax(-1)
     torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=1e-4)
-    assert task.vocabulary.tokens == _wav2vec2.CHARACTERS
-    assert task.vocabulary.encode("don't go") == [_wav2vec2.VOCABULARY[c] for c in "don't|go"]
+    assert task.vocabulary.tokens == wav2vec2.CHARACTERS
+    assert task.vocabulary.encode("don't go") == [wav2vec2.VOCABULARY[c] for c in "don't|go"]
 
 
 def test_a_hub_models_head_comes_with_its_tokenizers_characters(tmp_path: Path) -> None:
@@ -317,8 +317,8 @@ def test_an_encoder_without_a_head_says_so(name: str) -> None:
 def spoken(number: int) -> Table:
     """Short sentences in an accent that nano/wav2vec2 has not heard."""
     pytest.importorskip("espeakng_loader", reason="speech synthesis is the optional extra")
-    from mmadapters.tasks.synthetic import sentences
-    from mmadapters.tasks.synthetic import speech as synthetic
+    from mmadapters.tasks.data.synthetic import sentences
+    from mmadapters.tasks.data.synthetic import speech as synthetic
 
     reader = synthetic.Reader("en-gb-scotland")
     texts = sorted(map(sentences.sentence, sentences.TASK_SEEDS[: 4 * number]), key=len)[:number]

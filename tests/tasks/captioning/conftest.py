@@ -18,9 +18,9 @@ from mmadapters import MethodConfig, SeqBnConfig
 from mmadapters.tasks.captioning.config import CaptioningConfig
 from mmadapters.tasks.captioning.model import CaptioningModel
 from mmadapters.tasks.captioning.task import CaptioningTask
-from mmadapters.tasks.evaluation import evaluate
-from mmadapters.tasks.synthetic import scenes
-from mmadapters.tasks.task import Collate, Examples, Scores
+from mmadapters.tasks.core.task import Collate, Examples, Scores
+from mmadapters.tasks.data.synthetic import scenes
+from mmadapters.tasks.training.evaluate import evaluate
 
 VOCABULARY = 120
 WIDTH = {

@@ -16,16 +16,17 @@ from torch.nn import functional as F
 
 import mmadapters
 from mmadapters import load_backbone
-from mmadapters.tasks import artifact, data
+from mmadapters.tasks import artifact
 from mmadapters.tasks.classification import few_shot
 from mmadapters.tasks.classification.config import ClassificationConfig
 from mmadapters.tasks.classification.embedding_heads import TipAdapterHead, ZeroShotHead
 from mmadapters.tasks.classification.embeddings import EmbeddingClassifier
 from mmadapters.tasks.classification.labels import LabelMap
 from mmadapters.tasks.classification.task import ClassificationTask
-from mmadapters.tasks.configfile import read_config
-from mmadapters.tasks.evaluation import evaluate
-from mmadapters.tasks.run import build_model, make_encoder, make_model, train_model
+from mmadapters.tasks.config.file import read_config
+from mmadapters.tasks.data import load
+from mmadapters.tasks.jobs.run import build_model, make_encoder, make_model, train_model
+from mmadapters.tasks.training.evaluate import evaluate
 from mmadapters.zoo import load_tokenizer
 
 from .test_task import COLOURS, drawn
@@ -57,7 +58,7 @@ def tip(folder: Path | None = None, *, data: Any = None, **head: Any) -> Classif
         folder,
         head={"kind": "tip_adapter", "shots": 4, **head},
         trainer={"mode": "head", "learning_rate": 1e-2},
-        data=data or {},
+        data=load or {},
     )
 
 
@@ -449,6 +450,6 @@ def test_linear_head_refuses_adapters_beside_the_image_tower() -> None:
         (["adapter={method: clip_adapter}"], "would do nothing: compare embeddings"),
     ):
         config = read_config("classify_scenes", ["backbone.name=nano/clip", *few, *more])
-        rows = data.load(config.data, artifact.task_class(config.task)(config).columns)["train"]
+        rows = load.load(config.data, artifact.task_class(config.task)(config).columns)["train"]
         with pytest.raises(ValueError, match=message):
             make_model(config, rows)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmadapters.tasks.classification import metrics
-from mmadapters.tasks.metrics import Metric
+from mmadapters.tasks.core.metrics import Metric
 
 
 def example(number: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -22,10 +22,10 @@ from mmadapters import SeqBnConfig, load_backbone
 from mmadapters.tasks.classification.config import ClassificationConfig
 from mmadapters.tasks.classification.model import Classifier
 from mmadapters.tasks.classification.task import ClassificationTask
-from mmadapters.tasks.config import BackboneConfig
-from mmadapters.tasks.evaluation import evaluate
-from mmadapters.tasks.synthetic import scenes
-from mmadapters.tasks.task import BadRow, Collate, Examples, Figure, Table
+from mmadapters.tasks.config.schema import BackboneConfig
+from mmadapters.tasks.core.task import BadRow, Collate, Examples, Figure, Table
+from mmadapters.tasks.data.synthetic import scenes
+from mmadapters.tasks.training.evaluate import evaluate
 
 COLOURS = ("blue", "green", "red")
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import mmadapters
 from mmadapters import AdapterModel, LoRAConfig, SeqBnConfig
-from mmadapters.tasks.config import BackboneConfig
+from mmadapters.tasks.config.schema import BackboneConfig
 from mmadapters.tasks.encoders.blip import (
     BlipAnswerer,
     BlipMatcher,

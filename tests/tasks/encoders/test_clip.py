@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmadapters import AdapterModel, PromptConfig, SeqBnConfig, init, load_backbone
-from mmadapters.tasks.config import BackboneConfig
+from mmadapters.tasks.config.schema import BackboneConfig
 from mmadapters.tasks.encoders.clip import ClipTowers, load_tokenizer, text_limits, tokenizer
 from mmadapters.zoo import NANO
 

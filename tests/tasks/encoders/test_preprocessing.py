@@ -18,7 +18,7 @@ from families.small import small_vit
 from PIL import Image
 
 from mmadapters import load_backbone
-from mmadapters.tasks.config import BackboneConfig
+from mmadapters.tasks.config.schema import BackboneConfig
 from mmadapters.tasks.encoders.vision import image_preprocessing, normalised, to_tensor
 from mmadapters.zoo import image_transform
 

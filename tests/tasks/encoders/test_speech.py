@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mmadapters
 from mmadapters import AdapterModel
-from mmadapters.tasks.config import BackboneConfig
+from mmadapters.tasks.config.schema import BackboneConfig
 from mmadapters.tasks.encoders.speech import (
     SpeechTower,
     conv_frames,

@@ -12,10 +12,10 @@ from PIL import Image
 
 import mmadapters
 from mmadapters import SeqBnConfig
+from mmadapters.tasks.data.synthetic import scenes
 from mmadapters.tasks.retrieval.config import RetrievalConfig
 from mmadapters.tasks.retrieval.model import RetrievalModel
 from mmadapters.tasks.retrieval.task import RetrievalTask
-from mmadapters.tasks.synthetic import scenes
 
 
 class SceneRows:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mmadapters.tasks.artifact import open_directory
-from mmadapters.tasks.configfile import read_config
-from mmadapters.tasks.prediction import predict
+from mmadapters.tasks.config.file import read_config
+from mmadapters.tasks.jobs.prediction import predict
+from mmadapters.tasks.jobs.run import Run, train
 from mmadapters.tasks.retrieval.index import build_index, search_index
-from mmadapters.tasks.run import Run, train
 
 SMALL = [
     *("data.options={train: 24, validation: 8, test: 16}", "trainer.max_steps=2"),

@@ -20,12 +20,7 @@ from torch.nn import functional as F
 from mmadapters import SeqBnConfig, init
 from mmadapters.tasks.retrieval.config import RetrievalHeadConfig
 from mmadapters.tasks.retrieval.head import MAX_LOGIT_SCALE, RetrievalHead
-from mmadapters.tasks.retrieval.loss import (
-    contrastive_loss,
-    hard_negatives,
-    in_chunks,
-    matches,
-)
+from mmadapters.tasks.retrieval.loss import contrastive_loss, hard_negatives, in_chunks, matches
 
 B, E = 6, 5
 APART = torch.arange(B)

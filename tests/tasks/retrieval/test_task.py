@@ -21,13 +21,13 @@ from transformers import BlipImageProcessor
 
 import mmadapters
 from mmadapters import GatedCrossAttentionConfig, LoRAConfig, SeqBnConfig
-from mmadapters.tasks.evaluation import evaluate
+from mmadapters.tasks.core.task import BadRow, Collate, Examples
 from mmadapters.tasks.retrieval.gallery import Gallery
 from mmadapters.tasks.retrieval.metrics import TO_IMAGE, TO_TEXT
 from mmadapters.tasks.retrieval.model import RetrievalModel
 from mmadapters.tasks.retrieval.reranking import matching_scores
 from mmadapters.tasks.retrieval.task import RetrievalTask, captions_of, image_id
-from mmadapters.tasks.task import BadRow, Collate, Examples
+from mmadapters.tasks.training.evaluate import evaluate
 
 from .conftest import SceneRows, job, task_and_model
 

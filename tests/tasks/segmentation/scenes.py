@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmadapters.tasks import run
-from mmadapters.tasks.evaluation import evaluate
+from mmadapters.tasks.core.task import Batch, Collate, Examples
+from mmadapters.tasks.jobs import run
 from mmadapters.tasks.segmentation.config import SegmentationConfig
 from mmadapters.tasks.segmentation.model import SegmentationModel
 from mmadapters.tasks.segmentation.task import SegmentationTask
-from mmadapters.tasks.task import Batch, Collate, Examples
+from mmadapters.tasks.training.evaluate import evaluate
 
 CLASSES = ("background", "square", "disk")
 SMALL_VIT = {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmadapters.tasks.core.task import BadRow
 from mmadapters.tasks.segmentation.coco import (
     category_ids,
     decode_counts,
@@ -16,7 +17,6 @@ from mmadapters.tasks.segmentation.coco import (
     polygon_mask,
     segment_mask,
 )
-from mmadapters.tasks.task import BadRow
 
 CASES = json.loads(Path(__file__).with_name("pycocotools.json").read_text())["cases"]
 SQUARE = [2.0, 1.0, 6.0, 1.0, 6.0, 4.0, 2.0, 4.0]

@@ -15,12 +15,7 @@ from tasks.segmentation.norm_in_two_processes import inputs, run
 from torch import Tensor, nn
 
 from mmadapters.tasks.segmentation.config import HeadConfig
-from mmadapters.tasks.segmentation.heads import (
-    LinearHead,
-    Segmenter,
-    head_layers,
-    make_head,
-)
+from mmadapters.tasks.segmentation.heads import LinearHead, Segmenter, head_layers, make_head
 from mmadapters.tasks.segmentation.norm import BatchNorm
 from mmadapters.tasks.segmentation.pyramid import SimplePyramid, TopDown
 

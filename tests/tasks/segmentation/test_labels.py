@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmadapters.tasks.core.task import BadRow
 from mmadapters.tasks.segmentation.config import SegmentationDataConfig
 from mmadapters.tasks.segmentation.labels import Labels, class_names
-from mmadapters.tasks.task import BadRow
 
 IDS = np.array([[0, 1, 2], [2, 255, 0]])
 SIZE = (2, 3)

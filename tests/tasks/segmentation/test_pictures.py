@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmadapters.tasks.media import read_mask
+from mmadapters.tasks.data.media import read_mask
 from mmadapters.tasks.segmentation import pictures
 
 # The first colours of VOC's development kit: background, aeroplane, bicycle, … and the border.

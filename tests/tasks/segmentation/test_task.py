@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 from tasks.segmentation.scenes import CLASSES, Scenes, batch_of, job, made, miou, train
 
-from mmadapters.tasks import artifact, data
-from mmadapters.tasks.config import SPLITS
-from mmadapters.tasks.configfile import read_config
-from mmadapters.tasks.evaluation import evaluate
-from mmadapters.tasks.media import read_mask
+from mmadapters.tasks import artifact
+from mmadapters.tasks.config.file import read_config
+from mmadapters.tasks.config.schema import SPLITS
+from mmadapters.tasks.core.task import BadRow, Figure, TaskModel
+from mmadapters.tasks.data import load
+from mmadapters.tasks.data.media import read_mask
 from mmadapters.tasks.segmentation.inference import resize_logits
 from mmadapters.tasks.segmentation.model import SegmentationModel
 from mmadapters.tasks.segmentation.task import SegmentationTask
-from mmadapters.tasks.task import BadRow, Figure, TaskModel
+from mmadapters.tasks.training.evaluate import evaluate
 
 SIZES = ((40, 48), (33, 57), (40, 48), (19, 21))
 KINDS = ("linear", "setr_pup", "segmenter", "upernet", "panoptic_fpn", "fpn")
@@ -328,7 +329,7 @@ def test_real_nuclei_are_learned_in_a_few_steps(shared_dir: Path) -> None:
             "trainer.device=cpu",
         ],
     )
-    splits = data.load(config.data, SegmentationTask.columns, SPLITS)
+    splits = load.load(config.data, SegmentationTask.columns, SPLITS)
     rows, unseen = splits["train"], splits["test"]
     task, model = made(config, rows)
     share = sum(p.numel() for p in model.encoder.adapters.parameters()) / sum(

@@ -20,10 +20,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mmadapters import LoRAConfig, PromptConfig, init
-from mmadapters.tasks import artifact, run
-from mmadapters.tasks.configfile import read_config
+from mmadapters.tasks import artifact
+from mmadapters.tasks.config.file import read_config
 from mmadapters.tasks.encoders.vision import ImageTower
 from mmadapters.tasks.encoders.watch import Watch
+from mmadapters.tasks.jobs import run
 from mmadapters.tasks.segmentation.config import HeadConfig, ViTAdapterConfig
 from mmadapters.tasks.segmentation.heads import head_layers, make_head
 from mmadapters.tasks.segmentation.pyramid import resized

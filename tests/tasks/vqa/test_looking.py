@@ -11,7 +11,7 @@ from families import families
 from torch import Tensor, nn
 
 from mmadapters import GatedCrossAttentionConfig
-from mmadapters.tasks.task import Batch, TaskModel
+from mmadapters.tasks.core.task import Batch, TaskModel
 from mmadapters.tasks.vqa.task import VQATask
 
 from .conftest import Squares, job, made

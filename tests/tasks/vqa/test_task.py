@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 import mmadapters
 from mmadapters import LoRAConfig
-from mmadapters.tasks.batches import EpochBatches
-from mmadapters.tasks.evaluation import evaluate
-from mmadapters.tasks.task import BadRow, Collate, Examples, Figure, TaskModel
+from mmadapters.tasks.core.task import BadRow, Collate, Examples, Figure, TaskModel
+from mmadapters.tasks.data.batches import EpochBatches
+from mmadapters.tasks.training.evaluate import evaluate
 from mmadapters.tasks.vqa.blip import BlipVQA
-from mmadapters.tasks.vqa.illustrate import in_turn
+from mmadapters.tasks.vqa.pictures import in_turn
 from mmadapters.tasks.vqa.task import VQATask, image_key
 
 from .conftest import Squares, blip_backbone, blip_job, fake_records, job, made

@@ -1,0 +1,1 @@
+"""Adapters as data: their modules, arithmetic, merging, summary and files."""

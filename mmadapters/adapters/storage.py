@@ -1,0 +1,245 @@
+"""Adapter directories: `adapter.safetensors` and `adapter.json`, nothing else, never a pickle.
+
+The JSON names the format, the method's config, the sites, the encoder's identity, the head's
+description and whatever a task adds (label map, vocabulary, preprocessing, metrics). The identity
+is that of each tower the adapter acts on: width, depth and a hash of its weights in float32 under
+canonical names, so that it is the same for the same weights in any library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ..sites.sitemap import Leaf, Tower
+
+FORMAT = 1
+WEIGHTS_FILE, JSON_FILE = "adapter.safetensors", "adapter.json"
+_HEAD = "head/"
+
+
+@dataclass(kw_only=True)
+class Stored:
+    """What an adapter directory holds. `tensors` by `<site>#<method>/<parameter>`."""
+
+    name: str
+    config: dict[str, Any]
+    backbone: dict[str, Any]
+    tensors: dict[str, Tensor]
+    head: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def write(directory: str | os.PathLike, stored: Stored) -> None:
+    """Writes the directory whole under a temporary name beside it, then renames it.
+
+    A directory of that name that holds an adapter, and nothing else, is replaced; any other is
+    refused.
+
+    Raises:
+        ValueError: the path exists and is not an adapter directory, or a value is not finite.
+    """
+    target = Path(directory)
+    _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {**stored.tensors, **{_HEAD + key: value for key, value in stored.head.items()}}
+    damaged = _not_finite(tensors)
+    if damaged is not None:
+        raise ValueError(f"{damaged} holds values that are not finite, so {target} was not written")
+    # Copies, as safetensors takes no two tensors that share memory (tied weights of a head).
+    data = save_tensors(
+        {
+            key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for key, value in tensors.items()
+        }
+    )
+    description = {
+        "format": FORMAT,
+        "name": stored.name,
+        "config": stored.config,
+        "backbone": stored.backbone,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "metadata": stored.metadata,
+    }
+    text = json.dumps(description, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        fresh.chmod(0o755)
+        _write_synced(fresh / WEIGHTS_FILE, data)
+        _write_synced(fresh / JSON_FILE, text.encode())
+        _swap(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; choose another path")
+    inside = sorted(path.name for path in target.iterdir())
+    foreign = [name for name in inside if name not in (JSON_FILE, WEIGHTS_FILE)]
+    if foreign:
+        raise ValueError(
+            f"{target} holds {foreign[0]}, which is no part of an adapter and would be lost; "
+            "choose another path"
+        )
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first that holds a value that is not finite. All of a kind are looked at in one pass:
+    an adapter has many small tensors."""
+    flat: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            flat.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach().reshape(-1))
+    if all(bool(torch.isfinite(torch.cat(parts)).all()) for parts in flat.values()):
+        return None
+    return next(key for key, tensor in tensors.items() if not torch.isfinite(tensor).all())
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    if not target.exists():
+        fresh.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old.rmdir()
+    target.rename(old)
+    try:
+        fresh.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read(directory: str | os.PathLike) -> Stored:
+    """Reads and checks a directory; tensors are on the CPU, in the dtype they were saved in.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: an unknown format, a truncated or changed file, or a value that is not finite.
+    """
+    path = Path(directory)
+    for name in (JSON_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} is not an adapter directory: it has no {name}")
+    try:
+        description = json.loads((path / JSON_FILE).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path / JSON_FILE} is not readable as JSON: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        version = description.get("format") if isinstance(description, dict) else None
+        raise ValueError(
+            f"{path / JSON_FILE} has format {version!r}, this version reads format {FORMAT}; "
+            "update mmadapters or save the adapter anew"
+        )
+    missing = [key for key in ("name", "config", "backbone", "sha256") if key not in description]
+    if missing:
+        raise ValueError(f"{path / JSON_FILE} lacks {', '.join(missing)}: it was changed by hand")
+    _check_description(path / JSON_FILE, description)
+    data = (path / WEIGHTS_FILE).read_bytes()
+    if hashlib.sha256(data).hexdigest() != description["sha256"]:
+        raise ValueError(
+            f"{path / WEIGHTS_FILE} is not the file that was saved (its checksum differs): it was "
+            "truncated or changed; copy it again"
+        )
+    try:
+        tensors = load_tensors(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS_FILE} is not a safetensors file: {error}") from None
+    damaged = _not_finite(tensors)
+    if damaged is not None:
+        raise ValueError(f"{path / WEIGHTS_FILE}: {damaged} holds values that are not finite")
+    return Stored(
+        name=description["name"],
+        config=description["config"],
+        backbone=description["backbone"],
+        tensors={key: value for key, value in tensors.items() if not key.startswith(_HEAD)},
+        head={
+            key.removeprefix(_HEAD): value
+            for key, value in tensors.items()
+            if key.startswith(_HEAD)
+        },
+        metadata=description.get("metadata", {}),
+    )
+
+
+def _check_description(path: Path, description: dict[str, Any]) -> None:
+    """Refuses a backbone or metadata that `write` would not have written."""
+    backbone = description["backbone"]
+    towers = backbone.get("towers") if isinstance(backbone, dict) else None
+    if not isinstance(towers, dict) or not towers:
+        raise ValueError(f"{path}: backbone names no towers: it was changed by hand")
+    for name, tower in towers.items():
+        if not isinstance(tower, dict) or not {"width", "depth", "weights"} <= tower.keys():
+            raise ValueError(
+                f"{path}: backbone lacks width, depth or weights of tower {name!r}: it was changed "
+                "by hand"
+            )
+    if not isinstance(description.get("metadata", {}), dict):
+        raise ValueError(f"{path}: metadata is not a mapping: it was changed by hand")
+
+
+def tower_identity(tower: Tower) -> dict[str, Any]:
+    """Width, depth and the SHA-256 of all weights (not biases: libraries differ in zero ones)."""
+    digest = hashlib.sha256()
+    for block in tower.blocks:
+        for sublayer in block.sublayers.values():
+            for leaf in sorted(sublayer.leaves.values(), key=lambda leaf: leaf.role):
+                _update(digest, leaf)
+    return {"width": tower.width, "depth": len(tower.blocks), "weights": digest.hexdigest()}
+
+
+def _update(digest: Any, leaf: Leaf) -> None:
+    if leaf.weight is None:
+        return
+    digest.update(leaf.name.encode())
+    weight = leaf.weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    digest.update(weight.numpy().data)
+
+
+def check_backbone(
+    stored: Mapping[str, Any], present: Mapping[str, Any], *, allow_different_weights: bool
+) -> None:
+    """Refuses an adapter of another encoder. Both: `{library, architecture, towers}`.
+
+    Raises:
+        ValueError: a tower is missing, has another width or depth, or other weights.
+    """
+    for name, tower in stored.get("towers", {}).items():
+        own = present["towers"].get(name)
+        what = f"this adapter was made for {stored.get('architecture')} ({stored.get('library')})"
+        if own is None:
+            raise ValueError(f"{what}, tower {name!r}, which {present['architecture']} lacks")
+        for key in ("width", "depth"):
+            if tower.get(key) != own[key]:
+                raise ValueError(
+                    f"{what} of {key} {tower.get(key)} in tower {name!r}; this "
+                    f"{present['architecture']} has {own[key]}"
+                )
+        if tower.get("weights") != own["weights"] and not allow_different_weights:
+            raise ValueError(
+                f"{what} with other weights in tower {name!r}; load the same pretrained weights, "
+                "or pass allow_different_weights=True if the difference is meant"
+            )

@@ -1,0 +1,242 @@
+"""The self-check at injection: no adapter is ever silently inert.
+
+Every new module is perturbed. Then, on the smallest input that the encoder takes,
+
+    eval, no gradients    each module is called, and the output changes
+    eval, gradients       a gradient arrives at each module
+    train, gradients      the same
+
+Afterwards parameters, buffers, modes and random state are as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import first_output, tensors_in
+from .installer import NOTHING, Plan, Runtime
+
+_TRIES = 12
+# How large a change is beside the output, and what of it rounding in float32 may be: 1e-6, while
+# the exact GELU and its tanh form are 1e-4 apart.
+_STRONG, _ALIKE = 0.3, 1e-5
+
+
+class InertAdapterError(RuntimeError):
+    """An adapter was put where it cannot act."""
+
+
+def check(model: nn.Module, runtime: Runtime, plan: Plan, example: tuple[tuple, dict]) -> None:
+    """Runs the check for all modules of `plan` on `model`, whose hooks are installed.
+
+    Raises:
+        InertAdapterError: a site at which a module is not called, changes nothing or gets no
+            gradient; names the site and the mode.
+    """
+    entries = list(plan.entries())
+    modules = [module for _, _, module in entries]
+
+    def output(with_plan: Plan) -> list[Tensor]:
+        runtime.local.plan = with_plan
+        args, kwargs = _like_parameters(model, example)
+        found = tensors_in(model(*args, **kwargs))
+        return [tensor for tensor in found if tensor.is_floating_point()]
+
+    with _untouched(model, runtime, modules):
+        model.eval()
+        with torch.no_grad():
+            before = output(NOTHING)
+        for module in modules:
+            _perturb(module)
+        called: set[str] = set()
+        spied = plan.mapped(lambda kind, site, module: _Spy(module, called, f"{kind} {site}"))
+        with torch.no_grad():
+            after = output(spied)
+        for kind, site, _ in entries:
+            if f"{kind} {site}" not in called:
+                raise _inert(site, "eval mode without gradients", "it is never called there")
+        if all(map(torch.equal, before, after)) and _equal_in_float32(model, output, plan):
+            raise _inert(entries[0][1], "eval mode without gradients", "no output changes")
+        for mode in ("eval", "train"):
+            model.train(mode == "train")
+            _check_gradients(entries, lambda: output(plan), mode)
+
+
+def _check_gradients(entries: list, output: Callable[[], list[Tensor]], mode: str) -> None:
+    """Dropout and stochastic depth may hide a site from one pass, and all of a small module's ReLUs
+    be closed to one example, never in a dozen."""
+    waiting = {id(module): site for _, site, module in entries}
+    for _ in range(_TRIES):
+        for _, _, module in entries:
+            for parameter in module.parameters():
+                parameter.requires_grad_(True)
+                parameter.grad = None
+        tensors = [tensor for tensor in output() if tensor.requires_grad]
+        if tensors:
+            loss = sum(
+                (t.float() * torch.randn_like(t, dtype=torch.float32)).sum() for t in tensors
+            )
+            assert isinstance(loss, Tensor)
+            loss.backward()
+        for _, _, module in entries:
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            if any(grad.ne(0).any() for grad in grads):
+                waiting.pop(id(module), None)
+        if not waiting:
+            return
+        for _, _, module in entries:
+            if id(module) in waiting:
+                _perturb(module)
+    raise _inert(next(iter(waiting.values())), f"{mode} mode", "no gradient arrives")
+
+
+def _inert(site: str, mode: str, what: str) -> InertAdapterError:
+    return InertAdapterError(
+        f"an adapter at {site} would be inert: in {mode} {what}; the library bypasses the module "
+        "that this site names, so describe the site differently or leave it out with sites=..."
+    )
+
+
+class _Spy:
+    """Stands for a module in a plan and notes that it was used."""
+
+    def __init__(self, module: nn.Module, called: set[str], name: str) -> None:
+        self.module, self.called, self.name = module, called, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.called.add(self.name)
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute in ("effective", "enter", "factors"):
+            self.called.add(self.name)
+        return getattr(self.module, attribute)
+
+
+def agrees(
+    model: nn.Module,
+    runtime: Runtime,
+    plan: Plan,
+    example: tuple[tuple, dict],
+    watched: Iterable[nn.Module],
+    folded: Callable[[], contextlib.AbstractContextManager],
+) -> bool:
+    """Whether `watched` modules give the same with `plan` acting as inside `folded()` without it.
+
+    Its modules are perturbed for that, and half precision is lifted to float32.
+    """
+    with _untouched(model, runtime, [module for _, _, module in plan.entries()]), _float32(model):
+
+        def output(with_plan: Plan) -> list[Tensor]:
+            runtime.local.plan = with_plan
+            args, kwargs = _like_parameters(model, example)
+            found: list[Tensor] = []
+            # Behind the runtime's own, whose change they see.
+            hooks = [
+                module.register_forward_hook(lambda *given: found.append(first_output(given[-1])))
+                for module in watched
+            ]
+            try:
+                model(*args, **kwargs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return [tensor.float() for tensor in found]
+
+        model.eval()
+        for _, _, module in plan.entries():
+            _perturb(module)
+        with torch.no_grad():
+            off, on = output(NOTHING), output(plan)
+            # Made so strong that rounding of all else hides no other activation.
+            weak = _STRONG * _distance(off) / max(_distance(on, off), 1e-30)
+            if weak > 1:
+                for _, _, module in plan.entries():
+                    for parameter in getattr(module, "linears", [nn.Module()])[-1].parameters():
+                        parameter.mul_(weak)
+                on = output(plan)
+            try:
+                with folded():
+                    found = output(NOTHING)
+            except RuntimeError:  # other parts of the encoder know the shapes
+                return False
+        return _distance(on, found) <= _ALIKE * _distance(on, off)
+
+
+def _distance(some: list[Tensor], others: list[Tensor] | None = None) -> float:
+    """The Euclidean norm of the difference, or of some alone."""
+    differences = some if others is None else map(torch.sub, some, others)
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in differences))
+
+
+@contextlib.contextmanager
+def _float32(model: nn.Module) -> Iterator[bool]:
+    """Inside the block half precision is float32; gives whether there was any."""
+    half = [
+        (tensor, tensor.data)
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    ]
+    try:
+        for tensor, data in half:
+            tensor.data = data.float()
+        yield bool(half)
+    finally:
+        for tensor, data in half:
+            tensor.data = data
+
+
+@torch.no_grad()
+def _equal_in_float32(model: nn.Module, output: Callable[[Plan], list], plan: Plan) -> bool:
+    """Whether nothing changes in float32 either: half precision rounds a small change away."""
+    with _float32(model) as lifted:
+        return not lifted or all(map(torch.equal, output(NOTHING), output(plan)))
+
+
+@torch.no_grad()
+def _perturb(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, device=parameter.device)
+        parameter.add_((0.1 * noise).to(parameter.dtype))
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module, runtime: Runtime, modules: list[nn.Module]) -> Iterator[None]:
+    parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+    kept = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in parameters]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training = [(module, module.training) for module in model.modules()]
+    above = runtime.local.plan
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+            yield
+    finally:
+        runtime.local.plan = above
+        runtime.local.stash.clear()
+        for module, mode in training:
+            module.training = mode
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for parameter, value, requires_grad, grad in kept:
+            parameter.requires_grad_(False).copy_(value)
+            parameter.requires_grad_(requires_grad).grad = grad
+
+
+def _like_parameters(model: nn.Module, example: Any) -> Any:
+    """The example with its half-precision tensors in float32 while the model's are."""
+    if isinstance(example, Tensor):
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
+        lifted = own == torch.float32 and example.is_floating_point() and example.dtype.itemsize < 4
+        return example.float() if lifted else example
+    if isinstance(example, dict):
+        return {key: _like_parameters(model, value) for key, value in example.items()}
+    if isinstance(example, tuple):
+        return tuple(_like_parameters(model, value) for value in example)
+    return example

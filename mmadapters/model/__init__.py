@@ -1,0 +1,1 @@
+"""`AdapterModel` and the state that its verbs share."""

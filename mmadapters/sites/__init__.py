@@ -1,0 +1,1 @@
+"""The named points of an encoder at which adapters act."""

@@ -1,1 +1,0 @@
-"""The recipes that made the shipped encoders: `python -m mmadapters.zoo.pretrain <name> …`."""

@@ -1,0 +1,61 @@
+"""What a report shows of speech recognition: error rates by group, what is misheard, and where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..core.task import Figure, Record, Table
+from .metrics import CHARACTER_ERRORS, WORD_ERRORS, WORDS, aligned, misheard
+
+if TYPE_CHECKING:
+    from .task import ASRTask
+
+
+def illustrate(task: ASRTask, records: Sequence[Record], *, count: int) -> list[Figure | Table]:
+    from ..core.plots import bars_with_intervals, figure_png
+
+    shown: list[Figure | Table] = []
+    scores = task.score(records, bootstrap=task.config.evaluation.bootstrap)
+    for column, values in scores.groups.items():
+        rates = sorted(
+            ((value, metrics[0]) for value, metrics in values.items()),
+            key=lambda item: -item[1].value,
+        )
+        chart = bars_with_intervals(dict(rates), title="word error rate")
+        caption = f"By {column}, the highest first; lines are 95 % intervals."
+        shown.append(Figure(f"WER by {column}", figure_png(chart), caption))
+    tables = (worst(records, count=count), confusions(records, count=count))
+    return [*shown, *(table for table in tables if table.rows)]
+
+
+def worst(records: Sequence[Record], *, count: int) -> Table:
+    """The utterances with most word errors, what was said above what was heard."""
+    ordered = sorted(
+        (record for record in records if record["counts"][WORD_ERRORS]),
+        key=lambda r: (-r["counts"][WORD_ERRORS], -r["counts"][CHARACTER_ERRORS]),
+    )
+    rows = []
+    for record in ordered[:count]:
+        errors = f"{record['counts'][WORD_ERRORS]} of {record['counts'][WORDS]}"
+        lines = "\n".join(aligned(record["reference"], record["hypothesis"]))
+        rows.append((record["index"], errors, lines))
+    caption = (
+        "Said above heard. Capitals: heard as another word; --- below: not heard; *** above: heard "
+        "and not said."
+    )
+    return Table("Worst utterances", ("row", "word errors", "said and heard"), rows, caption)
+
+
+def confusions(records: Sequence[Record], *, count: int) -> Table:
+    """The errors that come most often, of those that come more than once."""
+    found = Counter(
+        pair for record in records for pair in misheard(record["reference"], record["hypothesis"])
+    )
+    rows = [
+        (said or "(nothing)", heard or "(nothing)", times)
+        for (said, heard), times in found.most_common(count)
+        if times > 1
+    ]
+    return Table("Most frequent errors", ("said", "heard", "times"), rows)

@@ -1,0 +1,82 @@
+"""Pictures of the report: images with what was written of them and what people wrote."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..core.task import BadRow, Figure, Rows, Table
+from ..data import media
+from .metrics import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, GREY = "#24292f", "#656d76"
+SIDE = 1.25  # inches of a picture
+LETTERS = 92  # of a line beside it
+REFERENCES = 5
+
+
+def illustrate(rows: Rows, images: Sequence[Image], *, count: int) -> list[Figure | Table]:
+    """The images with the highest CIDEr and those with the lowest."""
+    order = np.argsort([image.cider for image in images], kind="stable")
+    number = min(count // 2, len(order) // 2) or min(count, 1)
+    found: list[Figure | Table] = []
+    for title, chosen in (("Highest", order[::-1][:number]), ("Lowest", order[:number])):
+        if len(chosen):
+            picture = gallery(rows, [images[place] for place in chosen])
+            caption = (
+                "In bold what was written, below it what people wrote, and the image's own CIDEr "
+                f"among the {len(images):,} of the split."
+            )
+            found.append(Figure(f"{title} CIDEr", picture, caption))
+    return found
+
+
+def gallery(rows: Rows, images: Sequence[Image]) -> bytes:
+    """PNG: a line for each image, the captions beside it."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(6.2 * SIDE, 1.15 * SIDE * len(images)), layout="constrained")
+    axes = canvas.subplots(len(images), 2, width_ratios=[1, 5.2], squeeze=False)
+    for (left, right), image in zip(axes, images, strict=True):
+        _show(left, rows, image)
+        _tell(right, image)
+    data = io.BytesIO()
+    canvas.savefig(data, format="png", dpi=150)
+    return data.getvalue()
+
+
+def _show(axis: Axes, rows: Rows, image: Image) -> None:
+    try:
+        picture = np.asarray(media.read_image(rows[image.record["index"]]["image"]))
+    except BadRow:
+        picture = np.full((8, 8, 3), 255, np.uint8)  # it could be read when it was evaluated
+    axis.imshow(picture, interpolation="nearest" if max(picture.shape) < 128 else "antialiased")
+    axis.set_axis_off()
+
+
+def _tell(axis: Axes, image: Image) -> None:
+    axis.set_axis_off()
+    said = textwrap.wrap(image.caption or "(nothing)", LETTERS - 10, max_lines=2, placeholder=" …")
+    lines = [(line, INK, "bold") for line in said]
+    lines += [
+        (textwrap.shorten(text, LETTERS, placeholder=" …"), INK, "normal")
+        for text in image.references[:REFERENCES]
+    ]
+    lines.append((f"CIDEr {image.cider:.1f}", GREY, "normal"))
+    for place, (text, colour, weight) in enumerate(lines):
+        axis.text(
+            *(0, 0.95 - 0.13 * place, text),
+            transform=axis.transAxes,
+            fontsize=8,
+            color=colour,
+            fontweight=weight,
+            va="center",
+            parse_math=False,
+        )

@@ -1,0 +1,1 @@
+"""Run configs: their keys, files, overrides and mistakes."""

@@ -1,0 +1,1 @@
+"""Contracts and small tools that every room of the application uses."""

@@ -1,0 +1,227 @@
+"""Which column of a source is which role of a task, in the one form that tasks read.
+
+Media stay undecoded: `{"bytes", "path"}` with an absolute path. Text is text, whatever the source
+made of it, and "" where there is none; a class of a hub data set is given by its name. All of it is
+done in Arrow, and columns that need nothing keep lying in the file that they came from.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmadapters.suggest import nearest
+
+from ..core.task import Column
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset
+
+MEDIA = ("image", "mask", "audio")
+FILE = "file_name"  # the column of a folder's metadata, as Hugging Face's folders have it
+
+
+def find_columns(
+    roles: Mapping[str, Column], mapping: Mapping[str, str], names: Sequence[str]
+) -> dict[str, str]:
+    """The source's column for each role that has one.
+
+    Without a word of the config a role is the column of its own name; media are also found as
+    `<role>_file_name`, `mask_file_name` and `file_name`.
+
+    Raises:
+        ValueError: a role that must be there has no column; `mapping` names what is not there.
+    """
+    if unknown := [role for role in mapping if role not in roles]:
+        raise ValueError(
+            f"data.columns: there is no {unknown[0]!r} to fill{nearest(unknown[0], roles)}; "
+            f"this task reads {', '.join(roles)}"
+        )
+    found: dict[str, str] = {}
+    for role, column in roles.items():
+        if role in mapping:
+            if mapping[role] not in names:
+                raise ValueError(
+                    f"data.columns: {role} is {mapping[role]!r}, which the data does not have"
+                    f"{nearest(mapping[role], names)}; its columns are {', '.join(names)}"
+                )
+            found[role] = mapping[role]
+            continue
+        free = [name for name in names if name not in mapping.values()]
+        if candidates := [name for name in (role, *_file_names(role, column)) if name in free]:
+            found[role] = candidates[0]
+        elif column.required:
+            raise ValueError(_missing(role, column, names))
+    by_source: dict[str, str] = {}
+    for role, name in found.items():
+        if name in by_source:
+            raise ValueError(
+                f"data.columns: {by_source[name]} and {role} would both be the column {name!r}"
+            )
+        by_source[name] = role
+    return found
+
+
+def _file_names(role: str, column: Column) -> tuple[str, ...]:
+    if column.kind == "mask":
+        return f"{role}_{FILE}", f"mask_{FILE}"
+    return (f"{role}_{FILE}", FILE) if column.kind in MEDIA else ()
+
+
+def _missing(role: str, column: Column, names: Sequence[str]) -> str:
+    about = f" ({column.description})" if column.description else ""
+    guess = nearest(role, names)
+    name = guess.split("'")[1] if guess else "ITS_COLUMN"
+    return (
+        f"the data has no column {role!r}{about}{guess}; its columns are {', '.join(names)}: "
+        f"say which one it is by data.columns: {{{role}: {name}}}"
+    )
+
+
+def to_roles(
+    dataset: Dataset, found: Mapping[str, str], roles: Mapping[str, Column], folder: Path | None
+) -> Dataset:
+    """The data set with its columns renamed to roles and each in the form of its kind.
+
+    Args:
+        found: of `find_columns`.
+        folder: what relative paths start from; None leaves them.
+
+    Raises:
+        ValueError: a column cannot be what its role is.
+    """
+    # A column whose name another column's role takes would be two at once: it goes.
+    shadowed = [role for role, name in found.items() if role != name and role in dataset.features]
+    dataset = dataset.remove_columns([name for name in shadowed if name not in found.values()])
+    dataset = _undecoded(dataset, [n for r, n in found.items() if roles[r].kind in MEDIA])
+    # By way of names that nobody has, so that two roles may swap their columns.
+    dataset = dataset.rename_columns({name: f"\0{role}" for role, name in found.items()})
+    dataset = dataset.rename_columns({f"\0{role}": role for role in found})
+    for role in found:
+        kind = roles[role].kind
+        if kind in MEDIA:
+            dataset = _media(dataset, role, kind, found[role], folder)
+        elif kind == "text":
+            dataset = _text(dataset, role)
+    return _named_classes(dataset)
+
+
+def _undecoded(dataset: Dataset, media: Sequence[str]) -> Dataset:
+    """Nothing is decoded when a row is read. Nested media, which no task reads, are left out."""
+    for name, feature in dataset.features.items():
+        if getattr(feature, "decode", False):
+            own = copy.copy(feature)
+            own.decode = False
+            dataset = dataset.cast_column(name, own)
+        elif name not in media and "decode=True" in repr(feature):
+            dataset = dataset.remove_columns(name)
+    return dataset
+
+
+def _media(dataset: Dataset, role: str, kind: str, name: str, folder: Path | None) -> Dataset:
+    """Paths and bytes as an undecoded column; decoded samples and pixels as they are."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = dataset.data.column(role)
+    storage = column.type
+    if pa.types.is_null(storage):
+        column = column.cast(pa.string())
+    elif pa.types.is_string(storage) or pa.types.is_large_string(storage):
+        column = _absolute(column.cast(pa.string()), folder)
+    elif pa.types.is_struct(storage) and storage.get_field_index("path") >= 0:
+        fields = {storage.field(i).name for i in range(storage.num_fields)}
+        path = pc.struct_field(column, "path")
+        data = pc.struct_field(column, "bytes") if "bytes" in fields else None
+        if data is None:
+            column = _absolute(path.cast(pa.string()), folder)
+        elif data.null_count and not pa.types.is_null(path.type):
+            linked = _absolute(path.cast(pa.string()), folder)
+            path = pc.if_else(data.is_null(), linked, path.cast(pa.string()))
+            column = _struct(data.cast(pa.binary()), path)
+        else:
+            return dataset
+    elif not (pa.types.is_binary(storage) or pa.types.is_large_binary(storage)):
+        if pa.types.is_nested(storage):
+            return dataset
+        raise ValueError(
+            f"the column {name!r} holds {storage}, which is no {kind}: neither paths nor files"
+        )
+    feature = datasets.Audio if kind == "audio" else datasets.Image
+    return _replace(dataset, role, column, feature(decode=False))
+
+
+def _absolute(paths: pa.ChunkedArray, folder: Path | None) -> pa.ChunkedArray:
+    """Relative paths from `folder`; "" is no path."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    paths = pc.if_else(pc.equal(paths, ""), pa.scalar(None, pa.string()), paths)
+    if folder is None:
+        return paths
+    start = os.path.join(os.path.abspath(folder), "")
+    rooted = pc.match_substring_regex(paths, r"^(/|\\|[A-Za-z]:[\\/]|\w+://)")
+    return pc.if_else(rooted, paths, pc.binary_join_element_wise(start, paths, ""))
+
+
+def _struct(data: pa.ChunkedArray, path: pa.ChunkedArray) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    whole = [array.combine_chunks() for array in (data, path)]
+    flat = [a.chunk(0) if isinstance(a, pa.ChunkedArray) else a for a in whole]
+    return pa.chunked_array([pa.StructArray.from_arrays(flat, ["bytes", "path"])])
+
+
+def _text(dataset: Dataset, role: str) -> Dataset:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = dataset.data.column(role)
+    if isinstance(dataset.features[role], datasets.ClassLabel):
+        column = _class_names(column, dataset.features[role])
+    elif pa.types.is_nested(column.type):  # several texts of one row
+        return dataset
+    return _replace(dataset, role, pc.fill_null(column.cast(pa.string()), ""))
+
+
+def _named_classes(dataset: Dataset) -> Dataset:
+    """Classes by their names; what is outside of them (−1 by custom) has none."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            column = _class_names(dataset.data.column(name), feature)
+            dataset = _replace(dataset, name, column)
+    return dataset
+
+
+def _class_names(column: pa.ChunkedArray, feature: ClassLabel) -> pa.ChunkedArray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    names = pa.array(feature.names, type=pa.string())
+    inside = pc.and_(pc.greater_equal(column, 0), pc.less(column, len(names)))
+    return names.take(pc.if_else(inside, column, pa.scalar(None, column.type)).combine_chunks())
+
+
+def _replace(dataset: Dataset, name: str, column: Any, feature: Any = None) -> Dataset:
+    """The other columns stay where they are, memory-mapped ones on disk."""
+    import pyarrow as pa
+
+    if feature is not None:
+        arrays = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        column = pa.chunked_array([feature.cast_storage(a) for a in arrays], type=feature.pa_type)
+    others = dataset.remove_columns(name)
+    if not others.column_names:
+        import datasets
+
+        features = None if feature is None else datasets.Features({name: feature})
+        table = pa.table({name: column})
+        return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    return others.add_column(name, column, feature=feature)

@@ -1,0 +1,144 @@
+"""The splits of a data set, from wherever it lies, with columns named as a task reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..config.schema import SPLITS, DataConfig, Split
+from ..core.task import Column, Rows
+from .columns import find_columns, to_roles
+from .files import Parts, Piece, local_parts
+from .hub import hub_parts, hub_streams
+from .rows import Selection, by_values, cut, keep, limit
+from .splits import find_splits
+from .stream import Stream, read_streams
+
+__all__ = ["Stream", "load"]
+
+BUILTIN = "builtin/"
+SPLIT_COLUMN = "split"
+
+
+def load(
+    config: DataConfig, columns: Mapping[str, Column], splits: Sequence[Split] = SPLITS
+) -> dict[Split, Rows]:
+    """The rows of each of `splits` that there is.
+
+    Columns are renamed to roles, those without a role keep their names. Media are not decoded: a
+    dict of bytes and absolute path, as `media` reads them. Text is never None. With
+    `data.streaming` the training rows are a `Stream`, unless data.limit.train makes them few.
+
+    Args:
+        columns: of the task, by role.
+
+    Raises:
+        ValueError: what is asked for is not there or cannot be read; says what there is.
+    """
+    if config.streaming:
+        _check_hub_only(config)
+        return read_streams(hub_streams(config), config, columns, splits)
+    source = _Source(config, columns)
+    present = find_splits(config, source.names)
+    shares = {s: share for s, share in config.fractions.items() if s not in present}
+    found: dict[Split, Selection] = {
+        split: _filtered(source.split(name), split, config)
+        for split, name in present.items()
+        if split in splits or (split == "train" and shares)
+    }
+    if shares:
+        if "train" not in found:
+            raise ValueError(
+                f"data.fractions: there are no training rows to cut {', '.join(shares)} from; the "
+                f"data has {', '.join(source.names)}"
+            )
+        parts = cut(found["train"], shares, columns, seed=config.seed)
+        found["train"] = parts.pop("train")
+        found |= {split: _filtered(part, split, config) for split, part in parts.items()}
+    return {
+        split: limit(found[split], config.limit.get(split), seed=config.seed).rows()
+        for split in SPLITS
+        if split in splits and split in found
+    }
+
+
+def _filtered(part: Selection, split: Split, config: DataConfig) -> Selection:
+    part = keep(part, split, config.keep.get(split, {}))
+    return keep(part, split, config.drop.get(split, {}), drop=True)
+
+
+class _Source:
+    """What a config's source holds, read split by split as it is asked for.
+
+    `names`: what it calls its splits; all rows are "train" where it names none.
+    """
+
+    def __init__(self, config: DataConfig, columns: Mapping[str, Column]) -> None:
+        self.config, self.columns = config, columns
+        self.parts = _parts(config)
+        self.whole: Mapping[str, Selection] = {}
+        if len(self.parts) > 1 and config.split_column is not None:
+            raise ValueError(
+                f"data.split_column: the data comes in splits already, {', '.join(self.parts)}"
+            )
+        if len(self.parts) == 1:
+            name, pieces = next(iter(self.parts.items()))
+            self.whole = self._by_column(name or "train", self._read(pieces))
+        self.names = list(self.whole or self.parts)
+
+    def split(self, name: str) -> Selection:
+        return self.whole[name] if self.whole else self._read(self.parts[name])
+
+    def _by_column(self, name: str, whole: Selection) -> Mapping[str, Selection]:
+        column = self.config.split_column
+        if column is not None:
+            return by_values(whole, whole.resolve(column, "data.split_column"))
+        if SPLIT_COLUMN in whole.dataset.column_names and SPLIT_COLUMN not in self.columns:
+            return by_values(whole, SPLIT_COLUMN)
+        return {name: whole}
+
+    def _read(self, pieces: Sequence[Piece]) -> Selection:
+        import datasets
+
+        parts = []
+        for piece in pieces:
+            dataset = piece.read()
+            found = find_columns(self.columns, self.config.columns, dataset.column_names)
+            parts.append(to_roles(dataset, found, self.columns, piece.folder))
+        whole = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        if not len(whole):
+            raise ValueError(f"data.source: {self.config.source} has no rows")
+        return Selection(whole, np.arange(len(whole)), found)
+
+
+def _parts(config: DataConfig) -> Parts:
+    if config.source.startswith(BUILTIN):
+        from .sources import builtin_parts
+
+        _check_local(config)
+        return builtin_parts(config.source.removeprefix(BUILTIN), config.options)
+    if config.options:
+        raise ValueError(f"data.options are for builtin sources, and {config.source} is none")
+    local = local_parts(config.source)
+    if local is None:
+        return hub_parts(config)
+    _check_local(config)
+    return local
+
+
+def _check_local(config: DataConfig) -> None:
+    for setting in ("name", "revision"):
+        if getattr(config, setting) is not None:
+            raise ValueError(
+                f"data.{setting} is for hub data sets, and {config.source} is on this machine"
+            )
+
+
+def _check_hub_only(config: DataConfig) -> None:
+    if config.source.startswith(BUILTIN) or local_parts(config.source) is not None:
+        raise ValueError(
+            f"data.streaming is for hub data sets, and {config.source} is on this machine"
+        )
+    if config.split_column is not None:
+        raise ValueError("data.split_column needs the whole data set: not with data.streaming")

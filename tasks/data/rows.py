@@ -1,0 +1,190 @@
+"""Which rows of a data set are a split: by a column's values, by share, by number.
+
+A `Selection` is a data set and the numbers of its rows, so that every choice is a few operations
+on whole columns and the data set is cut once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmadapters.suggest import nearest
+
+from ..config.schema import Split
+from ..core.task import Column
+from .columns import MEDIA
+from .media import media_digest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of a data set whose columns are roles.
+
+    `indices`: (N,) int64, rising. `names`: the source's column of each role.
+    """
+
+    dataset: Dataset
+    indices: np.ndarray
+    names: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def rows(self) -> Dataset:
+        if len(self) == len(self.dataset):
+            return self.dataset
+        return self.dataset.select(self.indices)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """The whole column, of all rows of the data set."""
+        return self.dataset.data.column(name)
+
+    def resolve(self, name: str, setting: str) -> str:
+        """The column's present name, for its own name or a role.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        by_source = {source: role for role, source in self.names.items()}
+        own = by_source.get(name, name)
+        if own not in self.dataset.column_names:
+            known = [*self.dataset.column_names, *by_source]
+            raise ValueError(
+                f"{setting}: the data has no column {name!r}{nearest(name, known)}; its columns "
+                f"are {', '.join(self.dataset.column_names)}"
+            )
+        return own
+
+
+def by_values(selection: Selection, column: str) -> dict[str, Selection]:
+    """The rows of each value of a column of text; rows without a value are in none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    encoded = pc.dictionary_encode(selection.column(column).cast(pa.string())).combine_chunks()
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)[selection.indices]
+    return {
+        value: replace(selection, indices=selection.indices[codes == code])
+        for code, value in enumerate(encoded.dictionary.to_pylist())
+    }
+
+
+def keep(
+    selection: Selection, split: Split, filters: Mapping[str, Sequence[Any]], *, drop: bool = False
+) -> Selection:
+    """The rows whose columns have one of the values of every filter (of none of them: `drop`).
+
+    Raises:
+        ValueError: a column or a value is not there, or no row is left.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name, values in filters.items():
+        setting = f"data.{'drop' if drop else 'keep'}.{split}"
+        column = selection.column(selection.resolve(name, setting))
+        if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+            raise ValueError(f"{setting}: {name!r} holds {column.type}, not a value for each row")
+        cells = column.cast(pa.string()).take(pa.array(selection.indices))
+        wanted = [plain(value) for value in values]
+        there = set(pc.unique(cells).to_pylist())
+        for value in wanted:
+            if value not in there:
+                some = sorted(str(other) for other in there)
+                listed = ", ".join(some[:20]) + (", …" if len(some) > 20 else "")
+                raise ValueError(
+                    f"{setting}: no row of {split} has {name} {value!r}"
+                    f"{nearest(str(value), some)}; there are {listed}"
+                )
+        mask = pc.is_in(cells, value_set=pa.array(wanted, type=pa.string()))
+        hits = mask.to_numpy(zero_copy_only=False).astype(bool)
+        selection = replace(selection, indices=selection.indices[hits != drop])
+        if not len(selection):
+            raise ValueError(f"{setting}: no row of {split} is left")
+    return selection
+
+
+def plain(value: Any) -> str | None:
+    """A value as the text that Arrow makes of it, so that 7, "7" and true are what YAML meant."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return None if value is None else str(value)
+
+
+def cut(
+    selection: Selection,
+    fractions: Mapping[Split, float],
+    roles: Mapping[str, Column],
+    *,
+    seed: int,
+) -> dict[Split, Selection]:
+    """Training rows in several splits, by share; what is left is "train".
+
+    Rows that share a picture or a recording stay together: a share of the questions about a
+    picture would else be asked of a model that was trained on the others. The test split is drawn
+    first, so that it is the same with and without a validation split.
+
+    Raises:
+        ValueError: there are too few rows (or pictures).
+    """
+    units = _units(selection, roles)  # (N,)
+    sizes = np.bincount(units)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    ends = np.cumsum(sizes[order])
+    found: dict[Split, Selection] = {}
+    start = taken = 0
+    for split in sorted(fractions):  # test, validation
+        taken += max(round(fractions[split] * len(selection)), 1)
+        stop = max(int(np.searchsorted(ends, taken)) + 1, start + 1)
+        if stop >= len(order):
+            raise ValueError(
+                f"data.fractions: {len(order)} rows or groups of rows with the same media are too "
+                f"few to cut {', '.join(fractions)} from"
+            )
+        chosen = np.isin(units, order[start:stop])
+        found[split] = replace(selection, indices=selection.indices[chosen])
+        start = stop
+        taken = int(ends[stop - 1])
+    rest = np.isin(units, order[start:])
+    return {"train": replace(selection, indices=selection.indices[rest]), **found}
+
+
+def _units(selection: Selection, roles: Mapping[str, Column]) -> np.ndarray:
+    """(N,) the group of each row, 0, 1, … by first appearance."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    names = selection.dataset.column_names
+    media = [r for r, c in roles.items() if c.kind in MEDIA and c.kind != "mask" and r in names]
+    if not media:
+        return np.arange(len(selection))
+    column = selection.column(media[0])
+    fields = {column.type.field(i).name for i in range(column.type.num_fields)}
+    if {"bytes", "path"} <= fields and pc.struct_field(column, "bytes").null_count == len(column):
+        keys = pc.struct_field(column, "path").take(pa.array(selection.indices))
+    else:
+        # A path beside bytes is a name at best, and many may have the same.
+        rows = selection.dataset.select_columns([media[0]]).select(selection.indices)
+        keys = pa.chunked_array([[media_digest(row[media[0]]) for row in rows]], type=pa.string())
+    encoded = pc.dictionary_encode(keys, null_encoding="mask").combine_chunks()
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    # Rows without media are no group: each stands for itself.
+    alone = codes < 0
+    codes[alone] = len(encoded.dictionary) + np.arange(alone.sum())
+    return codes
+
+
+def limit(selection: Selection, count: int | None, *, seed: int) -> Selection:
+    """At most `count` rows, in their order; fewer are a part of more for the same seed."""
+    if count is None or len(selection) <= count:
+        return selection
+    chosen = np.random.default_rng(seed).permutation(len(selection))[:count]
+    return replace(selection, indices=selection.indices[np.sort(chosen)])

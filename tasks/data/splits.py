@@ -1,0 +1,55 @@
+"""Which of a source's splits is which of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from mmadapters.suggest import nearest
+
+from ..config.schema import SPLITS, DataConfig, Split
+
+# What data sets call their splits, beside our own names.
+ALIASES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+KNOWN = frozenset(alias for aliases in ALIASES.values() for alias in aliases)
+
+
+def find_splits(config: DataConfig, names: Sequence[str]) -> dict[Split, str]:
+    """The source's name of each of our splits that it has, among `names`.
+
+    Raises:
+        ValueError: the config gives a name that is not there; none is there; or the config says
+            something of a split that is neither there nor cut by a fraction, which would be passed
+            over in silence.
+    """
+    for split, name in config.splits.items():
+        if name not in names:
+            raise ValueError(
+                f"data.splits: {split} is {name!r}, which the data does not have"
+                f"{nearest(name, names)}; its splits are {', '.join(names)}"
+            )
+    by_lower = {n.lower(): n for n in reversed(names) if n not in config.splits.values()}
+    found = dict(config.splits)
+    for split in SPLITS:
+        if split not in found and (aliases := [a for a in ALIASES[split] if a in by_lower]):
+            found[split] = by_lower[aliases[0]]
+    if not found:
+        raise ValueError(
+            f"data.source: none of its splits {', '.join(names)} is called train, validation or "
+            f"test: name them in data.splits, as {{train: {names[0]}}}"
+        )
+    _check(config, {*found, *config.fractions})
+    return found
+
+
+def _check(config: DataConfig, present: Collection[Split]) -> None:
+    for setting in ("keep", "drop", "limit"):
+        if unknown := [split for split in getattr(config, setting) if split not in present]:
+            raise ValueError(
+                f"data.{setting} names the split {unknown[0]}, but the data has "
+                f"{', '.join(split for split in SPLITS if split in present)}: say its share in "
+                f"data.fractions, or its name in data.splits"
+            )

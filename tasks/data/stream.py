@@ -1,0 +1,182 @@
+"""Rows as they arrive from a hub data set, instead of a data set on disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmadapters.suggest import nearest
+
+from ..config.schema import SPLITS, DataConfig, Split
+from ..core.task import Column, Rows
+from .columns import find_columns, to_roles
+from .rows import plain
+from .splits import find_splits
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+Row = dict[str, Any]
+READ_AT_ONCE = 16
+SHUFFLED = 10  # rows that are read for each one that a limit draws
+
+
+def read_streams(
+    source: Mapping[str, IterableDataset],
+    config: DataConfig,
+    roles: Mapping[str, Column],
+    splits: Sequence[Split],
+) -> dict[Split, Rows]:
+    """The training rows as they arrive; the other splits, and what data.limit makes few, in memory.
+
+    A limit draws from a buffer of ten times as many rows: many data sets lie there class by class.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    present = find_splits(config, list(source))
+    if missing := [split for split in config.fractions if split not in present]:
+        raise ValueError(
+            f"data.fractions: no {missing[0]} rows can be cut from a stream; the data has the "
+            f"splits {', '.join(source)}"
+        )
+    rows: dict[Split, Any] = {}
+    for split in (split for split in SPLITS if split in splits and split in present):
+        dataset = source[present[split]]
+        names = _names(dataset)
+        found = find_columns(roles, config.columns, names)
+        wanted = _filter(config, split, found, names)
+        stream = Stream(dataset, found, roles, wanted=wanted)
+        count = config.limit.get(split)
+        if split == "train" and count is None:
+            rows[split] = stream
+            continue
+        if count is not None:
+            stream = stream.shuffle(SHUFFLED * count, config.seed)
+        try:
+            rows[split] = stream.head(count)
+        except ValueError as error:
+            raise ValueError(f"data.source: of {split} in {config.source} {error}") from None
+    return rows
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """data.keep and data.drop of a split: (column of the source, values, drop) each."""
+
+    tests: tuple[tuple[str, frozenset[str | None], bool], ...] = ()
+
+    def __call__(self, row: Row) -> bool:
+        return all((plain(row.get(n)) in values) != drop for n, values, drop in self.tests)
+
+
+def _filter(
+    config: DataConfig, split: Split, found: Mapping[str, str], names: Sequence[str]
+) -> _Filter:
+    tests = []
+    for setting in ("keep", "drop"):
+        for name, values in getattr(config, setting).get(split, {}).items():
+            own = found.get(name, name)
+            if own not in names:
+                raise ValueError(
+                    f"data.{setting}.{split}: the data has no column {name!r}"
+                    f"{nearest(name, names)}; its columns are {', '.join(names)}"
+                )
+            tests.append((own, frozenset(plain(value) for value in values), setting == "drop"))
+    return _Filter(tuple(tests))
+
+
+class Stream:
+    """The rows of a training split, each a dict by role, read again at each pass.
+
+    Attributes:
+        column_names: as of `Rows`.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        found: Mapping[str, str],
+        roles: Mapping[str, Column],
+        *,
+        wanted: Callable[[Row], bool] = _Filter(),
+    ) -> None:
+        """
+        Args:
+            dataset: media undecoded, columns named as in the source.
+            found: the source's column of each role.
+            wanted: says of a row, with the source's columns, whether it is of the stream.
+        """
+        self.dataset, self.found, self.roles, self.wanted = dataset, dict(found), roles, wanted
+        self._classes = _class_names(dataset)
+        # As in `to_roles`: a column whose name another column's role takes is gone.
+        kept = [name for name in _names(dataset) if name not in found.values()]
+        self.column_names = [*found, *(name for name in kept if name not in found)]
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self._source_rows():
+            own = {role: self._value(role, row.get(name)) for role, name in self.found.items()}
+            yield {name: own[name] if name in own else row.get(name) for name in self.column_names}
+
+    def _source_rows(self) -> Iterator[Row]:
+        """The same rows under the source's names, classes by name."""
+        for row in self._rows():
+            for name, names in self._classes.items():
+                index = row.get(name)
+                known = isinstance(index, int) and 0 <= index < len(names)
+                row[name] = names[index] if known else None  # type: ignore[index]
+            if self.wanted(row):
+                yield row
+
+    def _rows(self) -> Iterator[Row]:
+        # By its own iterator a data set would take a loader's worker for one of many that share
+        # its files, and give them in another order than without workers.
+        for batch in self.dataset.iter(batch_size=READ_AT_ONCE):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
+
+    def shuffle(self, buffer: int, seed: int) -> Stream:
+        """The stream in another order: its files by the seed, its rows within a buffer of so many.
+        The same seed gives the same order."""
+        shuffled = self.dataset.shuffle(seed=seed, buffer_size=buffer)
+        return Stream(shuffled, self.found, self.roles, wanted=self.wanted)
+
+    def head(self, count: int | None) -> Dataset:
+        """The first rows (None: all) as a data set in memory.
+
+        Raises:
+            ValueError: there are none.
+        """
+        import datasets
+        import pyarrow as pa
+
+        rows = list(itertools.islice(self._source_rows(), count))
+        if not rows:
+            raise ValueError("there are no rows")
+        features = self.dataset.features
+        if features is None:
+            few = datasets.Dataset(pa.Table.from_pylist(rows))
+        else:
+            features = datasets.Features(features)
+            features |= dict.fromkeys(self._classes, datasets.Value("string"))
+            table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+            few = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+        return to_roles(few, self.found, self.roles, None)
+
+    def _value(self, role: str, value: Any) -> Any:
+        if self.roles[role].kind != "text" or isinstance(value, list | dict):
+            return value
+        return "" if value is None else str(value)
+
+
+def _names(dataset: IterableDataset) -> list[str]:
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def _class_names(dataset: IterableDataset) -> dict[str, list[str]]:
+    import datasets
+
+    features = dataset.features or {}
+    return {n: f.names for n, f in features.items() if isinstance(f, datasets.ClassLabel)}

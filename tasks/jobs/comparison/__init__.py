@@ -1,0 +1,1 @@
+"""`mmadapters compare`: methods beside each other on one job."""

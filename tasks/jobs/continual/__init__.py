@@ -1,0 +1,1 @@
+"""`mmadapters continual`: jobs learned one after another."""

@@ -1,0 +1,1 @@
+"""`mmadapters multitask`: tasks learned together."""

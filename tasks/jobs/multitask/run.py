@@ -1,0 +1,273 @@
+"""Tasks learned together on one frozen encoder, with adapters that share nothing, all or a half.
+
+runs/NAME/
+    config.yaml  metrics.json  report.html   of the joint run
+    checkpoints/                             while it goes on
+    TASK/                                    a run directory for each task, its adapter whole in it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from mmadapters import AdapterModel, methods
+from mmadapters.files import write_text
+
+from ... import artifact
+from ...config.schema import SPLITS, Split
+from ...core.metrics import Metric
+from ...core.task import Rows, Task, TaskModel
+from ...data import load
+from ...training.trainer import CHECKPOINTS
+from ..run import (
+    METRICS,
+    Run,
+    check_folder,
+    chosen,
+    device_of,
+    environment,
+    evaluate_split,
+    figures,
+    finish,
+    make_encoder,
+    make_folder,
+    measured_split,
+    process_state,
+    scored,
+    sizes,
+    without_test,
+)
+from .config import MultitaskConfig, read_tasks
+from .training import JointModel, JointTrainer, history_of, mean_of
+
+Splits = dict[Split, Rows]
+
+
+@dataclass
+class Multitask:
+    """What came out: a `Run` for each task, in order, and what is of all together.
+
+    Attributes:
+        steps: of each task, of `facts["steps"]` in all.
+        history: as transformers logs it.
+        facts: parameters (shared ones once), steps, seconds.
+    """
+
+    config: MultitaskConfig
+    folder: Path
+    runs: dict[str, Run] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def deciding(self) -> dict[str, Metric]:
+        """Every task's deciding metric on its test split, or else on validation."""
+        return {name: run.headline for name, run in self.runs.items()}
+
+    @property
+    def mean(self) -> float:
+        """Of the deciding metrics, as `mean_of` has it."""
+        return mean_of(list(self.deciding.values()))
+
+
+def learn(
+    config: MultitaskConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+) -> Multitask:
+    """Trains all tasks together, evaluates each and writes the run directory; every process of a
+    group calls it, the first one writes.
+
+    Raises:
+        ValueError: the jobs, their data, the encoder or the run directory do not fit.
+    """
+    jobs = read_tasks(config)
+    folder = Path(config.output)
+    state = process_state(jobs[0])
+    checkpoint = check_folder(folder, config, resume=resume, overwrite=overwrite)
+    for job in jobs:
+        check_folder(Path(job.output), job, resume=resume, overwrite=overwrite)
+    state.wait_for_everyone()  # every process has looked before the first one writes
+    if checkpoint is None and state.is_main_process:
+        make_folder(folder, config)
+        for job in jobs:
+            make_folder(Path(job.output), job)
+    state.wait_for_everyone()
+    tasks = {job.name: artifact.task_class(job.task)(job) for job in jobs}
+    splits = {name: _load(task) for name, task in tasks.items()}
+    _check_validation(splits)
+    model = build_joint(config, tasks, splits)
+    model.to(device_of(jobs[0]))
+    splits = {name: chosen(task, splits[name]) for name, task in tasks.items()}
+    done = Multitask(config, folder, facts=parameters(model))
+    for name, task in tasks.items():
+        done.runs[name] = Run(Path(task.config.output), task, model.models[name])
+        if task.config.evaluation.before:
+            _measure_before(done.runs[name], splits[name])
+    for name, run in done.runs.items():
+        with model.encoder.using(name):
+            run.task.prepare(run.model, without_test(splits[name]))
+    _fit(done, tasks, model, splits, checkpoint, quiet=quiet or not state.is_main_process)
+    for name in tasks:
+        _finish(done, name, splits[name])
+    if state.is_main_process:
+        _write(done)
+    state.wait_for_everyone()
+    return done
+
+
+def _load(task: Task) -> Splits:
+    config = task.config
+    splits = load.load(config.data, task.columns, SPLITS)
+    if "train" not in splits:
+        raise ValueError(f"{config.name}: there is no training split: name it in data.splits")
+    measured_split(splits)
+    return splits
+
+
+def _check_validation(splits: dict[str, Splits]) -> None:
+    lacking = [name for name, own in splits.items() if "validation" not in own]
+    if lacking and len(lacking) < len(splits):
+        raise ValueError(
+            f"{lacking[0]} has no validation split, and the best checkpoint is chosen by the mean "
+            "over all tasks: give it data.fractions.validation"
+        )
+
+
+def build_joint(
+    config: MultitaskConfig, tasks: dict[str, Task], splits: dict[str, Splits]
+) -> JointModel:
+    """The model of all tasks, each fitted to its training rows; adapters and heads are trainable.
+
+    A head starts from the same numbers as in a run of its task alone.
+    """
+    set_seed(config.seed)
+    first = next(iter(tasks.values())).config
+    backbone = artifact.make_backbone(first.backbone)
+    for name, task in tasks.items():
+        task.fit(splits[name]["train"], backbone)
+    encoder = make_encoder(backbone)
+    encoder.train_trunk = bool(first.trainer.trunk_dropout)
+    encoder.add_adapters(list(tasks), methods.from_dict(config.adapter), sharing=config.sharing)
+    models: dict[str, TaskModel] = {}
+    for name, task in tasks.items():
+        set_seed(config.seed)
+        encoder.set_active_adapters(name)
+        models[name] = task.build(encoder)
+        models[name].awake = artifact.modules_active_in_training(first.backbone, backbone)
+    encoder.set_active_adapters(None)
+    encoder.set_grad_checkpointing(first.trainer.gradient_checkpointing)
+    encoder.adapters.requires_grad_(True)
+    return JointModel(encoder, models)
+
+
+def parameters(model: JointModel) -> dict[str, Any]:
+    """How many there are of the encoder, the adapters (shared ones once) and the heads."""
+    encoder = sum(p.numel() for p in model.encoder.backbone.parameters())
+    adapters = sum(p.numel() for p in model.encoder.adapters.parameters())
+    names = model.encoder.adapter_names
+    alone = sum(_size(model.encoder, name) for name in names)
+    return {
+        "encoder_parameters": encoder,
+        "adapter_parameters": adapters,
+        "adapter_parameters_unshared": alone,
+        "head_parameters": sum(p.numel() for p in model.head.parameters() if p.requires_grad),
+        "trained_share": adapters / encoder,
+    }
+
+
+def _size(encoder: AdapterModel, name: str) -> int:
+    return sum(parameter.numel() for parameter in encoder.adapter(name).parameters())
+
+
+def _fit(
+    done: Multitask,
+    tasks: dict[str, Task],
+    model: JointModel,
+    splits: dict[str, Splits],
+    checkpoint: Path | None,
+    *,
+    quiet: bool,
+) -> None:
+    set_seed(done.config.seed)
+    trainer = JointTrainer(
+        tasks,
+        model,
+        done.config,
+        train={name: own["train"] for name, own in splits.items()},
+        validation={n: own["validation"] for n, own in splits.items() if "validation" in own},
+        folder=done.folder,
+        quiet=quiet,
+    )
+    done.facts |= trainer.fit(checkpoint)
+    done.facts["best_mean"] = trainer.state.best_metric
+    done.history = trainer.state.log_history
+    steps = trainer.mixed.steps_of_tasks(trainer.state.global_step)
+    done.steps = dict(zip(tasks, steps, strict=True))
+    for name, bad in trainer.bad.items():
+        done.runs[name].problems["train"] = list(bad.values())
+
+
+def _measure_before(run: Run, splits: Splits) -> None:
+    config = run.task.config
+    split, rows = measured_split(splits)
+    with run.model.encoder.using(config.name, drop=artifact.blocks_dropped(config)):
+        run.before = scored(run, evaluate_split(run.task, run.model, rows), split)
+
+
+def _finish(done: Multitask, name: str, splits: Splits) -> None:
+    """Evaluates and writes a task with its own adapter acting, as a run of it alone does."""
+    run = done.runs[name]
+    # Trainable too: `sizes` tells what of the encoder is trained.
+    drop = artifact.blocks_dropped(run.task.config)
+    run.model.encoder.train_adapter(name, drop=drop)
+    run.facts = sizes(run.model, name) | {
+        "steps": done.steps[name],
+        "best_step": done.facts["best_step"],
+        "train_seconds": done.facts["train_seconds"],
+        "waited_for_data": done.facts["waited_for_data"],
+    }
+    run.history = history_of(done.history, name)
+    finish(run, splits)
+
+
+def metrics_of(done: Multitask) -> dict[str, Any]:
+    """What `metrics.json` says."""
+    config, first = done.config, next(iter(done.runs.values()))
+    return {
+        "name": config.name,
+        "backbone": first.task.config.backbone.name,
+        "seed": config.seed,
+        "sharing": config.sharing,
+        "sampling": config.sampling,
+        **done.facts,
+        "mean": done.mean,
+        "tasks": {
+            name: {
+                "task": run.task.name,
+                "metric": run.task.metric,
+                "steps": done.steps[name],
+                "adapter_parameters": run.facts["adapter_parameters"],
+                "head_parameters": run.facts["head_parameters"],
+                "splits": {split: figures(scores) for split, scores in run.scores.items()},
+                "skipped": {split: len(found) for split, found in run.problems.items()},
+            }
+            for name, run in done.runs.items()
+        },
+        "environment": environment(),
+    }
+
+
+def _write(done: Multitask) -> None:
+    from .report import write_multitask_report
+
+    metrics = metrics_of(done)
+    text = json.dumps(metrics, indent=2, ensure_ascii=False)
+    write_text(done.folder / METRICS, text + "\n")
+    write_multitask_report(done, metrics["environment"])
+    shutil.rmtree(done.folder / CHECKPOINTS, ignore_errors=True)

@@ -1,0 +1,43 @@
+"""Predictions of a saved adapter for files and folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..artifact import Opened
+
+MEDIA = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+    + (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+)
+
+
+def predict(
+    opened: Opened, inputs: Sequence[str], *, out: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """A JSON-ready result for each input, as the task makes it.
+
+    A folder stands for the pictures and recordings in it, in order of their names.
+
+    Raises:
+        ValueError: there is no input, or one cannot be read.
+    """
+    found = list(expand(inputs))
+    if not found:
+        raise ValueError(f"there is nothing to predict; give {opened.task.usage}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    opened.model.eval()
+    yield from opened.task.predict(opened.model, found, out=out)
+
+
+def expand(inputs: Sequence[str]) -> Iterator[str]:
+    """The inputs, folders replaced by the pictures and recordings in them."""
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            yield from (str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in MEDIA)
+        else:
+            yield name

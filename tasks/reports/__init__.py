@@ -1,0 +1,1 @@
+"""What a run shows: a page, charts, tables and the console."""

@@ -1,0 +1,1 @@
+"""Training from the kept states of the frozen trunk."""

@@ -1,0 +1,183 @@
+"""A split through a model: one record for each row, gathered from all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from ..core.task import Batch, Collate, Examples, Problem, Record, Rows, Task, TaskModel
+from ..data.workers import loader_generator
+from .cache.examples import Blank
+
+if TYPE_CHECKING:
+    from .cache.split import KeptSplit
+
+MEDIA = ("image", "mask", "audio")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DataError(ValueError):
+    """Rows that cannot be used, where the config says that they end the run."""
+
+
+@dataclass
+class Evaluation:
+    """Records in the order of the rows, and the rows that could not be used."""
+
+    records: list[Record]
+    problems: list[Problem]
+
+
+def evaluate(
+    task: Task,
+    model: TaskModel,
+    rows: Rows,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    precision: str = "fp32",
+    kept: KeptSplit | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Evaluation:
+    """Runs every row through the model, in eval mode and without gradients.
+
+    In a process group each process takes every n-th row, and all of them return everything.
+
+    Args:
+        kept: the states of these rows to start from.
+        progress: is told after each batch how many rows of this process are done.
+
+    Raises:
+        DataError: a row cannot be used and `data.on_error` is "refuse"; names rows and reasons.
+    """
+    rank, world = processes()
+    order = np.arange(len(rows))
+    lengths = task.lengths(rows)
+    if lengths is not None:
+        # Neighbours in length share a batch, so little of it is padding.
+        order = np.argsort(np.asarray(lengths), kind="stable")
+    own = order[rank::world].tolist()
+    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    loader: DataLoader = DataLoader(
+        Examples(task, rows, train=False) if kept is None else kept.examples,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=Collate(task) if kept is None else kept.collate,
+        num_workers=min(workers if kept is None else kept.workers(workers), len(batches)),
+        pin_memory=model.device.type == "cuda",
+        generator=loader_generator(),
+    )
+    found = Evaluation([], [])
+    was_training = model.training
+    model.eval()
+    try:
+        for done, loaded in enumerate(loader, start=1):
+            found.problems += loaded.problems
+            if loaded.batch is not None:
+                batch = to_device(loaded.batch, model.device)
+                resumed = nullcontext() if kept is None else kept.resumed(batch)
+                with torch.no_grad(), autocast(precision, model.device), resumed:
+                    records = task.records(model, batch)
+                for index, record in zip(loaded.indices, records, strict=True):
+                    found.records.append({**record, "index": index})
+            if kept is not None:
+                kept.read += len(loaded.indices)
+            progress(min(done * batch_size, len(own)))
+        found = _gathered(found, world)
+        refuse(task, found.problems, rows)
+        with torch.no_grad(), autocast(precision, model.device):
+            task.refine(model, rows, found.records)
+    finally:
+        model.train(was_training)
+    _add_rows(task, found.records, rows)
+    return found
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor in it, also in lists and dicts, on the device; a tensor without
+    values takes no room there."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, Blank):
+            return value.on(device)
+        if isinstance(value, dict):
+            return {key: move(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(move, value))
+        return value
+
+    return move(batch)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The autocast region that a `trainer.precision` means."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def refuse(task: Task, problems: list[Problem], rows: Rows | None = None) -> None:
+    """Raises a DataError for problems that the config does not let pass.
+
+    Raises:
+        DataError: there are problems, and `data.on_error` is "refuse", or no row is good.
+    """
+    if not problems:
+        return
+    first = problems[0]
+    what = f"row {first.index} cannot be used: {first.reason}"
+    others = len({problem.index for problem in problems}) - 1
+    if others:
+        what += f" (and {others} more)"
+    if task.config.data.on_error == "refuse":
+        raise DataError(
+            f"{what}; mend it, or set data.on_error: skip; `mmadapters doctor` lists all"
+        )
+    if rows is not None and others + 1 == len(rows):
+        raise DataError(f"no row of the split can be used: {what}; `mmadapters doctor` lists all")
+
+
+def _gathered(found: Evaluation, world: int) -> Evaluation:
+    if world > 1:
+        parts: list[Any] = [None] * world
+        torch.distributed.all_gather_object(parts, found)
+        found = Evaluation(
+            [record for part in parts for record in part.records],
+            [problem for part in parts for problem in part.problems],
+        )
+    found.records.sort(key=lambda record: record["index"])
+    found.problems.sort(key=lambda problem: problem.index)
+    return found
+
+
+def _add_rows(task: Task, records: list[Record], rows: Rows) -> None:
+    """Gives every record its row's plain columns, read column by column without any media."""
+    columns = {name: list(rows[name]) for name in plain_columns(task, rows)}
+    for record in records:
+        record["row"] = {name: values[record["index"]] for name, values in columns.items()}
+
+
+def plain_columns(task: Task, rows: Rows) -> Iterator[str]:
+    """The columns that hold text or numbers."""
+    media = {role for role, column in task.columns.items() if column.kind in MEDIA}
+    features = getattr(rows, "features", None)
+    for name in rows.column_names:
+        # Nested columns have no dtype.
+        dtype = "string" if features is None else getattr(features.get(name), "dtype", None)
+        if name not in media and dtype not in ("binary", "large_binary", "dict", None):
+            yield name

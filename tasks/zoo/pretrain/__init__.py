@@ -1,0 +1,1 @@
+"""Recipes of the shipped encoders: `python -m mmadapters.tasks.zoo.pretrain <name> …`."""

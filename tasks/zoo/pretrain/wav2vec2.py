@@ -1,0 +1,369 @@
+"""The recipe of `nano/wav2vec2`: CTC on characters over synthetic US English, from scratch.
+
+    python -m mmadapters.tasks.zoo.pretrain wav2vec2 --out FOLDER
+
+Processes synthesise while the accelerator trains; audio stays on the accelerator as 16-bit samples
+and is drawn from at random, so training starts as soon as the first of it is there. Seeds are
+fixed; since what has arrived by a step depends on the machine, two runs agree in their figures, not
+in their bits. Seven minutes on one H100 with 16 cores; two days on two CPU cores. The card alone
+(`--stages card`) takes 11 minutes of those.
+
+Shape legend: B slots, T = 96,000 samples at 16,000 Hz in a slot (6 s), F = 299 frames, D width,
+C characters, N slots in store.
+"""
+
+import argparse
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmadapters.files import write_text
+from mmadapters.zoo import wav2vec2
+from mmadapters.zoo.files import write_config, write_weights
+
+from ...data.synthetic import sentences, speech
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2ForCTC
+
+SLOT = 6 * speech.SAMPLE_RATE
+CHUNK = 100  # slots that one call of a worker makes at most
+TEST_TEXTS = 2000
+CURVE_SENTENCES = 96
+ARCHITECTURE: dict[str, Any] = {
+    "vocab_size": len(wav2vec2.CHARACTERS),
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    # Each sample's own statistics and no others: batched = single, padded = unpadded.
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    # The usual strides, 320 samples a frame; narrow where there are many frames.
+    "conv_dim": [96, 128, 160, 192, 192, 192, 192],
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_bias": False,  # quiet and loud speech look alike after the first norm
+    "hidden_size": 224,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "intermediate_size": 640,
+    "num_conv_pos_embeddings": 64,
+    "num_conv_pos_embedding_groups": 16,
+    "hidden_dropout": 0.05,
+    "attention_dropout": 0.05,
+    "activation_dropout": 0.05,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.05,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe's options; the defaults made what ships."""
+    parser.add_argument("--stages", choices=("train", "card", "all"), default="all")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--minutes", type=float, default=0, help="stop by then; 0 is no limit")
+    parser.add_argument("--batch", type=int, default=128, help="slots of 6 s in a step")
+    parser.add_argument("--hours", type=float, default=240, help="audio to synthesise and keep")
+    parser.add_argument("--first-hours", type=float, default=0.2, help="audio to wait for")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--warmup", type=int, default=500, help="steps")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--evaluations", type=int, default=8, help="points of the curve")
+    parser.add_argument("--test-sentences", type=int, default=wav2vec2.VERIFIED_SENTENCES)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, then measure and write the card."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.stages in ("train", "all"):
+        train(args)
+    if args.stages in ("card", "all"):
+        from . import wav2vec2_card
+
+        wav2vec2_card.write(args.out, count=args.test_sentences)
+
+
+def make_slots(chunk: int, count: int) -> tuple[Tensor, Tensor, list[str]]:
+    """The first `count` slots of a chunk of read text, a function of the chunk's number alone.
+
+    A slot holds one or more utterances, each by a reader of its own, with pauses.
+
+    Returns:
+        samples (count, T) int16, where the last word ends (count,) in samples, and the texts.
+    """
+    torch.set_num_threads(1)
+    rng = random.Random(f"slots {chunk}")
+    utterances = read_utterances(chunk, rng)
+    samples = torch.zeros(count, SLOT, dtype=torch.int16)
+    ends, texts = torch.zeros(count, dtype=torch.long), []
+    text, waveform = next(utterances)
+    for slot in range(count):
+        alone, end = rng.random() < 0.15, 0
+        said: list[str] = []
+        while not (alone and said):
+            start = end + rng.randrange(speech.SAMPLE_RATE // 3)
+            if start + len(waveform) > SLOT:
+                break
+            end = start + len(waveform)
+            samples[slot, start:end] = (waveform * 32767).to(torch.int16)
+            said.append(text)
+            text, waveform = next(utterances)
+        ends[slot] = end
+        texts.append(" ".join(said))
+    return samples, ends, texts
+
+
+def read_utterances(chunk: int, rng: random.Random) -> Iterator[tuple[str, Tensor]]:
+    """Texts that the test does not hold, each read by a pretraining voice, in at most 5.5 s."""
+    forbidden = test_texts()
+    for seed in sentences.PRETRAINING_SEEDS[chunk * 5000 :]:
+        text = sentences.word_string(seed) if rng.random() < 0.3 else sentences.sentence(seed)
+        reader = speech.random_reader(rng, among=speech.pretraining_variants())
+        if text not in forbidden:
+            waveform = speech.synthesize(text, reader)
+            if len(waveform) <= 5.5 * speech.SAMPLE_RATE:
+                yield text, waveform
+
+
+@functools.cache
+def test_texts() -> frozenset[str]:
+    """Short sentences repeat themselves: those of the test must not be trained on either."""
+    return frozenset(sentences.sentence(seed) for seed in sentences.TEST_SEEDS[:TEST_TEXTS])
+
+
+def encode(text: str) -> list[int]:
+    """Character ids of a text."""
+    return [wav2vec2.VOCABULARY[c] for c in text.replace(" ", wav2vec2.SPACE)]
+
+
+@dataclass
+class Store:
+    """Audio on the training device, filled by `fill` while `batch` draws from what is there."""
+
+    size: int
+    device: str
+    ready: int = 0
+    closed: bool = False
+    samples_NT: Tensor = field(init=False)
+    ends_N: Tensor = field(init=False)
+    targets: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.samples_NT = torch.empty(self.size, SLOT, dtype=torch.int16, device=self.device)
+        self.ends_N = torch.empty(self.size, dtype=torch.long)
+
+    def fill(self, workers: int) -> None:
+        """Synthesise until full or closed."""
+        starts = range(0, self.size, CHUNK)
+        counts = [min(CHUNK, self.size - start) for start in starts]
+        # Fresh processes: a forked one would inherit locks of the accelerator's runtime.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for samples, ends, texts in pool.map(make_slots, range(len(counts)), counts):
+                here = slice(self.ready, self.ready + len(texts))
+                self.samples_NT[here] = samples.to(self.device)
+                self.ends_N[here] = ends
+                self.targets += [encode(text) for text in texts]
+                self.ready += len(texts)
+                if self.closed:
+                    pool.shutdown(cancel_futures=True)
+                    break
+
+    def batch(
+        self, size: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Random slots: waveforms (B, T) in [−1, 1], ends (B,) in samples, character ids."""
+        picked = torch.randint(self.ready, (size,), generator=generator)
+        waveform_BT = self.samples_NT[picked.to(self.device)].float() / 32768
+        return waveform_BT, self.ends_N[picked], [self.targets[i] for i in picked.tolist()]
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train from random weights; `--out` holds the latest weights at every point of the curve."""
+    console, started = Console(), time.monotonic()
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    store = Store(math.ceil(args.hours * 3600 * speech.SAMPLE_RATE / SLOT), args.device)
+    filler = threading.Thread(target=store.fill, args=(args.workers,), daemon=True)
+    filler.start()
+    model = wav2vec2.build(**ARCHITECTURE).to(args.device)
+    network = logits
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    picker = torch.Generator().manual_seed(args.seed)
+    if args.compile and args.device == "cuda":
+        network = torch.compile(logits)
+        # Compiling takes about as long as the first audio: do both at once.
+        silence_BT = torch.zeros(args.batch, SLOT, device=args.device)
+        nothing = (torch.full((args.batch,), SLOT), [[1]] * args.batch)
+        ctc_loss(network, model, silence_BT, *nothing, generator, picker).backward()
+        console.print(f"compiled after {time.monotonic() - started:.0f} s")
+    optimizer = torch.optim.AdamW(
+        decay_groups(model), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
+    )
+    validation = list(validation_readings(CURVE_SENTENCES))
+    wanted = min(store.size, math.ceil(args.first_hours * 3600 * speech.SAMPLE_RATE / SLOT))
+    while store.ready < wanted:
+        if not filler.is_alive():
+            raise RuntimeError("synthesis ended before the first audio was there; see above")
+        time.sleep(0.1)
+
+    first, deadline = time.monotonic(), started + 60 * (args.minutes or math.inf)
+    console.print(f"training from {first - started:.0f} s on, {store.ready} slots")
+    curve: list[dict[str, float]] = []
+    step, progress, loss_sum = 0, 0.0, torch.zeros((), device=args.device)
+    for step in track(range(1, args.steps + 1), "training", console=console):
+        # With a limit, the schedule ends with whichever of steps and time is used up first.
+        spent = (time.monotonic() - first) / (deadline - first)
+        progress = max(step / args.steps, spent)
+        rate = min(1.0, step / args.warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * rate
+        waveform_BT, ends_B, targets = store.batch(args.batch, picker)
+        loss = ctc_loss(network, model, waveform_BT, ends_B, targets, generator, picker)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss_sum += loss.detach()
+        last = step == args.steps or progress >= 1
+        if last or int(progress * args.evaluations) > len(curve):
+            if not math.isfinite(loss_sum.item()):
+                raise RuntimeError(f"the loss left the numbers before step {step}: a lower rate?")
+            error = wav2vec2.word_error_rate(wav2vec2.recognise(model.eval(), validation))
+            model.train()
+            curve.append(
+                {"step": step, "hours": round(store.ready * SLOT / speech.SAMPLE_RATE / 3600, 1)}
+                | {"seconds": round(time.monotonic() - started), "wer": round(error, 4)}
+            )
+            console.print(curve[-1], f"loss {loss_sum.item() / step:.3f} on average so far")
+            save(model, args, curve)
+        if last:
+            break
+    store.closed = True
+    filler.join()
+
+
+def validation_readings(count: int) -> list[tuple[str, Tensor]]:
+    """Sentences for the curve, by held-out voices; nothing is chosen by them."""
+    readings = []
+    for seed in sentences.VALIDATION_SEEDS[:count]:
+        rng = random.Random(f"validation reader {seed}")
+        reader = speech.random_reader(rng, among=speech.held_out_variants())
+        text = sentences.sentence(seed)
+        readings.append((text, speech.synthesize(text, reader)))
+    return readings
+
+
+def decay_groups(model: torch.nn.Module) -> list[dict]:
+    """Weight decay on matrices and kernels; none on biases and norms."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    return [
+        {"params": matrices},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def logits(model: "Wav2Vec2ForCTC", x_BT: Tensor, frames_B: Tensor, keep_BFD: Tensor) -> Tensor:
+    """(B, F, C) of HF's `Wav2Vec2ForCTC`, with `keep_BFD` masking what its encoder gets: its own
+    forward masks on the CPU with NumPy, which would stall the accelerator at every step."""
+    hidden = x_BT[:, None]
+    for layer in model.wav2vec2.feature_extractor.conv_layers:
+        hidden = layer(hidden)
+    hidden_BFD, _ = model.wav2vec2.feature_projection(hidden.transpose(1, 2))
+    positions = torch.arange(hidden_BFD.shape[1], device=x_BT.device)
+    mask_BF = positions < frames_B[:, None]
+    hidden_BFD = model.wav2vec2.encoder(
+        hidden_BFD * keep_BFD, attention_mask=mask_BF
+    ).last_hidden_state
+    return model.lm_head(model.dropout(hidden_BFD))
+
+
+def ctc_loss(
+    network: Callable[..., Tensor],
+    model: "Wav2Vec2ForCTC",
+    waveform_BT: Tensor,
+    ends_B: Tensor,
+    targets: list[list[int]],
+    generator: torch.Generator,
+    picker: torch.Generator,
+) -> Tensor:
+    """Augment, mask, and score one batch: a scalar, the mean over slots of the loss per character.
+
+    Half of the slots keep some of the noise after the last word, the rest end with it, and what
+    is behind is zeroed and masked, as padding is at inference. Lengths stay on the CPU, where
+    `torch.nn.functional.ctc_loss` reads them: fetching them would stall every step.
+
+    Args:
+        ends_B: where the last word ends, in samples, on the CPU.
+        generator: on the waveforms' device.
+        picker: on the CPU.
+    """
+    device = waveform_BT.device
+    batch = len(waveform_BT)
+    kept_B = (2 * torch.rand(batch, generator=picker) - 1).clamp_min(0)
+    ends_B = ends_B + ((SLOT - ends_B) * kept_B).long()
+    frames_B = (ends_B - 400) // 320 + 1
+    samples = torch.arange(SLOT, device=device)
+    x_BT = speech.augment(waveform_BT, generator=generator)
+    x_BT = x_BT * (samples < ends_B.to(device)[:, None])
+    keep_BFD = masks(batch, (SLOT - 400) // 320 + 1, ARCHITECTURE["hidden_size"], generator)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits_BFC = network(model, x_BT, frames_B.to(device), keep_BFD)
+    return F.ctc_loss(
+        logits_BFC.float().log_softmax(-1).transpose(0, 1),
+        torch.tensor([i for ids in targets for i in ids], device=device),
+        frames_B,
+        torch.tensor([len(ids) for ids in targets]),
+        # At 50 frames a second and some 15 characters no slot has fewer frames than its text
+        # needs, but one very fast reader must not make the whole batch infinite.
+        zero_infinity=True,
+    )
+
+
+def masks(batch: int, frames: int, width: int, generator: torch.Generator) -> Tensor:
+    """What to keep, (B, F, D) of 0 and 1, after SpecAugment (Park et al. 2019) as wav2vec 2.0 uses
+    it: a tenth of the frames goes in spans of 8, and a tenth of the channels in spans of 8."""
+
+    def spans(length: int) -> Tensor:
+        starts = torch.rand(batch, length, device=generator.device, generator=generator) < 0.1 / 8
+        return F.max_pool1d(starts.float()[:, None], 8, 1, padding=4)[:, 0, :length]
+
+    return (1 - spans(frames))[:, :, None] * (1 - spans(width))[:, None, :]
+
+
+def save(model: torch.nn.Module, args: argparse.Namespace, curve: list[dict[str, float]]) -> None:
+    """Write the directory that `_wav2vec2.load` reads; the figures come with the card."""
+    write_weights(model.state_dict(), args.out)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    write_config(
+        {
+            "architecture": ARCHITECTURE,
+            "audio": {"sampling_rate": speech.SAMPLE_RATE},
+            "training": {
+                **{"steps": curve[-1]["step"], "batch_seconds": args.batch * SLOT // 16_000},
+                **{"audio_hours": curve[-1]["hours"], "learning_rate": args.learning_rate},
+                **{"wall_seconds": curve[-1]["seconds"], "device": device, "seed": args.seed},
+                **{"workers": args.workers, "curve_sentences": CURVE_SENTENCES, "curve": curve},
+            },
+        },
+        args.out,
+    )
+    write_text(args.out / "vocab.json", json.dumps(wav2vec2.VOCABULARY) + "\n")
