@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from application.training import joint_tints
+from application.training.joint_tints import ROWS, STEADY, digest, joint, pictures, tasks, trainer
 from PIL import Image
-from tasks.joint_tints import ROWS, STEADY, digest, joint, pictures, tasks, trainer
 from torch import Tensor
 from transformers import TrainerCallback
 from typer.testing import CliRunner, Result
@@ -289,7 +290,7 @@ def test_a_task_that_would_have_no_turn_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("joint_tints.py")
+    program = Path(joint_tints.__file__)
     settings = {"max_steps": 6, "evaluate_every": 3, **STEADY}
     found = []
     for processes in (1, 2):
@@ -298,7 +299,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         start = [sys.executable]
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        environment = {**os.environ, "PYTHONPATH": str(program.parents[1]), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*start, str(program), str(own), json.dumps(settings)],
             env=environment,

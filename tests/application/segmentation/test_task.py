@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from application.segmentation.scenes import CLASSES, Scenes, batch_of, job, made, miou, train
 from PIL import Image
-from tasks.segmentation.scenes import CLASSES, Scenes, batch_of, job, made, miou, train
 
 from mmadapters.tasks import artifact
 from mmadapters.tasks.config.file import read_config

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from application.training.tints import NAME, Pictures, job, task_and_model
 from safetensors.torch import load_file
-from tasks.tints import NAME, Pictures, job, task_and_model
 
 from mmadapters.tasks.data.batches import EpochBatches
 from mmadapters.tasks.training.evaluate import DataError, evaluate
@@ -32,7 +32,7 @@ def program(
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    paths = [str(PROGRAM.parents[1]), str(PROGRAM.parent)]
+    paths = [str(PROGRAM.parents[2])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*start, *arguments], env=environment, capture_output=True, text=True, timeout=300

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from application.segmentation.norm_in_two_processes import inputs, run
 from safetensors.torch import load_file
-from tasks.segmentation.norm_in_two_processes import inputs, run
 from torch import Tensor, nn
 
 from mmadapters.tasks.segmentation.config import HeadConfig

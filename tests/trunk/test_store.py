@@ -281,7 +281,7 @@ def test_workers_of_a_loader_read_it(disk: bool, tmp_path: Path) -> None:
 FILLER = textwrap.dedent("""
     import os, signal, sys, time
     from pathlib import Path
-    from test_trunk_store import entry, store
+    from trunk.test_store import entry, store
 
     folder, kill_at, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     kept, made = store(folder, per_chunk=2), []
@@ -307,7 +307,7 @@ def fillers(
     count: int, folder: Path, kill_at: int = -1, pause: float = 0.0
 ) -> list[subprocess.Popen]:
     """Processes that fill one store; they begin together, once each has opened it."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", FILLER, str(folder), str(kill_at), str(pause)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     several = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]

@@ -1,6 +1,6 @@
-"""A program: trains a job of `prefix_jobs` in FOLDER and writes FOLDER/figures.json.
+"""A program: trains a job of `trunk_jobs` in FOLDER and writes FOLDER/figures.json.
 
-python train_prefix.py FOLDER JOB JSON_OF_TRAINER_SECTION
+python train_trunk.py FOLDER JOB JSON_OF_TRAINER_SECTION
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tasks.prefix_jobs import figures, fitted
+from application.training.trunk_jobs import figures, fitted
 
 
 def main(folder: Path, name: str, settings: dict[str, Any]) -> None:

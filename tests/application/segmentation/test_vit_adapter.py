@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from application.segmentation.scenes import CLASSES, SMALL_VIT, Scenes, batch_of, job, made, train
 from families import seeded
 from families.small import hooks, randomise
 from pydantic import ValidationError
-from tasks.segmentation.scenes import CLASSES, SMALL_VIT, Scenes, batch_of, job, made, train
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn

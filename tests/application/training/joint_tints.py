@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from application.training.tints import Pictures, TintTask, job
 from families.small import small_vit
-from tasks.tints import Pictures, TintTask, job
 
 import mmadapters
 from mmadapters import SeqBnConfig

@@ -31,7 +31,7 @@ from mmadapters.tasks.bench.results import Row, Spread
 from mmadapters.tasks.bench.run import Bench, Missing
 from mmadapters.tasks.cli.app import app
 
-PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
+PEERS = Path(__file__).resolve().parents[3] / "benchmarks" / "peers"
 OPTIONS = (
     *("--device", "cpu", "--batches", "1,8", "--train-batch", "2", "--seconds", "0.5"),
     *("--blocks", "0,half", "--size", "14", "--repeats", "3", "--threads", "1", "--quiet"),

@@ -10,7 +10,6 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from mmadapters.tasks.config import keys as configkeys
 from mmadapters.tasks.config.file import (
     TASKS,
     config_class,
@@ -22,7 +21,7 @@ from mmadapters.tasks.config.file import (
 from mmadapters.tasks.config.schema import DataConfig, JobConfig, Section, TrainerConfig
 
 BASE = "task: segmentation\nbackbone:\n  name: nano/vit\ndata:\n  source: builtin/scenes\n"
-THERE = [task for task in TASKS if Path(configkeys.__file__).with_name(task).is_dir()]
+THERE = list(TASKS)
 
 
 class LinearHead(Section):

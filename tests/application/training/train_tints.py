@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tints import Pictures, job, task_and_model
+from application.training.tints import Pictures, job, task_and_model
 from transformers import TrainerCallback
 
 from mmadapters.tasks.training.evaluate import evaluate

@@ -13,15 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tasks.prefix_jobs import JOBS, PLAIN, changed, figures, fitted, pictures, trainer_of
+from application.training import joint_tints
+from application.training.trunk_jobs import (
+    JOBS,
+    PLAIN,
+    changed,
+    figures,
+    fitted,
+    pictures,
+    trainer_of,
+)
 
 from mmadapters.tasks.core.task import Examples
 from mmadapters.tasks.reports.results import cache_text
 from mmadapters.tasks.training.cache.cache import prepare
 from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint, trained_tensors
-from tasks import joint_tints
 
-PROGRAM = Path(__file__).with_name("train_prefix.py")
+PROGRAM = Path(__file__).with_name("train_trunk.py")
 
 
 class Counted:
@@ -398,7 +406,7 @@ def start(folder: Path, *, processes: int = 1, **settings: Any) -> subprocess.Po
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    paths = [str(PROGRAM.parents[1])]
+    paths = [str(PROGRAM.parents[2])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, str(PROGRAM), str(folder), "images", json.dumps(settings)],

@@ -12,6 +12,10 @@ import datasets
 import numpy as np
 import soundfile
 import torch
+from application.captioning import conftest as captioning
+from application.retrieval import conftest as retrieval
+from application.segmentation import scenes as segmentation
+from application.vqa import conftest as vqa
 from families import blip
 from families.tokenizers import word_tokenizer
 from PIL import Image
@@ -24,10 +28,6 @@ from mmadapters.tasks.config.schema import JobConfig
 from mmadapters.tasks.data.synthetic import scenes
 from mmadapters.tasks.jobs.run import build_model, make_encoder
 from mmadapters.tasks.training.trainer import TaskTrainer
-from tasks.captioning import conftest as captioning
-from tasks.retrieval import conftest as retrieval
-from tasks.segmentation import scenes as segmentation
-from tasks.vqa import conftest as vqa
 
 TRAINER = {
     **{"epochs": 3, "batch_size": 8, "log_every": 1, "device": "cpu", "tensorboard": False},
