@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import mmadapters
@@ -24,6 +23,7 @@ from mmadapters.composition import parse
 from mmadapters.model import bundles
 
 from .config.schema import BackboneConfig, JobConfig
+from .core.device import default_device
 from .core.task import Task, TaskModel
 
 FOLDER = "adapter"
@@ -215,8 +215,3 @@ def _restore(encoder: AdapterModel, stored: storage.Stored, directory: Path) -> 
         encoder.backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{directory} does not fit its encoder: {error}") from None
-
-
-def default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type

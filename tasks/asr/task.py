@@ -12,20 +12,19 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters import AdapterModel
 
+from ..core.errors import BadRow, Problem
 from ..core.task import (
-    BadRow,
     Batch,
     Column,
     Example,
     Figure,
-    Problem,
     Record,
     Rows,
     Scores,
     Table,
     Task,
     TaskModel,
-    Unit,
+    TowerRow,
 )
 from ..data.media import audio_samples, read_audio
 from ..encoders.speech import SpeechTower, conv_frames, normalises
@@ -146,12 +145,12 @@ class ASRTask(Task[ASRConfig]):
             batch["texts"] = [example["text"] for example in examples]
         return batch
 
-    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+    def tower_rows(self, tower: str, example: Example) -> Sequence[TowerRow]:
         # Whisper reads a fixed length, silence and all.
         fixed = self.state["longest"] is not None
-        return (Unit(tokens=None if fixed else self._frames(len(example["wave"]))),)
+        return (TowerRow(tokens=None if fixed else self._frames(len(example["wave"]))),)
 
-    def draws(self, rows: Rows) -> str | None:
+    def randomness(self, rows: Rows) -> str | None:
         config = self.config.augment
         drawn = {
             "speed": config.speed[0] != config.speed[1],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..core.task import BadRow
+from ..core.errors import BadRow
 from .config import TextConfig
 
 PAD, DELIMITER = "<pad>", "|"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.task import BadRow, Figure, Rows, Table
+from ..core.errors import BadRow
+from ..core.task import Figure, Rows, Table
 from ..data import media
 from .metrics import Image
 

@@ -14,20 +14,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
+from ..core.errors import BadRow, Problem
 from ..core.task import (
-    BadRow,
     Batch,
     Column,
     Example,
     Figure,
-    Problem,
     Record,
     Rows,
     Scores,
     Table,
     Task,
     TaskModel,
-    Unit,
+    TowerRow,
 )
 from ..data import media
 from ..data.captions import (
@@ -150,10 +149,10 @@ class CaptioningTask(Task[CaptioningConfig]):
             ],
         }
 
-    def units(self, tower: str, example: Example) -> Sequence[Unit]:
-        return (Unit(key=str(example["reference"]["image_id"])),)
+    def tower_rows(self, tower: str, example: Example) -> Sequence[TowerRow]:
+        return (TowerRow(key=str(example["reference"]["image_id"])),)
 
-    def draws(self, rows: Rows) -> str | None:
+    def randomness(self, rows: Rows) -> str | None:
         return one_of_several(rows) if self.config.data.captions == "one" else None
 
     def records(self, model: TaskModel, batch: Batch) -> list[Record]:

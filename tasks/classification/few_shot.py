@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..core.task import BadRow, Collate, Examples, Loaded, Problem, Rows
+from ..core.device import autocast, to_device
+from ..core.errors import BadRow, Problem
+from ..core.task import Rows
+from ..data.examples import Collate, Examples, Loaded
 from ..data.workers import readers
-from ..training.evaluate import autocast, refuse, to_device
+from ..training.evaluate import refuse
 from .embedding_heads import TipAdapterHead, cache_logits, unit
 from .labels import LabelMap
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from mmadapters.suggest import nearest
 
-from ..core.task import BadRow, Rows
+from ..core.errors import BadRow
+from ..core.task import Rows
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from mmadapters import AdapterModel
 from mmadapters.suggest import nearest
 
 from ..config.schema import Split
+from ..core.device import to_device
+from ..core.errors import BadRow
 from ..core.metrics import Metric
 from ..core.task import (
-    BadRow,
     Batch,
     Column,
     Example,
@@ -29,12 +30,11 @@ from ..core.task import (
     Table,
     Task,
     TaskModel,
-    Unit,
+    TowerRow,
 )
 from ..data import media
 from ..encoders.speech import conv_frames
 from ..encoders.vision import image_preprocessing, to_tensor
-from ..training.evaluate import to_device
 from . import few_shot, metrics
 from .audio import audio_preprocessing
 from .augment import ImageAugmenter, augment_audio, cut
@@ -173,7 +173,7 @@ class ClassificationTask(Task[ClassificationConfig]):
             head.alpha.fill_(ALPHA if config.alpha is None else config.alpha)
             head.beta.fill_(BETA if config.beta is None else config.beta)
 
-    def settle(self, model: TaskModel, splits: Mapping[Split, Rows]) -> dict[str, Any]:
+    def calibrate(self, model: TaskModel, splits: Mapping[Split, Rows]) -> dict[str, Any]:
         if not isinstance(model, EmbeddingClassifier):
             return {}
         model.text_weights()
@@ -263,14 +263,14 @@ class ClassificationTask(Task[ClassificationConfig]):
             batch["targets"] = torch.stack([example["target"] for example in examples])
         return batch
 
-    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+    def tower_rows(self, tower: str, example: Example) -> Sequence[TowerRow]:
         how = self.state["preprocessing"]
         # Pictures have one size; Whisper reads a fixed length, silence and all.
         if self.kind == "image" or how["longest"] is not None:
-            return (Unit(),)
-        return (Unit(tokens=conv_frames(len(example["wave"]), how["layers"])),)
+            return (TowerRow(),)
+        return (TowerRow(tokens=conv_frames(len(example["wave"]), how["layers"])),)
 
-    def draws(self, rows: Rows) -> str | None:
+    def randomness(self, rows: Rows) -> str | None:
         config = self.config.data
         if self.kind == "image":
             drawn = config.augment.drawn()

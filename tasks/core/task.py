@@ -6,30 +6,25 @@ writes no report: those are the same for all tasks and call what stands here.
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmadapters import AdapterModel
 
 from ..config.schema import JobConfig, Split
+from .errors import Problem
 from .metrics import Metric
 
 Example = dict[str, Any]
 Batch = dict[str, Any]
 Record = dict[str, Any]
 C = TypeVar("C", bound=JobConfig)
-
-
-class BadRow(ValueError):
-    """A row that cannot be used; the message says what is wrong with it, not where it is."""
 
 
 class Rows(Protocol):
@@ -52,15 +47,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A row that could not be used: its number in its split and why."""
-
-    index: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Unit:
+class TowerRow:
     """A row that an example gives to the batch of a tower.
 
     `key`: rows of a batch with equal keys are one, where the first of them stands; None: the row is
@@ -119,13 +106,15 @@ class TaskModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.awake: tuple[nn.Module, ...] = ()
+        self.active_in_training: tuple[nn.Module, ...] = ()
 
     def train(self, mode: bool = True) -> TaskModel:
-        """Adapter and head to train mode, and the modules of `awake` alone: what the encoder does
-        in training only where asked for (LayerDrop, SpecAugment)."""
+        """Puts adapter and head in train mode, and of the encoder only `active_in_training`.
+
+        Those are the modules of LayerDrop and SpecAugment, where a config asks for them.
+        """
         super().train(mode)
-        for module in self.awake:
+        for module in self.active_in_training:
             module.training = mode
         return self
 
@@ -229,21 +218,21 @@ class Task(ABC, Generic[C]):
             ValueError: a split that it needs is not there.
         """
 
-    def settle(self, model: TaskModel, splits: Mapping[Split, Rows]) -> dict[str, Any]:
+    def calibrate(self, model: TaskModel, splits: Mapping[Split, Rows]) -> dict[str, Any]:
         """Sets what is chosen after training, on the same splits; gives what is worth telling of
         it, JSON-ready."""
         return {}
 
-    heavy: ClassVar[Mapping[str, str]] = {"pixels": "vision", "wave": "audio"}
+    cacheable_inputs: ClassVar[Mapping[str, str]] = {"pixels": "vision", "wave": "audio"}
     """What of an example nothing but the first layers of a tower reads: key -> tower. With that
     tower's states at hand its shape is enough."""
 
-    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+    def tower_rows(self, tower: str, example: Example) -> Sequence[TowerRow]:
         """The rows that an example gives to the batch of a tower, in which those of all examples
         follow each other; as `collate` makes it, heavy tensors may have no values."""
-        return (Unit(),)
+        return (TowerRow(),)
 
-    def draws(self, rows: Rows) -> str | None:
+    def randomness(self, rows: Rows) -> str | None:
         """What is drawn at random for a training example of these rows, as a setting or in words;
         None where an example is the same each time."""
         return "what the task draws"
@@ -269,102 +258,3 @@ class Task(ABC, Generic[C]):
     def survey(self, rows: Rows) -> list[Table]:
         """What `doctor` shows of a split as a whole (how often each class is there)."""
         return []
-
-
-class Examples(torch.utils.data.Dataset):
-    """The examples of a split. Keys are row numbers, or (row number, seed) in training.
-
-    The seed decides all that is drawn for an example, so that a run gives the same whatever the
-    number of workers and processes, and after it was resumed. With `views` it chooses one of so
-    many that are drawn for each row once and for all. A bad row gives a `Problem`; in training the
-    next good row stands in for it, and the example names it under "problems".
-    """
-
-    def __init__(self, task: Task, rows: Rows, *, train: bool, views: int | None = None) -> None:
-        self.task, self.rows, self.train = task, rows, train
-        self.views = views if train else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Example | Problem:
-        index, seed = key if isinstance(key, tuple) else (key, key)
-        problems: list[Problem] = []
-        for step in range(len(self.rows) if self.train else 1):
-            found = (index + step) % len(self.rows)
-            try:
-                example = self.read(found, seed)
-            except BadRow as error:
-                problems.append(Problem(found, str(error)))
-            else:
-                return {**example, "index": found, "problems": problems}
-        return problems[0]
-
-    def read(self, row: int, seed: int) -> Example:
-        """One row as it is.
-
-        Raises:
-            BadRow: it cannot be used.
-        """
-        if self.views is not None:
-            seed = view_seed(self.task.config.seed, row, seed % self.views)
-        return seeded_example(self.task, self.rows[row], seed, train=self.train)
-
-
-def view_seed(seed: int, row: int, view: int) -> int:
-    """What draws one of a row's views in a run of a seed."""
-    return int(np.random.SeedSequence((seed, row, view)).generate_state(1)[0])
-
-
-def seeded_example(task: Task, row: Mapping[str, Any], seed: int, *, train: bool) -> Example:
-    """`task.example` with the global random states of torch and random seeded, then put back."""
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            return task.example(row, train=train)
-    finally:
-        random.setstate(state)
-
-
-@dataclass
-class Loaded:
-    """A batch as it comes from a loader. `batch` is None when no example of it could be used;
-    `task` names one of several that are trained together."""
-
-    indices: list[int]
-    batch: Batch | None
-    problems: list[Problem]
-    task: str = ""
-
-    def pin_memory(self) -> Loaded:
-        if self.batch is not None:
-            self.batch = {
-                key: pinned(value) if isinstance(value, Tensor | dict) else value
-                for key, value in self.batch.items()
-            }
-        return self
-
-
-def pinned(value: Any) -> Any:
-    """A tensor, or the tensors of a dict, in memory that copies to a GPU are fast from."""
-    if isinstance(value, dict):
-        return {key: pinned(part) for key, part in value.items()}
-    return value.pin_memory() if isinstance(value, Tensor) else value
-
-
-class Collate:
-    """Gathers what `Examples` gives into a `Loaded`; picklable, for worker processes."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def __call__(self, parts: Sequence[Example | Problem]) -> Loaded:
-        problems = [part for part in parts if isinstance(part, Problem)]
-        examples = [part for part in parts if not isinstance(part, Problem)]
-        for example in examples:
-            problems += example.pop("problems")
-        indices = [example.pop("index") for example in examples]
-        batch = self.task.collate(examples) if examples else None
-        return Loaded(indices, batch, problems)

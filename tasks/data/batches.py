@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, Sampler
 
-from ..core.task import BadRow, Example, Problem, Task, seeded_example
+from ..core.errors import BadRow, Problem
+from ..core.task import Example, Task
+from .examples import seeded_example
 
 _POOL = 50  # batches among which examples are sorted by length
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core.task import BadRow, Column, Rows
+from ..core.errors import BadRow
+from ..core.task import Column, Rows
 from . import media
 
 COLUMNS = {

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 from mmadapters.suggest import nearest
 
 from ..config.schema import SPLITS, Split
-from ..core.task import BadRow, Figure, Problem, Rows, Table, Task, seeded_example
+from ..core.errors import BadRow, Problem
+from ..core.task import Figure, Rows, Table, Task
+from .examples import seeded_example
 from .load import Stream
 from .media import media_digest, media_name
 from .workers import MOST

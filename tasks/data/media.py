@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ..core.task import BadRow
+from ..core.errors import BadRow
 
 if TYPE_CHECKING:
     from PIL import Image

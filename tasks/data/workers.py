@@ -7,8 +7,8 @@ import os
 
 import torch
 
-from ..artifact import default_device
 from ..config.schema import TrainerConfig
+from ..core.device import default_device
 
 MOST = 8  # processes that read
 

@@ -32,9 +32,11 @@ from mmadapters.files import write_text
 
 from .. import artifact
 from ..config.schema import SPLITS, JobConfig, Section, Split
+from ..core.device import default_device
+from ..core.errors import Problem
 from ..core.machine import processor, versions
 from ..core.metrics import Metric
-from ..core.task import Problem, Record, Rows, Scores, Task, TaskModel
+from ..core.task import Record, Rows, Scores, Task, TaskModel
 from ..data import load
 from ..data.workers import readers
 from ..encoders.speech import convolutions
@@ -136,7 +138,7 @@ def finish(run: Run, splits: dict[Split, Rows]) -> None:
     """Evaluates what was trained and writes the run directory; every process calls it."""
     task, model, encoder = run.task, run.model, run.model.encoder
     state = process_state(task.config)
-    run.facts |= task.settle(model.eval(), without_test(splits))
+    run.facts |= task.calibrate(model.eval(), without_test(splits))
     model.eval()  # pictures are drawn with it too, and must not move a head's running statistics
     with encoder.using(encoder.active_adapters, drop=artifact.blocks_dropped(task.config)):
         records = _evaluate(run, splits)
@@ -161,7 +163,7 @@ def process_state(config: JobConfig) -> PartialState:
 
 def device_of(config: JobConfig) -> str:
     """Where a job runs."""
-    return "cpu" if config.trainer.device == "cpu" else artifact.default_device()
+    return "cpu" if config.trainer.device == "cpu" else default_device()
 
 
 def check_folder(folder: Path, config: Section, *, resume: bool, overwrite: bool) -> Path | None:
@@ -240,7 +242,7 @@ def build_model(task: Task, encoder: AdapterModel) -> TaskModel:
     # A head starts from the same numbers in every mode, so that modes can be compared.
     set_seed(config.seed)
     model = task.build(encoder)
-    model.awake = artifact.modules_active_in_training(config.backbone, backbone)
+    model.active_in_training = artifact.modules_active_in_training(config.backbone, backbone)
     encoder.set_grad_checkpointing(trainer.gradient_checkpointing)
     if trainer.mode == "none":
         model.requires_grad_(False)
@@ -470,7 +472,7 @@ def environment() -> dict[str, Any]:
     """Versions, machine and threads."""
     import platform
 
-    device = artifact.default_device()
+    device = default_device()
     name = torch.cuda.get_device_name() if device == "cuda" else device
     return {
         "python": platform.python_version(),

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapters.files import write_text
 
+from ..core.errors import Problem
 from ..core.metrics import Metric
-from ..core.task import Figure, Problem, Scores, Table
+from ..core.task import Figure, Scores, Table
 from .charts import learning_curves
 from .tables import group_table, metric_named, metric_rows
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..training.evaluate import processes
+from ..core.device import processes
 
 
 def contrastive_loss(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..core.task import BadRow
+from ..core.errors import BadRow
 from ..data import media
 from .model import RetrievalModel
 

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..core.task import Collate, Examples, Record, Rows
+from ..core.device import processes, to_device
+from ..core.errors import DataError
+from ..core.task import Record, Rows
+from ..data.examples import Collate, Examples
 from ..data.workers import readers
-from ..training.evaluate import DataError, processes, to_device
 from .gallery import Gallery
 from .metrics import candidates
 from .model import RetrievalModel

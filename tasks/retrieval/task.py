@@ -19,19 +19,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
+from ..core.errors import Problem
 from ..core.task import (
     Batch,
     Column,
     Example,
     Figure,
-    Problem,
     Record,
     Rows,
     Scores,
     Table,
     Task,
     TaskModel,
-    Unit,
+    TowerRow,
 )
 from ..data import media
 from ..data.captions import COLUMNS, all_captions, captions_of, image_id, number_of, one_of_several
@@ -122,15 +122,15 @@ class RetrievalTask(Task[RetrievalConfig]):
             batch["captions"] = [example["captions"] for example in examples]
         return batch
 
-    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+    def tower_rows(self, tower: str, example: Example) -> Sequence[TowerRow]:
         if tower != "text":
-            return (Unit(),)
+            return (TowerRow(),)
         padding = self.state["text"].get("pad")
         if padding is None:  # as long as the encoder reads, and all of it
-            return [Unit() for _ in example["tokens"]]
-        return [Unit(tokens=int((text != padding).sum())) for text in example["tokens"]]
+            return [TowerRow() for _ in example["tokens"]]
+        return [TowerRow(tokens=int((text != padding).sum())) for text in example["tokens"]]
 
-    def draws(self, rows: Rows) -> str | None:
+    def randomness(self, rows: Rows) -> str | None:
         if self.config.data.random_crop != 1:
             return "data.random_crop"
         return one_of_several(rows)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.task import BadRow
+from ..core.errors import BadRow
 
 SCALE = 5  # outlines are traced on a grid so many times as fine
 

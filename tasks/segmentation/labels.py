@@ -9,7 +9,8 @@ import numpy as np
 
 from mmadapters.suggest import nearest
 
-from ..core.task import BadRow, Rows
+from ..core.errors import BadRow
+from ..core.task import Rows
 from ..data.media import read_mask
 from .coco import category_ids, draw_segments
 from .config import IGNORE, SegmentationDataConfig

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..core.task import BadRow, Column, Figure, Problem, Rows, Scores, Table, Task, TaskModel
+from ..core.errors import BadRow, Problem
+from ..core.task import Column, Figure, Rows, Scores, Table, Task, TaskModel
 from ..data.media import image_size, read_image
 from ..encoders.vision import image_preprocessing
 from . import metrics, pictures
@@ -87,13 +88,13 @@ class SegmentationTask(Task[SegmentationConfig]):
         return self.classes.index(name) if name in self.classes else None
 
     @cached_property
-    def heavy(self) -> Mapping[str, str]:  # type: ignore[override]
+    def cacheable_inputs(self) -> Mapping[str, str]:  # type: ignore[override]
         """Some heads read the pixels beside the encoder."""
         head = self.config.head
         reads = head.kind == "fpn" or head.neck is not None
         return {} if reads else {"pixels": "vision"}
 
-    def draws(self, rows: Rows) -> str | None:
+    def randomness(self, rows: Rows) -> str | None:
         config = self.config.transforms
         if (drawn := config.drawn()) is not None:
             return f"transforms.{drawn}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..core.task import Batch, Collate, Examples, Problem, Record, Rows, Task, TaskModel
+from ..core.device import autocast, processes, to_device
+from ..core.errors import DataError, Problem
+from ..core.task import Record, Rows, Task, TaskModel
+from ..data.examples import Collate, Examples
 from ..data.workers import loader_generator
-from .cache.examples import Blank
 
 if TYPE_CHECKING:
     from .cache.split import KeptSplit
 
 MEDIA = ("image", "mask", "audio")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class DataError(ValueError):
-    """Rows that cannot be used, where the config says that they end the run."""
 
 
 @dataclass
@@ -96,39 +93,6 @@ def evaluate(
         model.train(was_training)
     _add_rows(task, found.records, rows)
     return found
-
-
-def processes() -> tuple[int, int]:
-    """This process's rank and how many there are."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor in it, also in lists and dicts, on the device; a tensor without
-    values takes no room there."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(device, non_blocking=True)
-        if isinstance(value, Blank):
-            return value.on(device)
-        if isinstance(value, dict):
-            return {key: move(part) for key, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(move, value))
-        return value
-
-    return move(batch)
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The autocast region that a `trainer.precision` means."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
 
 
 def refuse(task: Task, problems: list[Problem], rows: Rows | None = None) -> None:

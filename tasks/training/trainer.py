@@ -1,7 +1,7 @@
 """transformers' `Trainer` for our tasks: its loop, precision, processes and trackers.
 
 What differs from it: a checkpoint holds what is trained and no more, and counts only when it is
-whole; evaluation is `evaluation.evaluate`; the best model is kept by the validation metric; batches
+whole; evaluation is `evaluate`; the best model is kept by the validation metric; batches
 are the same for any number of processes (`batches`); no file of it is ever unpickled.
 """
 
@@ -23,15 +23,16 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..artifact import default_device
 from ..config.schema import TrainerConfig
-from ..core.task import Collate, Examples, Loaded, Problem, Rows, Scores, Task, TaskModel
+from ..core.device import default_device, processes, to_device
+from ..core.errors import DataError, Problem
+from ..core.task import Rows, Scores, Task, TaskModel
 from ..data.batches import EpochBatches, MixedBatches, StreamExamples, share_of
+from ..data.examples import Collate, Examples, Loaded
 from ..data.workers import loader_generator, readers
-from . import evaluate as evaluation
 from .cache.cache import TrunkCache, prepare
 from .cache.split import KeptSplit
-from .evaluate import evaluate, processes, refuse, to_device
+from .evaluate import evaluate, refuse
 
 CHECKPOINTS = "checkpoints"
 _WEIGHTS, _WHOLE = "model.safetensors", "whole"
@@ -163,7 +164,7 @@ class EncoderTrainer(Trainer):
                 break
             self.note(loaded)
             if loaded.batch is None:
-                raise evaluation.DataError(
+                raise DataError(
                     f"no row of a training batch can be used: {loaded.problems[0].reason}; "
                     "`mmadapters doctor` lists all"
                 )

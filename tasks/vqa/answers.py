@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..core.task import BadRow, Rows
+from ..core.errors import BadRow
+from ..core.task import Rows
 
 MANY = 4  # from so many answers to a question on, agreement of all of them makes a score of 1
 

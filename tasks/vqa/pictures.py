@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.task import BadRow, Figure, Record, Rows, Table
+from ..core.errors import BadRow
+from ..core.task import Figure, Record, Rows, Table
 from ..data import media
 from .answers import score
 from .metrics import KINDS, truth

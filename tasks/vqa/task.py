@@ -16,20 +16,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
+from ..core.errors import BadRow, Problem
 from ..core.task import (
-    BadRow,
     Batch,
     Column,
     Example,
     Figure,
-    Problem,
     Record,
     Rows,
     Scores,
     Table,
     Task,
     TaskModel,
-    Unit,
+    TowerRow,
 )
 from ..data import media
 from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
@@ -222,15 +221,15 @@ class VQATask(Task[VQAConfig]):
             batch["weights"] = torch.cat([example["weights"] for example in examples])
         return batch
 
-    def units(self, tower: str, example: Example) -> Sequence[Unit]:
+    def tower_rows(self, tower: str, example: Example) -> Sequence[TowerRow]:
         reference = example["reference"]
         if tower == "vision":
-            return (Unit(key=reference["image"]),)
+            return (TowerRow(key=reference["image"]),)
         if not self.blip:
-            return (Unit(key=reference["question"]),)
-        return (Unit(tokens=len(example["tokens"])),)
+            return (TowerRow(key=reference["question"]),)
+        return (TowerRow(tokens=len(example["tokens"])),)
 
-    def draws(self, rows: Rows) -> str | None:
+    def randomness(self, rows: Rows) -> str | None:
         return None
 
     def _padded(self, ids: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,8 @@ from torch import Tensor
 from mmadapters import AdapterModel
 
 from ...classification.task import ClassificationTask
-from ...core.task import BadRow, Record, Rows, Task
+from ...core.errors import BadRow
+from ...core.task import Record, Rows, Task
 from ...data.media import read_image
 from ...encoders.vision import ImageTower, image_preprocessing, to_tensor
 

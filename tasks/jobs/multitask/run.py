@@ -159,7 +159,9 @@ def build_joint(
         set_seed(config.seed)
         encoder.set_active_adapters(name)
         models[name] = task.build(encoder)
-        models[name].awake = artifact.modules_active_in_training(first.backbone, backbone)
+        models[name].active_in_training = artifact.modules_active_in_training(
+            first.backbone, backbone
+        )
     encoder.set_active_adapters(None)
     encoder.set_grad_checkpointing(first.trainer.gradient_checkpointing)
     encoder.adapters.requires_grad_(True)

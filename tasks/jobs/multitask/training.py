@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from mmadapters import AdapterModel
 
 from ...artifact import blocks_dropped
+from ...core.errors import Problem
 from ...core.metrics import Metric
-from ...core.task import Collate, Example, Examples, Loaded, Problem, Rows, Task, TaskModel
+from ...core.task import Example, Rows, Task, TaskModel
 from ...data.batches import MixedBatches
+from ...data.examples import Collate, Examples, Loaded
 from ...data.workers import loader_generator, readers
 from ...training.evaluate import refuse
 from ...training.trainer import EncoderTrainer, TrainLoader, task_batches, validated

@@ -22,10 +22,10 @@ from mmadapters import FrozenTrunk
 from mmadapters.trunk.budget import GIB, cache_folder, check_room, free_memory
 from mmadapters.trunk.store import DTYPES, TrunkStore, chunk_size
 
+from ...core.device import autocast, processes, to_device
 from ...core.task import Batch, Rows, Task, TaskModel
 from ...data.batches import share_of
 from ...data.workers import readers
-from ..evaluate import autocast, processes, to_device
 from .examples import KeptExamples, PlainExamples, Probe, ProbeCollate
 from .identity import description
 from .split import KeptSplit, Run
@@ -116,7 +116,7 @@ def _prepared(
     views = config.views or 1
     if auto and passes <= views:
         raise Refused(f"{passes:.3g} passes over the training rows are too few to gain by it")
-    drawn = task.draws(train)
+    drawn = task.randomness(train)
     if drawn is None:
         views = 1
     elif config.views is None:
@@ -158,7 +158,7 @@ def _never(task: Task, model: TaskModel, train: Any) -> str | None:
         return "a streamed training split has no rows to come back to (data.streaming)"
     if model.encoder.train_trunk:
         return "the encoder's own dropout acts (trainer.trunk_dropout)"
-    if model.awake:
+    if model.active_in_training:
         return "the encoder draws in training (backbone.layerdrop, backbone.spec_augment)"
     return None
 
@@ -296,7 +296,7 @@ def _as_trained(model: TaskModel, train: bool) -> Iterator[None]:
 
 def _check_towers(task: Task, prefix: FrozenTrunk) -> None:
     kept = {part.tower for part in prefix.towers}
-    for tower in [*task.heavy.values(), *([] if kept else prefix.skipped)]:
+    for tower in [*task.cacheable_inputs.values(), *([] if kept else prefix.skipped)]:
         if tower in prefix.skipped:
             raise Refused(f"tower {tower!r} cannot be kept: {prefix.skipped[tower]}")
     if not kept:

@@ -11,46 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmadapters.trunk.format import pack
-from mmadapters.trunk.frozen import States, TowerTrunk, placeholder
+from mmadapters.trunk.frozen import States, TowerTrunk
 from mmadapters.trunk.store import Entry, Part, TrunkStore
 
-from ...core.task import (
-    BadRow,
-    Batch,
-    Collate,
-    Example,
-    Examples,
-    Loaded,
-    Problem,
-    Rows,
-    Task,
-    Unit,
-    seeded_example,
-    view_seed,
-)
+from ...core.device import Blank
+from ...core.errors import BadRow, Problem
+from ...core.task import Batch, Example, Rows, Task, TowerRow
+from ...data.examples import Collate, Examples, Loaded, seeded_example, view_seed
 
 STATES = "states of the prefix"  # no name that a model's forward could have
 _EXAMPLE, _PROBLEM = "example", "problem"
 Place = tuple[int, int]  # a row of the split, and the view of it
 
 
-@dataclass(frozen=True)
-class Blank:
-    """Stands for a tensor of which nothing but the shape is needed."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def on(self, device: torch.device) -> Tensor:
-        return placeholder(self.shape, dtype=self.dtype, device=device)
-
-
-def tower_rows(units: Sequence[Sequence[Unit]]) -> list[list[int]]:
+def row_numbers(units: Sequence[Sequence[TowerRow]]) -> list[list[int]]:
     """For the units of each example, which rows of a tower's batch they are."""
     known: dict[str, int] = {}
     count = 0
@@ -80,7 +58,7 @@ class Probe:
     places: list[Place]
     rests: list[bytes]
     good: list[int]
-    units: dict[str, list[Sequence[Unit]]]
+    units: dict[str, list[Sequence[TowerRow]]]
     batch: Batch | None
 
     def entries(self, towers: Sequence[TowerTrunk], states: States) -> list[Entry]:
@@ -96,7 +74,7 @@ class Probe:
         for tower in towers if self.good else ():
             own = {layer: states[tower.tower, layer] for layer in tower.layers}
             units = self.units[tower.tower]
-            rows = tower_rows(units)
+            rows = row_numbers(units)
             there = len(next(iter(own.values())))
             expected = len({row for some in rows for row in some})
             if there != expected:
@@ -139,14 +117,14 @@ class ProbeCollate:
             if isinstance(part, Problem):
                 rests.append(pack({_PROBLEM: part.reason}))
             else:
-                rests.append(pack({_EXAMPLE: without_values(self.task.heavy, part)}))
+                rests.append(pack({_EXAMPLE: without_values(self.task.cacheable_inputs, part)}))
                 examples.append(part)
                 good.append(number)
         return Probe(
             [place for place, _ in parts],
             rests,
             good,
-            {tower: [self.task.units(tower, e) for e in examples] for tower in self.towers},
+            {tower: [self.task.tower_rows(tower, e) for e in examples] for tower in self.towers},
             self.task.collate(examples) if examples else None,
         )
 
@@ -197,8 +175,8 @@ class KeptCollate(Collate):
         found: States = {}
         for tower in self.towers:
             firsts: dict[int, tuple[int, int, int]] = {}
-            units = [self.task.units(tower.tower, example) for example in examples]
-            for place, rows in zip(places, tower_rows(units), strict=True):
+            units = [self.task.tower_rows(tower.tower, example) for example in examples]
+            for place, rows in zip(places, row_numbers(units), strict=True):
                 for part, row in enumerate(rows):
                     firsts.setdefault(row, (*place, part))
             wanted = [firsts[row] for row in range(len(firsts))]

@@ -37,7 +37,7 @@ def description(
     """
     encoder = prefix.model
     identity = encoder.identity()
-    drawn = train and task.draws(rows) is not None
+    drawn = train and task.randomness(rows) is not None
     beside = _BESIDE if drawn else _BESIDE | {"seed"}
     return {
         "encoder": {

@@ -17,9 +17,9 @@ from mmadapters.trunk.chunks import MemoryChunks
 from mmadapters.trunk.frozen import States
 from mmadapters.trunk.store import Entry, TrunkStore
 
+from ...core.device import autocast, processes, to_device
 from ...core.task import Batch, Rows, Task, TaskModel
 from ...data.workers import forks, loader_generator
-from ..evaluate import autocast, processes, to_device
 from .examples import STATES, KeptCollate, KeptExamples, Place, PlainExamples, Probe, ProbeCollate
 
 WAIT = 0.5  # seconds between looks at what another process fills

@@ -20,7 +20,8 @@ import mmadapters
 from mmadapters.tasks.asr.head import own_head, own_vocabulary
 from mmadapters.tasks.asr.task import ASRTask
 from mmadapters.tasks.config.schema import BackboneConfig
-from mmadapters.tasks.core.task import BadRow, Collate, Examples
+from mmadapters.tasks.core.errors import BadRow
+from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.training.evaluate import evaluate
 
 from .conftest import SPEECH, config, task_and_model

@@ -9,7 +9,7 @@ import torch
 
 from mmadapters.tasks.asr.config import TextConfig
 from mmadapters.tasks.asr.text import Vocabulary, needed_frames, normalise
-from mmadapters.tasks.core.task import BadRow
+from mmadapters.tasks.core.errors import BadRow
 
 
 @pytest.mark.parametrize(

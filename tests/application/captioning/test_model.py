@@ -14,7 +14,7 @@ import mmadapters
 from mmadapters import DoubleSeqBnConfig, IA3Config, LoRAConfig, MethodConfig, ParBnConfig
 from mmadapters.tasks.captioning.model import CaptioningModel
 from mmadapters.tasks.captioning.task import CaptioningTask
-from mmadapters.tasks.core.task import Collate, Examples
+from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.encoders.blip_captioner import BlipCaptioner
 
 from .conftest import Fluent, SceneRows, made

@@ -19,9 +19,11 @@ from mmadapters import SeqBnConfig
 from mmadapters.tasks.captioning import metrics
 from mmadapters.tasks.captioning.config import CaptioningConfig
 from mmadapters.tasks.captioning.task import CaptioningTask
+from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.core.metrics import Metric
-from mmadapters.tasks.core.task import BadRow, Collate, Examples, Figure
+from mmadapters.tasks.core.task import Figure
 from mmadapters.tasks.data.doctor import examine
+from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.training.evaluate import evaluate
 
 from .conftest import SMALL, Fluent, SceneRows, job, made, scores_of, trained

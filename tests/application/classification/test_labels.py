@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmadapters.tasks.classification.labels import LabelMap, fit_labels
-from mmadapters.tasks.core.task import BadRow
+from mmadapters.tasks.core.errors import BadRow
 
 
 def rows(values: list[Any], feature: Any = None) -> datasets.Dataset:

@@ -19,17 +19,8 @@ from torch import nn
 
 from mmadapters import AdapterModel
 from mmadapters.tasks.config.schema import BackboneConfig, DataConfig, EvaluationConfig, JobConfig
-from mmadapters.tasks.core.task import (
-    BadRow,
-    Column,
-    Figure,
-    Problem,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-)
+from mmadapters.tasks.core.errors import BadRow, Problem
+from mmadapters.tasks.core.task import Column, Figure, Rows, Scores, Table, Task, TaskModel
 from mmadapters.tasks.data import doctor, media
 from mmadapters.tasks.data import load as data
 from mmadapters.tasks.data.doctor import Place, examine, print_report

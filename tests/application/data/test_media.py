@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from mmadapters.tasks.core.task import BadRow
+from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.data import media
 
 RATE = 16_000

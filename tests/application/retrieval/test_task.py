@@ -21,7 +21,8 @@ from transformers import BlipImageProcessor
 
 import mmadapters
 from mmadapters import GatedCrossAttentionConfig, LoRAConfig, SeqBnConfig
-from mmadapters.tasks.core.task import BadRow, Collate, Examples
+from mmadapters.tasks.core.errors import BadRow
+from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.retrieval.gallery import Gallery
 from mmadapters.tasks.retrieval.metrics import TO_IMAGE, TO_TEXT
 from mmadapters.tasks.retrieval.model import RetrievalModel

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmadapters.tasks.core.task import Batch, Collate, Examples
+from mmadapters.tasks.core.task import Batch
+from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.jobs import run
 from mmadapters.tasks.segmentation.config import SegmentationConfig
 from mmadapters.tasks.segmentation.model import SegmentationModel

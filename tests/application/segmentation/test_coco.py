@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmadapters.tasks.core.task import BadRow
+from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.segmentation.coco import (
     category_ids,
     decode_counts,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmadapters.tasks.core.task import BadRow
+from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.segmentation.config import SegmentationDataConfig
 from mmadapters.tasks.segmentation.labels import Labels, class_names
 

@@ -15,8 +15,9 @@ import torch
 from application.training.tints import NAME, Pictures, job, task_and_model
 from safetensors.torch import load_file
 
+from mmadapters.tasks.core.errors import DataError
 from mmadapters.tasks.data.batches import EpochBatches
-from mmadapters.tasks.training.evaluate import DataError, evaluate
+from mmadapters.tasks.training.evaluate import evaluate
 from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint, parameter_groups
 
 PROGRAM = Path(__file__).with_name("train_tints.py")

@@ -24,7 +24,7 @@ from application.training.trunk_jobs import (
     trainer_of,
 )
 
-from mmadapters.tasks.core.task import Examples
+from mmadapters.tasks.data.examples import Examples
 from mmadapters.tasks.reports.results import cache_text
 from mmadapters.tasks.training.cache.cache import prepare
 from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint, trained_tensors
@@ -80,7 +80,7 @@ def test_a_task_that_says_it_draws_nothing_draws_nothing(name: str, tmp_path: Pa
         folder=tmp_path,
         backbone=None if job.backbone is None else job.backbone(),
     )
-    assert training.task.draws(rows) is None
+    assert training.task.randomness(rows) is None
     examples = Examples(training.task, rows, train=True)
     for row in range(4):
         one, other = (training.task.collate([_plain(examples[row, seed])]) for seed in (1, 2))
@@ -367,7 +367,7 @@ def test_crops_of_larger_pictures_are_drawn(tmp_path: Path) -> None:
         training = trainer_of(
             changed(config, transforms={"crop": crop}), rows, None, folder=tmp_path
         )
-        assert training.task.draws(rows) == drawn
+        assert training.task.randomness(rows) == drawn
 
 
 @pytest.mark.parametrize(
@@ -386,13 +386,13 @@ def test_what_draws_is_named(
 ) -> None:
     config, rows, _ = JOBS[name].make(tmp_path)
     training = trainer_of(changed(config, **sections), rows, None, folder=tmp_path)
-    assert training.task.draws(rows) == drawn
+    assert training.task.randomness(rows) == drawn
 
 
 def test_one_of_several_captions_is_drawn(tmp_path: Path) -> None:
     config, _, several = JOBS["clip-pairs"].make(tmp_path)
     training = trainer_of(config, several, None, folder=tmp_path)
-    assert training.task.draws(several) == "one of the captions of a row"
+    assert training.task.randomness(several) == "one of the captions of a row"
 
 
 def test_tasks_that_are_trained_together_refuse_it(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters import AdapterModel, SeqBnConfig
 from mmadapters.tasks.config.schema import BackboneConfig, DataConfig, JobConfig
+from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.core.metrics import summed_metric
-from mmadapters.tasks.core.task import BadRow, Column, Figure, Rows, Scores, Table, Task, TaskModel
+from mmadapters.tasks.core.task import Column, Figure, Rows, Scores, Table, Task, TaskModel
 
 NAME = "tints"
 

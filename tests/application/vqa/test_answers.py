@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmadapters.tasks.core.task import BadRow
+from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.vqa.answers import (
     Vocabulary,
     agreement,

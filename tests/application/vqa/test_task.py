@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 
 import mmadapters
 from mmadapters import LoRAConfig
-from mmadapters.tasks.core.task import BadRow, Collate, Examples, Figure, TaskModel
+from mmadapters.tasks.core.errors import BadRow
+from mmadapters.tasks.core.task import Figure, TaskModel
 from mmadapters.tasks.data.batches import EpochBatches
+from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.training.evaluate import evaluate
 from mmadapters.tasks.vqa.blip import BlipVQA
 from mmadapters.tasks.vqa.pictures import in_turn
