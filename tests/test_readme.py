@@ -21,7 +21,7 @@ def blocks(path: str) -> list[str]:
 
 def test_api_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    several, code = blocks("README.md")
+    code, several = blocks("README.md")
     names = {"x": torch.randn(1, 3, 224, 224)}
     exec(code, names)
     assert isinstance(names["model"], AdapterModel)
