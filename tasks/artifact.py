@@ -24,7 +24,8 @@ from mmadapters.model import bundles
 
 from .config.schema import BackboneConfig, JobConfig
 from .core.device import default_device
-from .core.task import Task, TaskModel
+from .core.model import TaskModel
+from .core.task import Task
 
 FOLDER = "adapter"
 _FULL = "backbone/"

@@ -10,7 +10,7 @@ import jiwer
 import numpy as np
 
 from ..core.metrics import Metric, summed_metric
-from ..core.task import Record
+from ..core.rows import Record
 
 # What `counts` gives of an utterance.
 WORD_ERRORS, WORDS, CHARACTER_ERRORS, CHARACTERS, WRONG = range(5)

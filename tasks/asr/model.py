@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.speech import SpeechTower
 from .config import ChunkConfig
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..core.task import Figure, Record, Table
+from ..core.results import Figure, Table
+from ..core.rows import Record
 from .metrics import CHARACTER_ERRORS, WORD_ERRORS, WORDS, aligned, misheard
 
 if TYPE_CHECKING:

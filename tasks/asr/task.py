@@ -12,20 +12,12 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters import AdapterModel
 
+from ..core.capabilities import BatchGrouping, CacheableInputs, DataChecks, ReportPictures, TowerRow
 from ..core.errors import BadRow, Problem
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data.media import audio_samples, read_audio
 from ..encoders.speech import SpeechTower, conv_frames, normalises
 from .augment import augmented
@@ -40,7 +32,7 @@ from .text import Vocabulary, needed_frames, normalise
 EMPTY = "the transcript is empty"
 
 
-class ASRTask(Task[ASRConfig]):
+class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, ReportPictures):
     name = "asr"
     metric = "WER"
     greater_is_better = False

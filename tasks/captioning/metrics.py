@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.metrics import Metric, summed_metric
-from ..core.task import Record, Scores, Table
+from ..core.results import Scores, Table
+from ..core.rows import Record
 from .cider import cider
 from .words import words
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.blip import LOGITS_AT_A_TIME
 from ..encoders.blip_captioner import BlipCaptioner
 from .config import CaptioningConfig

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import BadRow
-from ..core.task import Figure, Rows, Table
+from ..core.results import Figure, Table
+from ..core.rows import Rows
 from ..data import media
 from .metrics import Image
 

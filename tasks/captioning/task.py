@@ -14,20 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
+from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures, TowerRow
 from ..core.errors import BadRow, Problem
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data import media
 from ..data.captions import (
     COLUMNS,
@@ -48,7 +40,7 @@ PREDICTED_AT_ONCE = 32
 SHORTEST = 4  # tokens of a caption that a prompt must leave room for
 
 
-class CaptioningTask(Task[CaptioningConfig]):
+class CaptioningTask(Task[CaptioningConfig], CacheableInputs, DataChecks, ReportPictures):
     """`state`: preprocessing and text (the decoder's special tokens and limits)."""
 
     name = "captioning"

@@ -11,7 +11,7 @@ from typing import Any
 from mmadapters.suggest import nearest
 
 from ..core.errors import BadRow
-from ..core.task import Rows
+from ..core.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 from mmadapters.suggest import nearest
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.refusals import refuse_embedding_adapters, refuse_other_towers
 from ..encoders.vision import ImageTower
 from ..encoders.watch import Watch

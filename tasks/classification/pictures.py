@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import BadRow
-from ..core.task import Figure, Record, Rows, Table
+from ..core.results import Figure, Table
+from ..core.rows import Record, Rows
 from ..data import media
 from .metrics import confusion
 

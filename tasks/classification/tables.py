@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core.task import Table
+from ..core.results import Table
 from .metrics import average_precision, class_figures, confusion
 
 MISTAKES = 20

@@ -16,22 +16,21 @@ from mmadapters import AdapterModel
 from mmadapters.suggest import nearest
 
 from ..config.schema import Split
+from ..core.capabilities import (
+    BatchGrouping,
+    CacheableInputs,
+    Calibration,
+    DataChecks,
+    ReportPictures,
+    TowerRow,
+)
 from ..core.device import to_device
 from ..core.errors import BadRow
 from ..core.metrics import Metric
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data import media
 from ..encoders.speech import conv_frames
 from ..encoders.vision import image_preprocessing, to_tensor
@@ -45,7 +44,14 @@ from .labels import LabelMap, fit_labels
 from .model import AudioClassifier, Classifier, ImageClassifier, class_weights
 
 
-class ClassificationTask(Task[ClassificationConfig]):
+class ClassificationTask(
+    Task[ClassificationConfig],
+    CacheableInputs,
+    BatchGrouping,
+    Calibration,
+    DataChecks,
+    ReportPictures,
+):
     """One label of several for an image or a recording, or any number of them.
 
     `state`: labels, counts and rows of the training split, and the encoder's preprocessing (of

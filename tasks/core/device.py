@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmadapters.trunk.frozen import placeholder
 
-from .task import Batch
+from .rows import Batch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 class BadRow(ValueError):
@@ -19,3 +21,30 @@ class Problem:
 
 class DataError(ValueError):
     """Rows that cannot be used, where the config says that they end the run."""
+
+
+def refuse(
+    problems: Sequence[Problem], *, on_error: Literal["refuse", "skip"], rows: int | None = None
+) -> None:
+    """Raises an error for problems that the config does not let pass.
+
+    Args:
+        on_error: as in `data.on_error` of the config.
+        rows: the number of rows of the split, if the problems are those of a whole split.
+
+    Raises:
+        DataError: there are problems, and `on_error` is "refuse" or no row of the split is good.
+    """
+    if not problems:
+        return
+    first = problems[0]
+    what = f"row {first.index} cannot be used: {first.reason}"
+    others = len({problem.index for problem in problems}) - 1
+    if others:
+        what += f" (and {others} more)"
+    if on_error == "refuse":
+        raise DataError(
+            f"{what}; mend it, or set data.on_error: skip; `mmadapters doctor` lists all"
+        )
+    if rows is not None and others + 1 == rows:
+        raise DataError(f"no row of the split can be used: {what}; `mmadapters doctor` lists all")

@@ -10,7 +10,8 @@ import numpy as np
 from torch.utils.data import IterableDataset, Sampler
 
 from ..core.errors import BadRow, Problem
-from ..core.task import Example, Task
+from ..core.rows import Example
+from ..core.task import Task
 from .examples import seeded_example
 
 _POOL = 50  # batches among which examples are sorted by length

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import BadRow
-from ..core.task import Column, Rows
+from ..core.rows import Column, Rows
 from . import media
 
 COLUMNS = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapters.suggest import nearest
 
-from ..core.task import Column
+from ..core.rows import Column
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,8 +17,11 @@ from torch.utils.data import DataLoader
 from mmadapters.suggest import nearest
 
 from ..config.schema import SPLITS, Split
+from ..core.capabilities import DataChecks, capability
 from ..core.errors import BadRow, Problem
-from ..core.task import Figure, Rows, Table, Task
+from ..core.results import Figure, Table
+from ..core.rows import Rows
+from ..core.task import Task
 from .examples import seeded_example
 from .load import Stream
 from .media import media_digest, media_name
@@ -203,12 +206,14 @@ def _split(
     report.problems = _grouped(bad)
     failed = {place.index for place, _ in bad}
 
+    checks = capability(task, DataChecks)
+
     def noted() -> None:
-        notes = [problem for problem in task.check(rows) if problem.index not in failed]
+        notes = [problem for problem in checks.check(rows) if problem.index not in failed]
         report.notes = _grouped([(_place(places, p), p.reason) for p in notes])
 
     def surveyed() -> None:
-        report.tables = task.survey(rows)
+        report.tables = checks.survey(rows)
 
     for step in (noted, surveyed) if report.usable else ():
         try:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadRow, Problem
-from ..core.task import Batch, Example, Rows, Task
+from ..core.rows import Batch, Example, Rows
+from ..core.task import Task
 
 
 class Examples(torch.utils.data.Dataset):

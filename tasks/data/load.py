@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..config.schema import SPLITS, DataConfig, Split
-from ..core.task import Column, Rows
+from ..core.rows import Column, Rows
 from .columns import find_columns, to_roles
 from .files import Parts, Piece, local_parts
 from .hub import hub_parts, hub_streams

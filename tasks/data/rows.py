@@ -15,7 +15,7 @@ import numpy as np
 from mmadapters.suggest import nearest
 
 from ..config.schema import Split
-from ..core.task import Column
+from ..core.rows import Column
 from .columns import MEDIA
 from .media import media_digest
 

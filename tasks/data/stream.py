@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mmadapters.suggest import nearest
 
 from ..config.schema import SPLITS, DataConfig, Split
-from ..core.task import Column, Rows
+from ..core.rows import Column, Rows
 from .columns import find_columns, to_roles
 from .rows import plain
 from .splits import find_splits

@@ -32,11 +32,15 @@ from mmadapters.files import write_text
 
 from .. import artifact
 from ..config.schema import SPLITS, JobConfig, Section, Split
+from ..core.capabilities import Calibration, capability
 from ..core.device import default_device
 from ..core.errors import Problem
 from ..core.machine import processor, versions
 from ..core.metrics import Metric
-from ..core.task import Record, Rows, Scores, Task, TaskModel
+from ..core.model import TaskModel
+from ..core.results import Scores
+from ..core.rows import Record, Rows
+from ..core.task import Task
 from ..data import load
 from ..data.workers import readers
 from ..encoders.speech import convolutions
@@ -115,7 +119,7 @@ def train_model(
         name, rows = measured_split(splits)
         with _untrained(run):
             run.before = scored(run, evaluate_split(task, model, rows), name)
-    task.prepare(model, without_test(splits))
+    capability(task, Calibration).prepare(model, without_test(splits))
     if any(parameter.requires_grad for parameter in model.parameters()):
         _fit(run, splits, checkpoint, quiet=quiet or not first)
     finish(run, splits)
@@ -126,7 +130,7 @@ def chosen(task: Task, splits: dict[Split, Rows]) -> dict[Split, Rows]:
     """The splits, of the training rows those alone that the task takes."""
     if "train" not in splits or isinstance(splits["train"], load.Stream):
         return splits
-    return {**splits, "train": task.choose(splits["train"])}
+    return {**splits, "train": capability(task, Calibration).choose(splits["train"])}
 
 
 def without_test(splits: dict[Split, Rows]) -> dict[Split, Rows]:
@@ -138,7 +142,8 @@ def finish(run: Run, splits: dict[Split, Rows]) -> None:
     """Evaluates what was trained and writes the run directory; every process calls it."""
     task, model, encoder = run.task, run.model, run.model.encoder
     state = process_state(task.config)
-    run.facts |= task.calibrate(model.eval(), without_test(splits))
+    calibration = capability(task, Calibration)
+    run.facts |= calibration.calibrate(model.eval(), without_test(splits))
     model.eval()  # pictures are drawn with it too, and must not move a head's running statistics
     with encoder.using(encoder.active_adapters, drop=artifact.blocks_dropped(task.config)):
         records = _evaluate(run, splits)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..core.metrics import Metric
-    from ..core.task import Scores
+    from ..core.results import Scores
 
 
 @contextmanager

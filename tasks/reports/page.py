@@ -19,7 +19,7 @@ from mmadapters.files import write_text
 
 from ..core.errors import Problem
 from ..core.metrics import Metric
-from ..core.task import Figure, Scores, Table
+from ..core.results import Figure, Scores, Table
 from .charts import learning_curves
 from .tables import group_table, metric_named, metric_rows
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..core import plots
-from ..core.task import Figure, Record, Rows
+from ..core.capabilities import ReportPictures, capability
+from ..core.results import Figure
+from ..core.rows import Record, Rows
 from .page import Report, write_report
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ def write_run_report(
     config = run.task.config
     order = [split for split in ("test", "validation") if split in run.scores]
     count = config.evaluation.pictures
+    pictures = capability(run.task, ReportPictures)
     figures = (
-        [*run.task.illustrate(run.model, splits[order[0]], records[order[0]], count=count)]
+        [*pictures.illustrate(run.model, splits[order[0]], records[order[0]], count=count)]
         if count and order
         else []
     )

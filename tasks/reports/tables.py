@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.metrics import Metric
-from ..core.task import Scores
+from ..core.results import Scores
 
 
 def metric_named(scores: Scores | None, name: str) -> Metric | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.task import Record
+from ..core.rows import Record
 from .metrics import TO_IMAGE, TO_TEXT, ranks, reranked
 
 

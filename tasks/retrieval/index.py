@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.task import Task, TaskModel
+from ..core.model import TaskModel
+from ..core.task import Task
 from .model import RetrievalModel
 from .queries import PICTURES, Item, embed, items
 

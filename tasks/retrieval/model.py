@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.blip import BlipMatcher, is_blip
 from ..encoders.clip import ClipTowers
 from ..encoders.refusals import refuse_other_towers, refuse_unpaired

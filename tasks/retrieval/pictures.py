@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.task import Figure, Record, Rows
+from ..core.results import Figure
+from ..core.rows import Record, Rows
 from ..data import media
 from .gallery import Direction, Gallery
 from .metrics import TO_IMAGE, TO_TEXT

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..core.device import processes, to_device
 from ..core.errors import DataError
-from ..core.task import Record, Rows
+from ..core.rows import Record, Rows
 from ..data.examples import Collate, Examples
 from ..data.workers import readers
 from .gallery import Gallery

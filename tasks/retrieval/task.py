@@ -19,20 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
+from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures, SecondPass, TowerRow
 from ..core.errors import Problem
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data import media
 from ..data.captions import COLUMNS, all_captions, captions_of, image_id, number_of, one_of_several
 from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
@@ -49,7 +41,7 @@ if TYPE_CHECKING:
 HARDEST = 10  # queries in the table of those that went worst
 
 
-class RetrievalTask(Task[RetrievalConfig]):
+class RetrievalTask(Task[RetrievalConfig], CacheableInputs, SecondPass, DataChecks, ReportPictures):
     """A row is an image with one caption or several; rows may share an image."""
 
     name = "retrieval"

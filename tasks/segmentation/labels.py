@@ -10,7 +10,7 @@ import numpy as np
 from mmadapters.suggest import nearest
 
 from ..core.errors import BadRow
-from ..core.task import Rows
+from ..core.rows import Rows
 from ..data.media import read_mask
 from .coco import category_ids, draw_segments
 from .config import IGNORE, SegmentationDataConfig

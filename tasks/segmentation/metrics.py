@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.metrics import Metric, bootstrap, summed_metric
-from ..core.task import Table
+from ..core.results import Table
 
 Values = Callable[[np.ndarray], np.ndarray]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.refusals import refuse_embedding_adapters, refuse_other_towers
 from ..encoders.vision import ImageTower
 from .config import SegmentationConfig

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
+from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures
 from ..core.errors import BadRow, Problem
-from ..core.task import Column, Figure, Rows, Scores, Table, Task, TaskModel
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Column, Rows
+from ..core.task import Task
 from ..data.media import image_size, read_image
 from ..encoders.vision import image_preprocessing
 from . import metrics, pictures
@@ -27,7 +31,7 @@ from .model import SegmentationModel
 from .transforms import Augmentation, crop_size, prepare, target_size
 
 
-class SegmentationTask(Task[SegmentationConfig]):
+class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, ReportPictures):
     """Images with masks, or with COCO segments.
 
     `state`: "classes", names by id, and "preprocessing" of the encoder.
@@ -88,7 +92,7 @@ class SegmentationTask(Task[SegmentationConfig]):
         return self.classes.index(name) if name in self.classes else None
 
     @cached_property
-    def cacheable_inputs(self) -> Mapping[str, str]:  # type: ignore[override]
+    def cacheable_inputs(self) -> Mapping[str, str]:
         """Some heads read the pixels beside the encoder."""
         head = self.config.head
         reads = head.kind == "fpn" or head.neck is not None

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..core.capabilities import BatchGrouping, SecondPass, capability
 from ..core.device import autocast, processes, to_device
-from ..core.errors import DataError, Problem
-from ..core.task import Record, Rows, Task, TaskModel
+from ..core.errors import Problem, refuse
+from ..core.model import TaskModel
+from ..core.rows import Record, Rows
+from ..core.task import Task
 from ..data.examples import Collate, Examples
 from ..data.workers import loader_generator
 
@@ -55,7 +58,7 @@ def evaluate(
     """
     rank, world = processes()
     order = np.arange(len(rows))
-    lengths = task.lengths(rows)
+    lengths = capability(task, BatchGrouping).lengths(rows)
     if lengths is not None:
         # Neighbours in length share a batch, so little of it is padding.
         order = np.argsort(np.asarray(lengths), kind="stable")
@@ -86,34 +89,13 @@ def evaluate(
                 kept.read += len(loaded.indices)
             progress(min(done * batch_size, len(own)))
         found = _gathered(found, world)
-        refuse(task, found.problems, rows)
+        refuse(found.problems, on_error=task.config.data.on_error, rows=len(rows))
         with torch.no_grad(), autocast(precision, model.device):
-            task.refine(model, rows, found.records)
+            capability(task, SecondPass).refine(model, rows, found.records)
     finally:
         model.train(was_training)
     _add_rows(task, found.records, rows)
     return found
-
-
-def refuse(task: Task, problems: list[Problem], rows: Rows | None = None) -> None:
-    """Raises a DataError for problems that the config does not let pass.
-
-    Raises:
-        DataError: there are problems, and `data.on_error` is "refuse", or no row is good.
-    """
-    if not problems:
-        return
-    first = problems[0]
-    what = f"row {first.index} cannot be used: {first.reason}"
-    others = len({problem.index for problem in problems}) - 1
-    if others:
-        what += f" (and {others} more)"
-    if task.config.data.on_error == "refuse":
-        raise DataError(
-            f"{what}; mend it, or set data.on_error: skip; `mmadapters doctor` lists all"
-        )
-    if rows is not None and others + 1 == len(rows):
-        raise DataError(f"no row of the split can be used: {what}; `mmadapters doctor` lists all")
 
 
 def _gathered(found: Evaluation, world: int) -> Evaluation:

@@ -24,15 +24,19 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..config.schema import TrainerConfig
+from ..core.capabilities import BatchGrouping, capability
 from ..core.device import default_device, processes, to_device
-from ..core.errors import DataError, Problem
-from ..core.task import Rows, Scores, Task, TaskModel
+from ..core.errors import DataError, Problem, refuse
+from ..core.model import TaskModel
+from ..core.results import Scores
+from ..core.rows import Rows
+from ..core.task import Task
 from ..data.batches import EpochBatches, MixedBatches, StreamExamples, share_of
 from ..data.examples import Collate, Examples, Loaded
 from ..data.workers import loader_generator, readers
 from .cache.cache import TrunkCache, prepare
 from .cache.split import KeptSplit
-from .evaluate import evaluate, refuse
+from .evaluate import evaluate
 
 CHECKPOINTS = "checkpoints"
 _WEIGHTS, _WHOLE = "model.safetensors", "whole"
@@ -355,7 +359,7 @@ class TaskTrainer(EncoderTrainer):
 
     def note(self, loaded: Loaded) -> None:
         self.problems |= {problem.index: problem for problem in loaded.problems}
-        refuse(self.task, loaded.problems)
+        refuse(loaded.problems, on_error=self.task.config.data.on_error)
         if self.cache.train is not None:
             self.cache.train.read += len(loaded.indices)
 
@@ -380,6 +384,7 @@ class TaskTrainer(EncoderTrainer):
 def task_batches(task: Task, rows: Rows) -> EpochBatches:
     """The batches of one task on its rows, for this process."""
     config, (rank, world) = task.config.trainer, processes()
+    grouping = capability(task, BatchGrouping)
     return EpochBatches(
         len(rows),
         config.batch_size,
@@ -387,8 +392,8 @@ def task_batches(task: Task, rows: Rows) -> EpochBatches:
         accumulation=config.accumulation,
         rank=rank,
         world=world,
-        lengths=task.lengths(rows),
-        groups=task.groups(rows),
+        lengths=grouping.lengths(rows),
+        groups=grouping.groups(rows),
     )
 
 

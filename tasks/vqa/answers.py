@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core.errors import BadRow
-from ..core.task import Rows
+from ..core.rows import Rows
 
 MANY = 4  # from so many answers to a question on, agreement of all of them makes a score of 1
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.clip import ClipTowers
 from ..encoders.refusals import refuse_embedding_adapters
 from .config import VQAHeadConfig

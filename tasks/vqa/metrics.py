@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..core.metrics import Metric, summed_metric
-from ..core.task import Record, Scores, Table
+from ..core.results import Scores, Table
+from ..core.rows import Record
 from .answers import Vocabulary, score
 
 KINDS = ("question_type", "answer_type")  # columns of VQAv2 by which accuracy is always given

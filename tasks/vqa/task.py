@@ -16,20 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
+from ..core.capabilities import BatchGrouping, CacheableInputs, DataChecks, ReportPictures, TowerRow
 from ..core.errors import BadRow, Problem
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data import media
 from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
 from ..encoders.clip import load_tokenizer, text_limits
@@ -47,7 +39,7 @@ PREDICTED_AT_ONCE = 32
 _REMEMBERED = 20_000  # questions whose ids are kept
 
 
-class VQATask(Task[VQAConfig]):
+class VQATask(Task[VQAConfig], CacheableInputs, BatchGrouping, DataChecks, ReportPictures):
     """`state`: preprocessing, text (the encoder's limits), head (its kind), answers (the
     vocabulary, None where nothing is trained), official and several (about the training answers).
     """

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ...config.schema import JobConfig, Split
-from ...core.task import Rows
+from ...core.capabilities import Calibration, capability
+from ...core.rows import Rows
 from ...core.timing import kept_for_backward, seconds
 from ...training.trainer import TaskTrainer
 from ..run import chosen, device_of, make_model, rows_to_fit, without_test
@@ -62,7 +63,7 @@ class _Stepper:
         task, model = make_model(job, rows_to_fit(splits.get("train")))
         model.to(device_of(job))
         splits = chosen(task, splits)
-        task.prepare(model, without_test(splits))
+        capability(task, Calibration).prepare(model, without_test(splits))
         self.trainer = TaskTrainer(
             task, model, train=splits["train"], validation=None, folder=folder, quiet=True
         )

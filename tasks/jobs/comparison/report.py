@@ -12,7 +12,7 @@ from mmadapters.files import write_text
 
 from ...core.metrics import Metric
 from ...core.plots import LIGHT, figure_png
-from ...core.task import Figure, Table
+from ...core.results import Figure, Table
 from ...reports.console import plain
 from ...reports.page import template
 from ..run import REPORT

@@ -29,7 +29,7 @@ from mmadapters.suggest import nearest
 from ... import artifact
 from ...config.schema import SPLITS, JobConfig, Split
 from ...core.metrics import Metric, interval
-from ...core.task import Rows
+from ...core.rows import Rows
 from ...data import load
 from ..run import (
     CONFIG,

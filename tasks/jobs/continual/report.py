@@ -11,7 +11,7 @@ import yaml
 from mmadapters.files import write_text
 
 from ...core.plots import figure_png, heat_maps
-from ...core.task import Figure, Table
+from ...core.results import Figure, Table
 from ...reports.console import plain
 from ...reports.page import template, value_text
 from ..run import REPORT

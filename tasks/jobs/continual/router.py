@@ -25,7 +25,8 @@ from mmadapters import AdapterModel
 
 from ...classification.task import ClassificationTask
 from ...core.errors import BadRow
-from ...core.task import Record, Rows, Task
+from ...core.rows import Record, Rows
+from ...core.task import Task
 from ...data.media import read_image
 from ...encoders.vision import ImageTower, image_preprocessing, to_tensor
 

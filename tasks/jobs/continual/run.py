@@ -32,7 +32,9 @@ from mmadapters.files import write_text
 from ... import artifact
 from ...config.schema import SPLITS, JobConfig, Split
 from ...core.metrics import Metric
-from ...core.task import Record, Rows, Task, TaskModel
+from ...core.model import TaskModel
+from ...core.rows import Record, Rows
+from ...core.task import Task
 from ...data import load
 from ..run import (
     CONFIG,

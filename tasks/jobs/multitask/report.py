@@ -11,7 +11,7 @@ import yaml
 from mmadapters.files import write_text
 
 from ...core.metrics import Metric
-from ...core.task import Table
+from ...core.results import Table
 from ...reports.charts import learning_curves
 from ...reports.console import plain
 from ...reports.page import interval_text, template, value_text

@@ -21,8 +21,11 @@ from mmadapters.files import write_text
 
 from ... import artifact
 from ...config.schema import SPLITS, Split
+from ...core.capabilities import Calibration, capability
 from ...core.metrics import Metric
-from ...core.task import Rows, Task, TaskModel
+from ...core.model import TaskModel
+from ...core.rows import Rows
+from ...core.task import Task
 from ...data import load
 from ...training.trainer import CHECKPOINTS
 from ..run import (
@@ -111,7 +114,8 @@ def learn(
             _measure_before(done.runs[name], splits[name])
     for name, run in done.runs.items():
         with model.encoder.using(name):
-            run.task.prepare(run.model, without_test(splits[name]))
+            calibration = capability(run.task, Calibration)
+            calibration.prepare(run.model, without_test(splits[name]))
     _fit(done, tasks, model, splits, checkpoint, quiet=quiet or not state.is_main_process)
     for name in tasks:
         _finish(done, name, splits[name])

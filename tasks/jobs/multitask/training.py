@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from mmadapters import AdapterModel
 
 from ...artifact import blocks_dropped
-from ...core.errors import Problem
+from ...core.errors import Problem, refuse
 from ...core.metrics import Metric
-from ...core.task import Example, Rows, Task, TaskModel
+from ...core.model import TaskModel
+from ...core.rows import Example, Rows
+from ...core.task import Task
 from ...data.batches import MixedBatches
 from ...data.examples import Collate, Examples, Loaded
 from ...data.workers import loader_generator, readers
-from ...training.evaluate import refuse
 from ...training.trainer import EncoderTrainer, TrainLoader, task_batches, validated
 from .config import MultitaskConfig
 
@@ -162,7 +163,7 @@ class JointTrainer(EncoderTrainer):
 
     def note(self, loaded: Loaded) -> None:
         self.bad[loaded.task] |= {problem.index: problem for problem in loaded.problems}
-        refuse(self.tasks[loaded.task], loaded.problems)
+        refuse(loaded.problems, on_error=self.tasks[loaded.task].config.data.on_error)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of the batch's task, which is logged for each."""

@@ -22,8 +22,11 @@ from mmadapters import FrozenTrunk
 from mmadapters.trunk.budget import GIB, cache_folder, check_room, free_memory
 from mmadapters.trunk.store import DTYPES, TrunkStore, chunk_size
 
+from ...core.capabilities import BatchGrouping, CacheableInputs, capability
 from ...core.device import autocast, processes, to_device
-from ...core.task import Batch, Rows, Task, TaskModel
+from ...core.model import TaskModel
+from ...core.rows import Batch, Rows
+from ...core.task import Task
 from ...data.batches import share_of
 from ...data.workers import readers
 from .examples import KeptExamples, PlainExamples, Probe, ProbeCollate
@@ -116,7 +119,7 @@ def _prepared(
     views = config.views or 1
     if auto and passes <= views:
         raise Refused(f"{passes:.3g} passes over the training rows are too few to gain by it")
-    drawn = task.randomness(train)
+    drawn = capability(task, CacheableInputs).randomness(train)
     if drawn is None:
         views = 1
     elif config.views is None:
@@ -176,7 +179,8 @@ class _Planned:
         Raises:
             Refused: nothing of the split can be kept.
         """
-        if not train and (reason := task.one_pass(rows)) is not None:
+        reason = None if train else capability(task, CacheableInputs).one_pass(rows)
+        if reason is not None:
             raise Refused(reason)
         config, (_, world) = task.config.trainer, processes()
         share = share_of(config.batch_size, config.accumulation, world)
@@ -205,7 +209,7 @@ class _Planned:
         store.dtype = dtypes[config.cache_dtype]
         store.put(0, entries)
         bytes_each = store.nbytes / len(chosen)
-        lengths = task.lengths(rows)
+        lengths = capability(task, BatchGrouping).lengths(rows)
         if lengths is not None and (own := np.mean([lengths[row] for row in chosen])):
             bytes_each *= float(np.mean(lengths) / own)
         split.store = TrunkStore.in_memory(
@@ -248,9 +252,10 @@ class _Planned:
 
 def _order(task: Task, rows: Rows) -> np.ndarray:
     """(rows,) int64: those of similar lengths, or of one group, follow each other."""
-    found = task.lengths(rows)
+    grouping = capability(task, BatchGrouping)
+    found = grouping.lengths(rows)
     if found is None:
-        found = task.groups(rows)
+        found = grouping.groups(rows)
     if found is None:
         return np.arange(len(rows))
     return np.argsort(np.asarray(found), kind="stable")
@@ -296,7 +301,8 @@ def _as_trained(model: TaskModel, train: bool) -> Iterator[None]:
 
 def _check_towers(task: Task, prefix: FrozenTrunk) -> None:
     kept = {part.tower for part in prefix.towers}
-    for tower in [*task.cacheable_inputs.values(), *([] if kept else prefix.skipped)]:
+    needed = capability(task, CacheableInputs).cacheable_inputs.values()
+    for tower in [*needed, *([] if kept else prefix.skipped)]:
         if tower in prefix.skipped:
             raise Refused(f"tower {tower!r} cannot be kept: {prefix.skipped[tower]}")
     if not kept:

@@ -18,9 +18,11 @@ from mmadapters.trunk.format import pack
 from mmadapters.trunk.frozen import States, TowerTrunk
 from mmadapters.trunk.store import Entry, Part, TrunkStore
 
+from ...core.capabilities import CacheableInputs, TowerRow, capability
 from ...core.device import Blank
 from ...core.errors import BadRow, Problem
-from ...core.task import Batch, Example, Rows, Task, TowerRow
+from ...core.rows import Batch, Example, Rows
+from ...core.task import Task
 from ...data.examples import Collate, Examples, Loaded, seeded_example, view_seed
 
 STATES = "states of the prefix"  # no name that a model's forward could have
@@ -113,18 +115,19 @@ class ProbeCollate:
     def __call__(self, parts: Sequence[tuple[Place, Example | Problem]]) -> Probe:
         examples: list[Example] = []
         rests, good = [], []
+        cacheable = capability(self.task, CacheableInputs)
         for number, (_, part) in enumerate(parts):
             if isinstance(part, Problem):
                 rests.append(pack({_PROBLEM: part.reason}))
             else:
-                rests.append(pack({_EXAMPLE: without_values(self.task.cacheable_inputs, part)}))
+                rests.append(pack({_EXAMPLE: without_values(cacheable.cacheable_inputs, part)}))
                 examples.append(part)
                 good.append(number)
         return Probe(
             [place for place, _ in parts],
             rests,
             good,
-            {tower: [self.task.tower_rows(tower, e) for e in examples] for tower in self.towers},
+            {tower: [cacheable.tower_rows(tower, e) for e in examples] for tower in self.towers},
             self.task.collate(examples) if examples else None,
         )
 
@@ -173,9 +176,10 @@ class KeptCollate(Collate):
     def states(self, places: Sequence[Place], examples: Sequence[Example]) -> States:
         """Those of the batch that examples make, on the CPU, in the type in which they are kept."""
         found: States = {}
+        cacheable = capability(self.task, CacheableInputs)
         for tower in self.towers:
             firsts: dict[int, tuple[int, int, int]] = {}
-            units = [self.task.tower_rows(tower.tower, example) for example in examples]
+            units = [cacheable.tower_rows(tower.tower, example) for example in examples]
             for place, rows in zip(places, row_numbers(units), strict=True):
                 for part, row in enumerate(rows):
                     firsts.setdefault(row, (*place, part))

@@ -12,8 +12,10 @@ import numpy as np
 
 from mmadapters import FrozenTrunk
 
+from ...core.capabilities import CacheableInputs, capability
 from ...core.machine import versions
-from ...core.task import Rows, Task
+from ...core.rows import Rows
+from ...core.task import Task
 from ..evaluate import MEDIA
 
 # Sections and settings of a config that do not change what an example is.
@@ -37,7 +39,7 @@ def description(
     """
     encoder = prefix.model
     identity = encoder.identity()
-    drawn = train and task.randomness(rows) is not None
+    drawn = train and capability(task, CacheableInputs).randomness(rows) is not None
     beside = _BESIDE if drawn else _BESIDE | {"seed"}
     return {
         "encoder": {

@@ -18,7 +18,9 @@ from mmadapters.trunk.frozen import States
 from mmadapters.trunk.store import Entry, TrunkStore
 
 from ...core.device import autocast, processes, to_device
-from ...core.task import Batch, Rows, Task, TaskModel
+from ...core.model import TaskModel
+from ...core.rows import Batch, Rows
+from ...core.task import Task
 from ...data.workers import forks, loader_generator
 from .examples import STATES, KeptCollate, KeptExamples, Place, PlainExamples, Probe, ProbeCollate
 

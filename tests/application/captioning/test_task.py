@@ -21,7 +21,7 @@ from mmadapters.tasks.captioning.config import CaptioningConfig
 from mmadapters.tasks.captioning.task import CaptioningTask
 from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.core.metrics import Metric
-from mmadapters.tasks.core.task import Figure
+from mmadapters.tasks.core.results import Figure
 from mmadapters.tasks.data.doctor import examine
 from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.training.evaluate import evaluate

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mmadapters.tasks.config.schema import DataConfig, Split
-from mmadapters.tasks.core.task import Column, Rows
+from mmadapters.tasks.core.rows import Column, Rows
 from mmadapters.tasks.data import load as data
 from mmadapters.tasks.data import media
 

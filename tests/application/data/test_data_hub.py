@@ -134,7 +134,7 @@ import json
 import datasets
 from mmadapters.tasks import data, media
 from mmadapters.tasks.config.schema import DataConfig
-from mmadapters.tasks.core.task import Column
+from mmadapters.tasks.core.rows import Column
 
 # It rests for 5 s after each pass, lest threads outlive the interpreter.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2

@@ -19,8 +19,12 @@ from torch import nn
 
 from mmadapters import AdapterModel
 from mmadapters.tasks.config.schema import BackboneConfig, DataConfig, EvaluationConfig, JobConfig
+from mmadapters.tasks.core.capabilities import DataChecks
 from mmadapters.tasks.core.errors import BadRow, Problem
-from mmadapters.tasks.core.task import Column, Figure, Rows, Scores, Table, Task, TaskModel
+from mmadapters.tasks.core.model import TaskModel
+from mmadapters.tasks.core.results import Figure, Scores, Table
+from mmadapters.tasks.core.rows import Column, Rows
+from mmadapters.tasks.core.task import Task
 from mmadapters.tasks.data import doctor, media
 from mmadapters.tasks.data import load as data
 from mmadapters.tasks.data.doctor import Place, examine, print_report
@@ -57,14 +61,11 @@ class ReadingTask(Task[JobConfig]):
     def score(self, records: Sequence[dict[str, Any]], *, bootstrap: int) -> Scores:
         raise NotImplementedError
 
-    def illustrate(self, model: Any, rows: Rows, records: Any, *, count: int) -> list[Any]:
-        raise NotImplementedError
-
     def predict(self, model: Any, inputs: Any, *, out: Any) -> Iterator[dict[str, Any]]:
         raise NotImplementedError
 
 
-class Masks(ReadingTask):
+class Masks(ReadingTask, DataChecks):
     columns: ClassVar = {"image": Column("image"), "mask": Column("mask")}
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> dict[str, Any]:
@@ -297,7 +298,7 @@ def test_a_worker_that_is_killed_is_told(
 
 
 def test_faults_of_a_tasks_own_checks_are_told() -> None:
-    class Unsure(Faulty):
+    class Unsure(Faulty, DataChecks):
         def check(self, rows: Rows) -> list[Problem]:
             raise KeyError("text")
 

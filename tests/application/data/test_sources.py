@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmadapters.tasks.config.schema import DataConfig
-from mmadapters.tasks.core.task import Column, Rows
+from mmadapters.tasks.core.rows import Column, Rows
 from mmadapters.tasks.data import load as data
 from mmadapters.tasks.data import media
 from mmadapters.tasks.data.sources import builtin_parts, scenes, speech

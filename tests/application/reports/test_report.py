@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmadapters.tasks.core.errors import Problem
 from mmadapters.tasks.core.metrics import Metric
-from mmadapters.tasks.core.task import Figure, Scores, Table
+from mmadapters.tasks.core.results import Figure, Scores, Table
 from mmadapters.tasks.reports.charts import learning_curves, series
 from mmadapters.tasks.reports.page import (
     REASONS,

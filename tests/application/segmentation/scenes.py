@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmadapters.tasks.core.task import Batch
+from mmadapters.tasks.core.rows import Batch
 from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.jobs import run
 from mmadapters.tasks.segmentation.config import SegmentationConfig

@@ -19,7 +19,8 @@ from mmadapters.tasks import artifact
 from mmadapters.tasks.config.file import read_config
 from mmadapters.tasks.config.schema import SPLITS
 from mmadapters.tasks.core.errors import BadRow
-from mmadapters.tasks.core.task import Figure, TaskModel
+from mmadapters.tasks.core.model import TaskModel
+from mmadapters.tasks.core.results import Figure
 from mmadapters.tasks.data import load
 from mmadapters.tasks.data.media import read_mask
 from mmadapters.tasks.segmentation.inference import resize_logits

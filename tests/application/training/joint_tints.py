@@ -18,7 +18,7 @@ from families.small import small_vit
 
 import mmadapters
 from mmadapters import SeqBnConfig
-from mmadapters.tasks.core.task import TaskModel
+from mmadapters.tasks.core.model import TaskModel
 from mmadapters.tasks.jobs.multitask.config import MultitaskConfig
 from mmadapters.tasks.jobs.multitask.training import JointModel, JointTrainer
 from mmadapters.tasks.training.trainer import trained_tensors
