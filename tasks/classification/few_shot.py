@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..core.device import autocast, to_device
-from ..core.errors import BadRow, Problem
+from ..core.errors import BadRow, Problem, refuse
 from ..core.task import Rows
 from ..data.examples import Collate, Examples, Loaded
 from ..data.workers import readers
-from ..training.evaluate import refuse
 from .embedding_heads import TipAdapterHead, cache_logits, unit
 from .labels import LabelMap
 
@@ -84,7 +83,7 @@ def embedded(
         counts.index_add_(0, index, torch.ones(len(index)))
         targets[index] = loaded.batch["targets"][own]
     model.train(training)
-    refuse(task, list(problems.values()), rows)
+    refuse(list(problems.values()), on_error=task.config.data.on_error, rows=len(rows))
     there = counts > 0
     mean = features[there.to(model.device)] / counts[there].to(model.device)[:, None]
     return mean, targets[there].to(model.device)
