@@ -30,7 +30,7 @@ from PIL import Image
 from mmadapters.tasks.asr.config import ASRConfig
 from mmadapters.tasks.classification.config import ClassificationConfig
 from mmadapters.tasks.config.schema import JobConfig
-from mmadapters.tasks.jobs.run import make_model
+from mmadapters.tasks.jobs.model import make_model
 from mmadapters.tasks.training.cache.cache import prepare
 from mmadapters.tasks.training.trainer import TaskTrainer
 

@@ -91,6 +91,7 @@ def train(
     read = read_config(config, overrides or [])
     _quiet_libraries()
     from ..jobs import run as runs
+    from ..jobs.folder import REPORT
 
     with runs.processes(read):
         done = runs.train(read, resume=resume, overwrite=overwrite, quiet=quiet)
@@ -101,7 +102,7 @@ def train(
         for split, scores in done.scores.items():
             print_scores(console, scores, split)
         print_facts(console, done.facts)
-        console.print(f"Report: {done.folder / runs.REPORT}", soft_wrap=True)
+        console.print(f"Report: {done.folder / REPORT}", soft_wrap=True)
 
 
 def _help(config: str | None) -> None:
@@ -344,7 +345,8 @@ def evaluate(
 
     from ..artifact import open_directory
     from ..data import load as sources
-    from ..jobs.run import evaluate_split, figures
+    from ..jobs.metrics import figures
+    from ..jobs.run import evaluate_split
 
     changes = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
     opened = open_directory(directory, overrides=changes)
@@ -445,7 +447,7 @@ def doctor(
     from ..config.schema import SPLITS
     from ..data import doctor as doctors
     from ..data import load as sources
-    from ..jobs.run import rows_to_fit
+    from ..jobs.model import rows_to_fit
 
     task = artifact.task_class(read.task)(read)
     splits = sources.load(read.data, task.columns, SPLITS)

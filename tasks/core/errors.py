@@ -26,11 +26,12 @@ class DataError(ValueError):
 def refuse(
     problems: Sequence[Problem], *, on_error: Literal["refuse", "skip"], rows: int | None = None
 ) -> None:
-    """Raises an error for problems that the config does not let pass.
+    """Raises an error for bad rows that the config does not let pass.
 
     Args:
-        on_error: as in `data.on_error` of the config.
-        rows: the number of rows of the split, if the problems are those of a whole split.
+        problems: the bad rows of a batch or a split; may be empty.
+        on_error: `data.on_error` of the config, "skip" or "refuse".
+        rows: the number of rows of the split, if `problems` holds all bad rows of it.
 
     Raises:
         DataError: there are problems, and `on_error` is "refuse" or no row of the split is good.
@@ -38,13 +39,13 @@ def refuse(
     if not problems:
         return
     first = problems[0]
-    what = f"row {first.index} cannot be used: {first.reason}"
+    reason = f"row {first.index} cannot be used: {first.reason}"
     others = len({problem.index for problem in problems}) - 1
     if others:
-        what += f" (and {others} more)"
+        reason += f" (and {others} more)"
     if on_error == "refuse":
         raise DataError(
-            f"{what}; mend it, or set data.on_error: skip; `mmadapters doctor` lists all"
+            f"{reason}; mend it, or set data.on_error: skip; `mmadapters doctor` lists all"
         )
     if rows is not None and others + 1 == rows:
-        raise DataError(f"no row of the split can be used: {what}; `mmadapters doctor` lists all")
+        raise DataError(f"no row of the split can be used: {reason}; `mmadapters doctor` lists all")

@@ -19,7 +19,8 @@ from mmadapters.tasks.config.file import read_config
 from mmadapters.tasks.data import load
 from mmadapters.tasks.data.media import read_image
 from mmadapters.tasks.jobs.prediction import predict
-from mmadapters.tasks.jobs.run import Run, evaluate_split, train
+from mmadapters.tasks.jobs.run import evaluate_split, train
+from mmadapters.tasks.reports.results import Run
 
 from .conftest import SMALL
 

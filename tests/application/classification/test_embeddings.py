@@ -25,7 +25,8 @@ from mmadapters.tasks.classification.labels import LabelMap
 from mmadapters.tasks.classification.task import ClassificationTask
 from mmadapters.tasks.config.file import read_config
 from mmadapters.tasks.data import load
-from mmadapters.tasks.jobs.run import build_model, make_encoder, make_model, train_model
+from mmadapters.tasks.jobs.model import build_model, make_encoder, make_model
+from mmadapters.tasks.jobs.run import train_model
 from mmadapters.tasks.training.evaluate import evaluate
 from mmadapters.zoo import load_tokenizer
 

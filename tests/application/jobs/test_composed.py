@@ -12,7 +12,8 @@ from mmadapters import Fuse, Stack
 from mmadapters.tasks import artifact
 from mmadapters.tasks.config.file import ConfigError, read_config
 from mmadapters.tasks.data import load
-from mmadapters.tasks.jobs.run import Run, evaluate_split, train
+from mmadapters.tasks.jobs.run import evaluate_split, train
+from mmadapters.tasks.reports.results import Run
 
 SMALL = (
     *("data.options.train=48", "data.options.validation=16", "data.options.test=16"),

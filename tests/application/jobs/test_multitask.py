@@ -31,9 +31,10 @@ from mmadapters.tasks.core.metrics import Metric
 from mmadapters.tasks.data import load
 from mmadapters.tasks.data.batches import EpochBatches, MixedBatches
 from mmadapters.tasks.jobs.multitask.config import read_multitask, read_tasks
-from mmadapters.tasks.jobs.multitask.training import history_of, mean_of
+from mmadapters.tasks.jobs.multitask.results import history_of, mean_of
 from mmadapters.tasks.jobs.run import evaluate_split
-from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint
+from mmadapters.tasks.training.checkpoint import last_checkpoint
+from mmadapters.tasks.training.trainer import TaskTrainer
 
 FEW = {"train": 32, "validation": 8, "test": 16}
 JOBS: list[dict[str, Any]] = [
@@ -285,7 +286,7 @@ def test_bad_rows_are_counted_for_their_own_task(tmp_path: Path) -> None:
 
 def test_a_task_that_would_have_no_turn_is_refused(tmp_path: Path) -> None:
     made = tasks(max_steps=1, **STEADY)
-    with pytest.raises(ValueError, match=r"(first|second) has no turn in 1 steps"):
+    with pytest.raises(ValueError, match=r"(first|second) gets none of the 1 steps"):
         trainer(tmp_path, made, joint(made, "half_down"))
 
 

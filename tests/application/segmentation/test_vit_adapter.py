@@ -24,7 +24,7 @@ from mmadapters.tasks import artifact
 from mmadapters.tasks.config.file import read_config
 from mmadapters.tasks.encoders.vision import ImageTower
 from mmadapters.tasks.encoders.watch import Watch
-from mmadapters.tasks.jobs import run
+from mmadapters.tasks.jobs.model import sizes
 from mmadapters.tasks.segmentation.config import HeadConfig, ViTAdapterConfig
 from mmadapters.tasks.segmentation.heads import head_layers, make_head
 from mmadapters.tasks.segmentation.pyramid import resized
@@ -383,7 +383,7 @@ def test_a_job_trains_saves_and_opens_to_the_same_bits(
         assert model.head.neck.injectors[0].gamma.any()  # type: ignore[operator, union-attr]
 
     counted = sum(p.numel() for p in model.head.parameters())
-    facts = run.sizes(model, task.config.name)
+    facts = sizes(model, task.config.name)
     assert facts["head_parameters"] == counted
     assert counted > sum(p.numel() for p in model.head.neck.parameters()) > 0
     assert facts["adapter_parameters"] == facts["trained_share"] == 0

@@ -26,7 +26,7 @@ from mmadapters.tasks.asr.config import ASRConfig
 from mmadapters.tasks.classification.config import ClassificationConfig
 from mmadapters.tasks.config.schema import JobConfig
 from mmadapters.tasks.data.synthetic import scenes
-from mmadapters.tasks.jobs.run import build_model, make_encoder
+from mmadapters.tasks.jobs.model import build_model, make_encoder
 from mmadapters.tasks.training.trainer import TaskTrainer
 
 TRAINER = {
