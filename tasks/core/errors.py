@@ -19,3 +19,10 @@ class Problem:
 
 class DataError(ValueError):
     """Rows that cannot be used, where the config says that they end the run."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message that holds text, without a final full stop, or
+    the name of its type if the message is empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

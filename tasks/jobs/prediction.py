@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Opened
-
-MEDIA = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-    + (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
-)
+from ..data.media import MEDIA_SUFFIXES
 
 
 def predict(
@@ -38,6 +34,8 @@ def expand(inputs: Sequence[str]) -> Iterator[str]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            yield from (str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in MEDIA)
+            yield from (
+                str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in MEDIA_SUFFIXES
+            )
         else:
             yield name

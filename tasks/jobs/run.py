@@ -31,15 +31,18 @@ from mmadapters.composition import parse
 from mmadapters.files import write_text
 
 from .. import artifact
+from ..config.renamed import NewNames
 from ..config.schema import SPLITS, JobConfig, Section, Split
 from ..core.device import default_device
 from ..core.errors import Problem
 from ..core.machine import processor, versions
 from ..core.metrics import Metric
 from ..core.task import Record, Rows, Scores, Task, TaskModel
-from ..data import load
+from ..data.load import load_splits
+from ..data.stream import Stream
 from ..data.workers import readers
 from ..encoders.speech import convolutions
+from ..registry import task_class
 from ..training.evaluate import Evaluation, evaluate
 from ..training.trainer import CHECKPOINTS, TaskTrainer, last_checkpoint
 
@@ -88,7 +91,7 @@ def train(
     if checkpoint is None and state.is_main_process:
         make_folder(folder, config)
     state.wait_for_everyone()
-    splits = load.load(config.data, artifact.task_class(config.task)(config).columns, SPLITS)
+    splits = load_splits(config.data, task_class(config.task)(config).columns, SPLITS)
     task, model = make_model(config, rows_to_fit(splits.get("train")))
     return train_model(task, model, splits, checkpoint=checkpoint, quiet=quiet)
 
@@ -124,7 +127,7 @@ def train_model(
 
 def chosen(task: Task, splits: dict[Split, Rows]) -> dict[Split, Rows]:
     """The splits, of the training rows those alone that the task takes."""
-    if "train" not in splits or isinstance(splits["train"], load.Stream):
+    if "train" not in splits or isinstance(splits["train"], Stream):
         return splits
     return {**splits, "train": task.choose(splits["train"])}
 
@@ -178,7 +181,8 @@ def check_folder(folder: Path, config: Section, *, resume: bool, overwrite: bool
             raise ValueError(f"{folder} holds other files than a run; choose another output=…")
         return None
     if resume:
-        before = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
+        written = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
+        before = NewNames().of(written, lambda path: str(folder / CONFIG))
         if changed := differences(before, config.model_dump(mode="json")):
             raise ValueError(
                 f"{folder} was begun with another config ({', '.join(changed[:3])}): resume it "
@@ -220,7 +224,7 @@ def make_model(config: JobConfig, rows: Rows | None) -> tuple[Task, TaskModel]:
     """The task, fitted to the training rows, and its model: trainable is what the mode says."""
     set_seed(config.seed)
     backbone = artifact.make_backbone(config.backbone)
-    task = artifact.task_class(config.task)(config)
+    task = task_class(config.task)(config)
     task.fit(rows, backbone)
     return task, build_model(task, make_encoder(backbone))
 
@@ -289,7 +293,7 @@ def add_adapters(config: JobConfig, encoder: AdapterModel) -> None:
 
 def rows_to_fit(rows: Any) -> Rows | None:
     """What a task is fitted to: the training rows, or the first of a stream."""
-    return rows.head(STREAMED) if isinstance(rows, load.Stream) else rows
+    return rows.head(STREAMED) if isinstance(rows, Stream) else rows
 
 
 def adapter_config(config: JobConfig) -> mmadapters.MethodConfig | None:

@@ -33,7 +33,8 @@ from ... import artifact
 from ...config.schema import SPLITS, JobConfig, Split
 from ...core.metrics import Metric
 from ...core.task import Record, Rows, Task, TaskModel
-from ...data import load
+from ...data.load import load_splits
+from ...registry import task_class
 from ..run import (
     CONFIG,
     METRICS,
@@ -203,7 +204,7 @@ def _check_folders(
 
 
 def _load(job: JobConfig) -> Splits:
-    splits = load.load(job.data, artifact.task_class(job.task)(job).columns, SPLITS)
+    splits = load_splits(job.data, task_class(job.task)(job).columns, SPLITS)
     if "train" not in splits:
         raise ValueError(f"{job.name}: there is no training split: name it in data.splits")
     measured_split(splits)
@@ -224,7 +225,7 @@ class _Learner:
     ) -> None:
         set_seed(jobs[0].seed)
         backbone = artifact.make_backbone(jobs[0].backbone)
-        self.tasks = [artifact.task_class(job.task)(job) for job in jobs]
+        self.tasks = [task_class(job.task)(job) for job in jobs]
         for task, own in zip(self.tasks, splits, strict=True):
             task.fit(rows_to_fit(own["train"]), backbone)
         self.encoder = make_encoder(backbone)

@@ -23,7 +23,8 @@ from ... import artifact
 from ...config.schema import SPLITS, Split
 from ...core.metrics import Metric
 from ...core.task import Rows, Task, TaskModel
-from ...data import load
+from ...data.load import load_splits
+from ...registry import task_class
 from ...training.trainer import CHECKPOINTS
 from ..run import (
     METRICS,
@@ -98,7 +99,7 @@ def learn(
         for job in jobs:
             make_folder(Path(job.output), job)
     state.wait_for_everyone()
-    tasks = {job.name: artifact.task_class(job.task)(job) for job in jobs}
+    tasks = {job.name: task_class(job.task)(job) for job in jobs}
     splits = {name: _load(task) for name, task in tasks.items()}
     _check_validation(splits)
     model = build_joint(config, tasks, splits)
@@ -123,7 +124,7 @@ def learn(
 
 def _load(task: Task) -> Splits:
     config = task.config
-    splits = load.load(config.data, task.columns, SPLITS)
+    splits = load_splits(config.data, task.columns, SPLITS)
     if "train" not in splits:
         raise ValueError(f"{config.name}: there is no training split: name it in data.splits")
     measured_split(splits)
