@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from .config.schema import BackboneConfig, JobConfig
 from .core.device import default_device
 from .core.model import TaskModel
 from .core.task import Task
+from .registry import task_class
 
 FOLDER = "adapter"
 _FULL = "backbone/"
@@ -38,21 +38,6 @@ class Opened:
     task: Task
     model: TaskModel
     metadata: dict[str, Any]
-
-
-def task_class(name: str) -> type[Task]:
-    """The class of a task; imports its modules."""
-    from .config.file import TASKS
-
-    module = TASKS[name].partition(":")[0].removesuffix(".config") + ".task"
-    return next(
-        value
-        for value in vars(import_module(module)).values()
-        if isinstance(value, type)
-        and issubclass(value, Task)
-        and value.__module__ == module
-        and getattr(value, "name", None) == name
-    )
 
 
 def make_backbone(config: BackboneConfig) -> nn.Module:

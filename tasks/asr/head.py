@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config.schema import BackboneConfig
+from ..core.errors import first_line
 from .text import PAD, Vocabulary
 
 
@@ -84,7 +85,7 @@ def _tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
+        line = first_line(error)
         raise ValueError(f"backbone.processor: {name} has no tokenizer: {line}") from error
     if not hasattr(tokenizer, "word_delimiter_token"):
         raise ValueError(f"backbone.processor: the tokenizer of {name} is not one for CTC")

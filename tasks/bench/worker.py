@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..core.errors import first_line
 from ..core.machine import versions
 from .cases import Case
 from .encoders import Encoder, make_inputs, measure_towers
@@ -103,8 +104,8 @@ def answered(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        line = str(error).strip().partition("\n")[0]
-        return {"problem": f"{type(error).__name__}: {line}" if line else type(error).__name__}
+        name, line = type(error).__name__, first_line(error)
+        return {"problem": name if line == name else f"{name}: {line}"}
 
 
 def serve() -> None:

@@ -23,30 +23,14 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from .keys import (
-    TASKS,
-    Key,
-    config_class,
-    describe_keys,
-    nearest,
-    one_of,
-    sections_at,
-    with_defaults,
-)
-from .problems import ConfigError, Place, S, Source, dotted, validate
-from .schema import JobConfig, Section
+from mmadapters.suggest import nearest
 
-__all__ = [
-    "TASKS",
-    "ConfigError",
-    "Key",
-    "config_class",
-    "config_names",
-    "describe_keys",
-    "from_data",
-    "read_as",
-    "read_config",
-]
+from .errors import ConfigError
+from .keys import sections_at, with_defaults
+from .problems import Place, S, Source, dotted, validate
+from .renamed import NewNames, new_path
+from .schema import JobConfig, Section
+from .tasks import TASKS, config_class, one_of
 
 # What a file of each kind says at its top; `mmadapters train` reads the first, `continual`,
 # `multitask` and `compare` one each.
@@ -112,8 +96,10 @@ def _read(source: Source, overrides: Sequence[str]) -> JobConfig:
 
 
 def _finish(source: Source, tree: DictConfig, overrides: Sequence[str], cls: type[S]) -> S:
+    # An override replaces a key of the file by either name: only overrides must not have both.
+    names = NewNames()
     for override in overrides:
-        _override(source, tree, override, cls)
+        _override(source, tree, override, cls, names)
     data = _resolve(source, OmegaConf.create(with_defaults(cls, _plain(tree))))
     return validate(source, cls, data)
 
@@ -191,7 +177,16 @@ def _parse(source: Source) -> DictConfig:
         path = _steps(error.full_key or "")
         raise ConfigError(f"{source.at(path)}: {_omegaconf_problem(error)}") from None
     assert isinstance(tree, DictConfig)
-    return tree
+    return _with_new_names(source, tree)
+
+
+def _with_new_names(source: Source, tree: DictConfig) -> DictConfig:
+    data = _plain(tree)
+    renamed = NewNames().of(data, source.at)
+    if renamed == data:
+        return tree
+    source.origins = {new_path(path): place for path, place in source.origins.items()}
+    return OmegaConf.create(renamed)
 
 
 def _origins(
@@ -284,9 +279,15 @@ def _split(override: str) -> tuple[Place, Any]:
     raise ConfigError(f"{_override_place(override)}: {problem}")
 
 
-def _override(source: Source, tree: DictConfig, override: str, cls: type[Section]) -> None:
+def _override(
+    source: Source, tree: DictConfig, override: str, cls: type[Section], names: NewNames
+) -> None:
+    def place(path: Sequence[str]) -> str:
+        return _override_place(override)
+
     for path, value in _leaves(*_split(override), cls):
-        _set(source, tree, _of_a_job(path), value, _override_place(override))
+        new = names.path(path, place)
+        _set(source, tree, _of_a_job(new), names.of(value, place, path), place(new))
 
 
 def _of_a_job(path: Place) -> Place:

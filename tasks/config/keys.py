@@ -9,23 +9,14 @@ import json
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from .schema import JobConfig, Section
+from .schema import Section
+from .tasks import config_class
 
-# The config class of each task; a task's module is imported when it is asked for.
-TASKS: dict[str, str] = {
-    "segmentation": "mmadapters.tasks.segmentation.config:SegmentationConfig",
-    "asr": "mmadapters.tasks.asr.config:ASRConfig",
-    "vqa": "mmadapters.tasks.vqa.config:VQAConfig",
-    "retrieval": "mmadapters.tasks.retrieval.config:RetrievalConfig",
-    "captioning": "mmadapters.tasks.captioning.config:CaptioningConfig",
-    "classification": "mmadapters.tasks.classification.config:ClassificationConfig",
-}
 _NAMES: dict[Any, str] = {
     str: "text",
     int: "whole number",
@@ -52,18 +43,6 @@ class Key:
     def default_text(self) -> str:
         """The default as YAML has it, or "required"."""
         return "required" if self.required else json.dumps(self.default, ensure_ascii=False)
-
-
-def config_class(task: str) -> type[JobConfig]:
-    """The pydantic class of a task's configs.
-
-    Raises:
-        ValueError: there is no task of that name; names the nearest.
-    """
-    if task not in TASKS:
-        raise ValueError(f"no task is called {task!r}{nearest(task, TASKS)}; {one_of(TASKS)}")
-    module, _, name = TASKS[task].partition(":")
-    return getattr(import_module(module), name)
 
 
 def describe_keys(task: str) -> list[Key]:
@@ -235,15 +214,3 @@ def _alternatives(annotation: Any, bounds: str) -> list[str]:
     if not isinstance(annotation, type) and not get_origin(annotation):
         return [str(annotation)]
     return [_words(annotation, bounds if annotation in (int, float) else "")]
-
-
-def nearest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
-    """`"; did you mean 'x'?"` for the closest choice, or an empty string."""
-    # Its module needs torch, which nobody who only asks for help should wait for.
-    from mmadapters.suggest import nearest as closest
-
-    return closest(word, choices)
-
-
-def one_of(choices: Sequence[str] | Mapping[str, Any]) -> str:
-    return f"there are {', '.join(choices)}"

@@ -10,17 +10,16 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from .keys import description, field_at, keys_of, nearest, sections, sections_at, type_text
+from mmadapters.suggest import nearest
+
+from .errors import ConfigError
+from .keys import description, field_at, keys_of, sections, sections_at, type_text
 from .schema import Section
 
 MODES = ("adapter", "full", "head", "none", "fusion")
 
 Place = tuple[str, ...]
 S = TypeVar("S", bound=Section)
-
-
-class ConfigError(ValueError):
-    """What is wrong with a config: one sentence a line, each with its place."""
 
 
 @dataclass

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from mmadapters.trunk.frozen import placeholder
+from mmadapters.trunk.store import DTYPES
 
 from .rows import Batch
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def processes() -> tuple[int, int]:

@@ -18,13 +18,13 @@ from mmadapters.suggest import nearest
 
 from ..config.schema import SPLITS, Split
 from ..core.capabilities import DataChecks, capability
-from ..core.errors import BadRow, Problem
+from ..core.errors import BadRow, Problem, first_line
 from ..core.results import Figure, Table
 from ..core.rows import Rows
 from ..core.task import Task
 from .examples import seeded_example
-from .load import Stream
 from .media import media_digest, media_name
+from .stream import Stream
 from .workers import MOST
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Place:
+class RowPlace:
     """A row: its number in its split and the name of its file, if it has one."""
 
     index: int
@@ -55,7 +55,7 @@ class Group:
 
     reason: str
     count: int
-    places: tuple[Place, ...]
+    places: tuple[RowPlace, ...]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class SplitReport:
 
 
 @dataclass
-class Report:
+class DataReport:
     splits: list[SplitReport]
     warnings: list[str] = field(default_factory=list)
 
@@ -97,7 +97,7 @@ def examine(
     *,
     workers: int | None = None,
     console: Console | None = None,
-) -> Report:
+) -> DataReport:
     """Makes every example of every split once and tells what failed, grouped by reason.
 
     Of a stream it is the first 1,000 rows. No row ends it: what `example` raises beside `BadRow`
@@ -110,7 +110,7 @@ def examine(
     """
     if workers is None:
         workers = min(os.cpu_count() or 1, MOST)
-    report = Report([])
+    report = DataReport([])
     digests: dict[Split, _Digests] = {}
     readable: dict[Split, Rows] = {
         split: rows.head(STREAMED) if isinstance(rows, Stream) else rows
@@ -136,13 +136,13 @@ def examine(
 class _Seen:
     """What is told of a row. `digests`: of its pictures and recordings, by role."""
 
-    place: Place
+    place: RowPlace
     reason: str | None
     digests: dict[str, str]
 
 
 # By role: where each picture or recording was seen, and how many rows the split has.
-_Digests = dict[str, list[tuple[str, Place]]]
+_Digests = dict[str, list[tuple[str, RowPlace]]]
 
 
 class _Reader(torch.utils.data.Dataset):
@@ -164,14 +164,14 @@ class _Reader(torch.utils.data.Dataset):
             row = self.rows[index]
             seeded_example(self.task, row, index, train=self.train)
         except BadRow as error:
-            reason = _one_line(error)
+            reason = first_line(error)
         except Exception as error:  # what is not a BadRow is a fault, but no reason to stop
-            reason = f"{type(error).__name__}: {_one_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
         values = {role: row.get(role) for role in self.media}
         found = {role: media_digest(value) for role, value in values.items()}
         name = next((n for value in values.values() if (n := media_name(value))), None)
         digests = {role: digest for role, digest in found.items() if digest is not None}
-        return _Seen(Place(index, name), reason, digests)
+        return _Seen(RowPlace(index, name), reason, digests)
 
 
 def _split(
@@ -185,8 +185,8 @@ def _split(
     report.errors += _missing_columns(task, name, rows)
     if report.errors:
         return report, digests
-    bad: list[tuple[Place, str]] = []
-    places: dict[int, Place] = {}
+    bad: list[tuple[RowPlace, str]] = []
+    places: dict[int, RowPlace] = {}
     try:
         for seen in _read(_Reader(task, rows, train=name == "train"), workers):
             advance(1)
@@ -200,7 +200,7 @@ def _split(
         first = len(places)
         report.errors.append(
             f"reading it ended at one of the rows from {first} on, and none after was checked: "
-            f"{_one_line(error)}"
+            f"{first_line(error)}"
         )
     report.usable = len(places) - len(bad)
     report.problems = _grouped(bad)
@@ -220,13 +220,13 @@ def _split(
             step()
         except Exception as error:  # a fault of the task's, on data that may be at fault too
             report.errors.append(
-                f"the task's own look at it failed: {type(error).__name__}: {_one_line(error)}"
+                f"the task's own look at it failed: {type(error).__name__}: {first_line(error)}"
             )
     return report, digests
 
 
-def _place(places: Mapping[int, Place], problem: Problem) -> Place:
-    return places.get(problem.index, Place(problem.index, None))
+def _place(places: Mapping[int, RowPlace], problem: Problem) -> RowPlace:
+    return places.get(problem.index, RowPlace(problem.index, None))
 
 
 def _missing_columns(task: Task, name: Split, rows: Rows) -> list[str]:
@@ -265,9 +265,9 @@ def _ignore_warnings(worker: int = 0) -> None:
     warnings.simplefilter("ignore")
 
 
-def _grouped(problems: Sequence[tuple[Place, str]]) -> list[Group]:
+def _grouped(problems: Sequence[tuple[RowPlace, str]]) -> list[Group]:
     """By reason, whatever numbers and names stand in it; the commonest first."""
-    groups: dict[str, list[tuple[Place, str]]] = {}
+    groups: dict[str, list[tuple[RowPlace, str]]] = {}
     for place, reason in sorted(problems, key=lambda problem: problem[0].index):
         groups.setdefault(_pattern(reason), []).append((place, reason))
     found = [
@@ -302,11 +302,6 @@ def _leaks(digests: Mapping[Split, _Digests]) -> list[str]:
     return found
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 @contextmanager
 def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
@@ -320,7 +315,7 @@ def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], N
         yield lambda rows: progress.advance(bar, rows)
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: DataReport, console: Console) -> None:
     """The report as tables: every split, every reason, the first rows of each."""
     for split in report.splits:
         for part in _split_parts(split):

@@ -15,13 +15,15 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mmadapters.suggest import nearest
 
+from ..core.errors import first_line
+from .media import MEDIA_SUFFIXES
+from .parts import Parts, Piece
 from .splits import KNOWN
 
 if TYPE_CHECKING:
@@ -30,27 +32,10 @@ if TYPE_CHECKING:
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 METADATA = tuple(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet"))
-MEDIA_FILES = frozenset(
-    (
-        *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
-        *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"),
-    )
-)
 IMAGES = ("images", "image", "imgs", "img")
 MASKS = ("masks", "mask", "annotations", "labels")
 _JSON_BLOCK = 64 << 20  # bytes; one row must fit into a block
 _INTEGERS = r"^(0|-?[1-9]\d{0,17})?$"  # written as Python writes them, so nothing is lost
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows that are read together, and the folder from which their relative paths start."""
-
-    read: Callable[[], Dataset]
-    folder: Path | None
-
-
-Parts = dict[str, list[Piece]]  # by the source's own name of a split; "" where it names none
 
 
 def local_parts(source: str) -> Parts | None:
@@ -159,7 +144,7 @@ def _media_files(folder: Path) -> Iterator[str]:
     for place, _, names in os.walk(folder, followlinks=True):
         relative = Path(place).relative_to(folder)
         for name in names:
-            if os.path.splitext(name)[1].lower() in MEDIA_FILES and not name.startswith("."):
+            if os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES and not name.startswith("."):
                 yield (relative / name).as_posix()
 
 
@@ -217,7 +202,7 @@ def _read_tables(files: Sequence[Path]) -> Dataset:
     except pa.ArrowException as error:
         raise ValueError(
             f"{files[0]} and the {len(files) - 1} other files differ in the kinds of their "
-            f"columns: {_first_line(error)}"
+            f"columns: {first_line(error)}"
         ) from None
     if all(file.suffix.lower() in (".csv", ".tsv") for file in files):
         table = _whole_numbers(table)
@@ -231,7 +216,7 @@ def _read_table(file: Path) -> pa.Table:
     try:
         table = reader(file)
     except (pa.ArrowException, OSError, ValueError) as error:  # bad JSON and UTF-8 are ValueErrors
-        raise ValueError(f"{file} cannot be read: {_first_line(error)}") from None
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from None
     names = table.column_names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{file} has more than one column {twice[0]!r}")
@@ -299,9 +284,4 @@ def _read_parquet(files: Sequence[Path]) -> Dataset:
     except (DatasetGenerationError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ or error
         what = f"{files[0]}" + (f" (or one of {len(files) - 1} more)" if len(files) > 1 else "")
-        raise ValueError(f"{what} cannot be read: {_first_line(cause)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__
+        raise ValueError(f"{what} cannot be read: {first_line(cause)}") from None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..config.schema import DataConfig
-from .files import Parts, Piece
+from .parts import Parts, Piece
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

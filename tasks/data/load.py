@@ -9,19 +9,18 @@ import numpy as np
 from ..config.schema import SPLITS, DataConfig, Split
 from ..core.rows import Column, Rows
 from .columns import find_columns, to_roles
-from .files import Parts, Piece, local_parts
+from .files import local_parts
 from .hub import hub_parts, hub_streams
-from .rows import Selection, by_values, cut, keep, limit
+from .parts import Parts, Piece
+from .rows import RowSelection, by_values, cut, keep, limit
 from .splits import find_splits
-from .stream import Stream, read_streams
-
-__all__ = ["Stream", "load"]
+from .stream import read_streams
 
 BUILTIN = "builtin/"
 SPLIT_COLUMN = "split"
 
 
-def load(
+def load_splits(
     config: DataConfig, columns: Mapping[str, Column], splits: Sequence[Split] = SPLITS
 ) -> dict[Split, Rows]:
     """The rows of each of `splits` that there is.
@@ -42,7 +41,7 @@ def load(
     source = _Source(config, columns)
     present = find_splits(config, source.names)
     shares = {s: share for s, share in config.fractions.items() if s not in present}
-    found: dict[Split, Selection] = {
+    found: dict[Split, RowSelection] = {
         split: _filtered(source.split(name), split, config)
         for split, name in present.items()
         if split in splits or (split == "train" and shares)
@@ -63,7 +62,7 @@ def load(
     }
 
 
-def _filtered(part: Selection, split: Split, config: DataConfig) -> Selection:
+def _filtered(part: RowSelection, split: Split, config: DataConfig) -> RowSelection:
     part = keep(part, split, config.keep.get(split, {}))
     return keep(part, split, config.drop.get(split, {}), drop=True)
 
@@ -77,7 +76,7 @@ class _Source:
     def __init__(self, config: DataConfig, columns: Mapping[str, Column]) -> None:
         self.config, self.columns = config, columns
         self.parts = _parts(config)
-        self.whole: Mapping[str, Selection] = {}
+        self.whole: Mapping[str, RowSelection] = {}
         if len(self.parts) > 1 and config.split_column is not None:
             raise ValueError(
                 f"data.split_column: the data comes in splits already, {', '.join(self.parts)}"
@@ -87,10 +86,10 @@ class _Source:
             self.whole = self._by_column(name or "train", self._read(pieces))
         self.names = list(self.whole or self.parts)
 
-    def split(self, name: str) -> Selection:
+    def split(self, name: str) -> RowSelection:
         return self.whole[name] if self.whole else self._read(self.parts[name])
 
-    def _by_column(self, name: str, whole: Selection) -> Mapping[str, Selection]:
+    def _by_column(self, name: str, whole: RowSelection) -> Mapping[str, RowSelection]:
         column = self.config.split_column
         if column is not None:
             return by_values(whole, whole.resolve(column, "data.split_column"))
@@ -98,7 +97,7 @@ class _Source:
             return by_values(whole, SPLIT_COLUMN)
         return {name: whole}
 
-    def _read(self, pieces: Sequence[Piece]) -> Selection:
+    def _read(self, pieces: Sequence[Piece]) -> RowSelection:
         import datasets
 
         parts = []
@@ -109,7 +108,7 @@ class _Source:
         whole = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         if not len(whole):
             raise ValueError(f"data.source: {self.config.source} has no rows")
-        return Selection(whole, np.arange(len(whole)), found)
+        return RowSelection(whole, np.arange(len(whole)), found)
 
 
 def _parts(config: DataConfig) -> Parts:

@@ -20,11 +20,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ..core.errors import BadRow
+from ..core.errors import BadRow, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
     from torchaudio.transforms import Resample
+
+# The endings of the files that are taken for pictures and recordings, in lower case.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm"),
+)
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *AUDIO_SUFFIXES))
 
 # A WAV file written to a pipe says that it is as long as can be said.
 UNKNOWN_SIZE = 0x7FFF0000
@@ -189,7 +197,7 @@ def _opened(value: Any, noun: str) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         if not os.path.lexists(str(value).replace("\0", "")):
             raise BadRow(f"no such file: {value}") from None
-        raise BadRow(f"cannot open {value}: {_first_line(error)}") from None
+        raise BadRow(f"cannot open {value}: {first_line(error)}") from None
     with file:
         if os.fstat(file.fileno()).st_size == 0:
             raise BadRow(f"the {noun} file is empty (0 bytes)")
@@ -204,7 +212,7 @@ def _fetched(url: str) -> _Bytes:
         with fsspec.open(url, "rb") as file:
             data = file.read()
     except Exception as error:  # each file system has its own
-        raise BadRow(f"cannot fetch {url}: {_first_line(error)}") from None
+        raise BadRow(f"cannot fetch {url}: {first_line(error)}") from None
     if not data:
         raise BadRow(f"there are no bytes at {url}")
     return _Bytes(data)
@@ -233,7 +241,7 @@ def _upright(source: BinaryIO | Image.Image, noun: str) -> Image.Image:
     except MemoryError:
         raise BadRow(f"the {noun} is too large for the memory") from None
     except Exception as error:  # PIL's plugins raise what their parsing happens to raise
-        raise BadRow(f"the {noun} cannot be decoded: {_first_line(error)}") from None
+        raise BadRow(f"the {noun} cannot be decoded: {first_line(error)}") from None
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # EXIF that cannot be parsed says nothing of the orientation
@@ -307,7 +315,7 @@ def _audio_file(value: Any) -> tuple[np.ndarray, int]:
                 samples = sound.read(dtype="float32", always_2d=True)
                 announced, info, rate = sound.frames, sound.extra_info, sound.samplerate
         except Exception as error:  # soundfile raises RuntimeError, TypeError and its own
-            reason = _first_line(error).removeprefix(f"Error opening {source!r}: ")
+            reason = first_line(error).removeprefix(f"Error opening {source!r}: ")
             reason = re.sub(r"^Error opening <.*?>: ", "", reason)
             raise BadRow(f"the audio cannot be decoded: {reason}") from None
     there, said = samples.shape[0], announced
@@ -325,7 +333,7 @@ def _audio_array(value: dict[str, Any]) -> tuple[np.ndarray, int]:
     try:
         samples = np.asarray(value["array"])
     except ValueError as error:
-        raise BadRow(f"the samples are no array: {_first_line(error)}") from None
+        raise BadRow(f"the samples are no array: {first_line(error)}") from None
     if samples.ndim not in (1, 2) or samples.dtype.kind not in "iuf":
         raise BadRow(f"samples of shape {samples.shape} and type {samples.dtype} are no recording")
     if samples.dtype.kind == "u":
@@ -364,8 +372,3 @@ def _resampler(ratio: Fraction) -> Resample:
     from torchaudio.transforms import Resample
 
     return Resample(ratio.numerator, ratio.denominator)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__

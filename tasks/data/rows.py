@@ -1,6 +1,6 @@
 """Which rows of a data set are a split: by a column's values, by share, by number.
 
-A `Selection` is a data set and the numbers of its rows, so that every choice is a few operations
+A `RowSelection` is a data set and the numbers of its rows, so that every choice is a few operations
 on whole columns and the data set is cut once, at the end.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Selection:
+class RowSelection:
     """Rows of a data set whose columns are roles.
 
     `indices`: (N,) int64, rising. `names`: the source's column of each role.
@@ -64,7 +64,7 @@ class Selection:
         return own
 
 
-def by_values(selection: Selection, column: str) -> dict[str, Selection]:
+def by_values(selection: RowSelection, column: str) -> dict[str, RowSelection]:
     """The rows of each value of a column of text; rows without a value are in none."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -78,8 +78,12 @@ def by_values(selection: Selection, column: str) -> dict[str, Selection]:
 
 
 def keep(
-    selection: Selection, split: Split, filters: Mapping[str, Sequence[Any]], *, drop: bool = False
-) -> Selection:
+    selection: RowSelection,
+    split: Split,
+    filters: Mapping[str, Sequence[Any]],
+    *,
+    drop: bool = False,
+) -> RowSelection:
     """The rows whose columns have one of the values of every filter (of none of them: `drop`).
 
     Raises:
@@ -120,12 +124,12 @@ def plain(value: Any) -> str | None:
 
 
 def cut(
-    selection: Selection,
+    selection: RowSelection,
     fractions: Mapping[Split, float],
     roles: Mapping[str, Column],
     *,
     seed: int,
-) -> dict[Split, Selection]:
+) -> dict[Split, RowSelection]:
     """Training rows in several splits, by share; what is left is "train".
 
     Rows that share a picture or a recording stay together: a share of the questions about a
@@ -139,7 +143,7 @@ def cut(
     sizes = np.bincount(units)
     order = np.random.default_rng(seed).permutation(len(sizes))
     ends = np.cumsum(sizes[order])
-    found: dict[Split, Selection] = {}
+    found: dict[Split, RowSelection] = {}
     start = taken = 0
     for split in sorted(fractions):  # test, validation
         taken += max(round(fractions[split] * len(selection)), 1)
@@ -157,7 +161,7 @@ def cut(
     return {"train": replace(selection, indices=selection.indices[rest]), **found}
 
 
-def _units(selection: Selection, roles: Mapping[str, Column]) -> np.ndarray:
+def _units(selection: RowSelection, roles: Mapping[str, Column]) -> np.ndarray:
     """(N,) the group of each row, 0, 1, … by first appearance."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -182,7 +186,7 @@ def _units(selection: Selection, roles: Mapping[str, Column]) -> np.ndarray:
     return codes
 
 
-def limit(selection: Selection, count: int | None, *, seed: int) -> Selection:
+def limit(selection: RowSelection, count: int | None, *, seed: int) -> RowSelection:
     """At most `count` rows, in their order; fewer are a part of more for the same seed."""
     if count is None or len(selection) <= count:
         return selection

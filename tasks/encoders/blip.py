@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 
 from ..config.schema import BackboneConfig
+from ..core.errors import first_line
 
 IGNORED = -100  # a label that counts nothing
 LOGITS_AT_A_TIME = 2**26  # numbers of (M, T, V) held at once when answers are ranked
@@ -144,7 +145,7 @@ def blip_tokenizer(
     try:
         source = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(
             f"no tokenizer could be loaded from {place!r} (backbone.processor names another): "
             f"{reason}"

@@ -20,6 +20,7 @@ from mmadapters import AdapterModel
 from mmadapters.sites.sitemap import Tower
 
 from ..config.schema import BackboneConfig
+from ..core.errors import first_line
 
 _OPEN_CLIP = ("CLIP", "CustomTextCLIP", "CoCa")
 _TRANSFORMERS = ("CLIPModel", "SiglipModel")
@@ -276,7 +277,7 @@ def _from_transformers(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_no_tokenizer(name)}: {_line(error)}") from error
+        raise ValueError(f"{_no_tokenizer(name)}: {first_line(error)}") from error
 
 
 def _from_open_clip(name: str) -> Any:
@@ -285,12 +286,8 @@ def _from_open_clip(name: str) -> Any:
     try:
         return open_clip.get_tokenizer(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_no_tokenizer(name)}: {_line(error)}") from error
+        raise ValueError(f"{_no_tokenizer(name)}: {first_line(error)}") from error
 
 
 def _no_tokenizer(name: str) -> str:
     return f"no tokenizer could be loaded from {name!r} (backbone.processor names another)"
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config.schema import BackboneConfig
+from ..core.errors import first_line
 
 Preprocessing = dict[str, Any]
 
@@ -278,7 +279,7 @@ def _processor(source: str) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     # Its own errors and those of the hub's client, which are of many classes.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(
             f"the image processor of {source!r} cannot be loaded: {reason}; give a hub name that "
             "can be reached, or a folder, as backbone.processor"

@@ -19,6 +19,7 @@ import yaml
 from mmadapters.files import write_text
 
 from .. import artifact
+from ..config.renamed import NewNames
 from ..config.schema import Section
 from ..training.checkpoint import CHECKPOINTS, last_checkpoint
 
@@ -44,7 +45,8 @@ def check_folder(folder: Path, config: Section, *, resume: bool, overwrite: bool
             raise ValueError(f"{folder} holds other files than a run; choose another output=…")
         return None
     if resume:
-        before = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
+        written = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
+        before = NewNames().of(written, lambda path: str(folder / CONFIG))
         if changed := differences(before, config.model_dump(mode="json")):
             raise ValueError(
                 f"{folder} was begun with another config ({', '.join(changed[:3])}): resume it "

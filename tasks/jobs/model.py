@@ -16,8 +16,9 @@ from ..config.schema import JobConfig
 from ..core.model import TaskModel
 from ..core.rows import Rows
 from ..core.task import Task
-from ..data import load
+from ..data.stream import Stream
 from ..encoders.speech import convolutions
+from ..registry import task_class
 
 STREAMED = 10_000  # rows of a stream that labels and vocabularies are taken from
 
@@ -33,7 +34,7 @@ def make_model(config: JobConfig, rows: Rows | None) -> tuple[Task, TaskModel]:
     """
     set_seed(config.seed)
     backbone = artifact.make_backbone(config.backbone)
-    task = artifact.task_class(config.task)(config)
+    task = task_class(config.task)(config)
     task.fit(rows, backbone)
     return task, build_model(task, make_encoder(backbone))
 
@@ -106,7 +107,7 @@ def add_adapters(config: JobConfig, encoder: AdapterModel) -> None:
 
 def rows_to_fit(rows: Any) -> Rows | None:
     """Returns the rows to which a task is fitted: all training rows, or the first of a stream."""
-    return rows.head(STREAMED) if isinstance(rows, load.Stream) else rows
+    return rows.head(STREAMED) if isinstance(rows, Stream) else rows
 
 
 def adapter_config(config: JobConfig) -> mmadapters.MethodConfig | None:

@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Opened
-from ..data.files import MEDIA_FILES
-
-# Endings of the pictures and recordings that a folder stands for.
-_ENDINGS = MEDIA_FILES | {".ppm", ".pgm", ".au"}
+from ..data.media import MEDIA_SUFFIXES
 
 
 def predict(
@@ -40,6 +37,8 @@ def expand(inputs: Sequence[str]) -> Iterator[str]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            yield from (str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in _ENDINGS)
+            yield from (
+                str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in MEDIA_SUFFIXES
+            )
         else:
             yield name

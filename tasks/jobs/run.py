@@ -21,8 +21,10 @@ from ..core.model import TaskModel
 from ..core.results import Scores
 from ..core.rows import Record, Rows
 from ..core.task import Task
-from ..data import load
+from ..data.load import load_splits
+from ..data.stream import Stream
 from ..data.workers import readers
+from ..registry import task_class
 from ..reports.results import Run
 from ..reports.run_report import write_run_report
 from ..training.checkpoint import CHECKPOINTS
@@ -55,7 +57,7 @@ def train(
     if checkpoint is None and state.is_main_process:
         make_folder(folder, config)
     state.wait_for_everyone()
-    splits = load.load(config.data, artifact.task_class(config.task)(config).columns, SPLITS)
+    splits = load_splits(config.data, task_class(config.task)(config).columns, SPLITS)
     task, model = make_model(config, rows_to_fit(splits.get("train")))
     return train_model(task, model, splits, checkpoint=checkpoint, quiet=quiet)
 
@@ -96,7 +98,7 @@ def train_model(
 
 def chosen(task: Task, splits: dict[Split, Rows]) -> dict[Split, Rows]:
     """Returns the splits with only those training rows that the task uses."""
-    if "train" not in splits or isinstance(splits["train"], load.Stream):
+    if "train" not in splits or isinstance(splits["train"], Stream):
         return splits
     return {**splits, "train": capability(task, Calibration).choose(splits["train"])}
 

@@ -22,8 +22,9 @@ import torch
 
 from ..core.model import TaskModel
 from ..core.task import Task
+from ..data.media import IMAGE_SUFFIXES
 from .model import RetrievalModel
-from .queries import PICTURES, Item, embed, items
+from .queries import Item, embed, items
 
 if TYPE_CHECKING:
     from .task import RetrievalTask
@@ -163,9 +164,9 @@ def _pictures(given: str) -> Iterator[str]:
     if not os.path.isdir(given):
         yield given
         return
-    found = sorted(p for p in Path(given).rglob("*") if p.suffix.lower() in PICTURES)
+    found = sorted(p for p in Path(given).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise ValueError(f"there is no picture in {given} ({', '.join(PICTURES)})")
+        raise ValueError(f"there is no picture in {given} ({', '.join(IMAGE_SUFFIXES)})")
     yield from map(str, found)
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from .task import RetrievalTask
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 AT_A_TIME = 32
 
 
@@ -55,7 +54,7 @@ def _items(text: str) -> Iterator[Item]:
         yield from found
     elif _is_file(path):
         yield Item("image", text)
-    elif suffix in PICTURES or suffix == ".txt":
+    elif suffix in media.IMAGE_SUFFIXES or suffix == ".txt":
         raise ValueError(f"there is no file {text}")
     elif not text.strip():
         raise ValueError("a query is empty: give a text or the path of a picture")

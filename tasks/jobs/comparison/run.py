@@ -25,11 +25,11 @@ import numpy as np
 from mmadapters.files import write_text
 from mmadapters.suggest import nearest
 
-from ... import artifact
 from ...config.schema import SPLITS, JobConfig, Split
 from ...core.metrics import Metric
 from ...core.rows import Rows
-from ...data import load
+from ...data.load import load_splits
+from ...registry import task_class
 from ..folder import CONFIG, check_folder, make_folder
 from ..metrics import environment
 from ..model import make_model, rows_to_fit
@@ -73,7 +73,7 @@ def compare(
         raise ValueError("compare runs in one process: start it without torchrun or accelerate")
     folder = Path(config.output)
     _prepare(folder, config, resume=resume or bool(only), overwrite=overwrite)
-    splits: Splits = load.load(first.data, artifact.task_class(first.task)(first).columns, SPLITS)
+    splits: Splits = load_splits(first.data, task_class(first.task)(first).columns, SPLITS)
     measured_split(splits)
     if config.learning_rates and "validation" not in splits:
         raise ValueError("learning_rates are chosen on a validation split, and there is none")

@@ -34,7 +34,8 @@ from ...config.schema import SPLITS, JobConfig, Split
 from ...core.model import TaskModel
 from ...core.rows import Record, Rows
 from ...core.task import Task
-from ...data import load
+from ...data.load import load_splits
+from ...registry import task_class
 from ..folder import CONFIG, METRICS, check_folder, make_folder
 from ..metrics import environment
 from ..model import build_model, make_encoder, rows_to_fit
@@ -104,7 +105,7 @@ def _check_folders(
 
 
 def _load(job: JobConfig) -> Splits:
-    splits = load.load(job.data, artifact.task_class(job.task)(job).columns, SPLITS)
+    splits = load_splits(job.data, task_class(job.task)(job).columns, SPLITS)
     if "train" not in splits:
         raise ValueError(f"{job.name}: there is no training split: name it in data.splits")
     measured_split(splits)
@@ -128,7 +129,7 @@ class _Learner:
     ) -> None:
         set_seed(jobs[0].seed)
         backbone = artifact.make_backbone(jobs[0].backbone)
-        self.tasks = [artifact.task_class(job.task)(job) for job in jobs]
+        self.tasks = [task_class(job.task)(job) for job in jobs]
         for task, of_task in zip(self.tasks, splits, strict=True):
             task.fit(rows_to_fit(of_task["train"]), backbone)
         self.encoder = make_encoder(backbone)

@@ -24,7 +24,8 @@ from ...core.capabilities import Calibration, capability
 from ...core.model import TaskModel
 from ...core.rows import Rows
 from ...core.task import Task
-from ...data import load
+from ...data.load import load_splits
+from ...registry import task_class
 from ...reports.results import Run
 from ...training.checkpoint import CHECKPOINTS
 from ..folder import METRICS, check_folder, make_folder
@@ -75,7 +76,7 @@ def learn(
         for job in jobs:
             make_folder(Path(job.output), job)
     state.wait_for_everyone()
-    tasks = {job.name: artifact.task_class(job.task)(job) for job in jobs}
+    tasks = {job.name: task_class(job.task)(job) for job in jobs}
     splits = {name: _load(task) for name, task in tasks.items()}
     _check_validation(splits)
     model = build_joint(config, tasks, splits)
@@ -101,7 +102,7 @@ def learn(
 
 def _load(task: Task) -> Splits:
     config = task.config
-    splits = load.load(config.data, task.columns, SPLITS)
+    splits = load_splits(config.data, task.columns, SPLITS)
     if "train" not in splits:
         raise ValueError(f"{config.name}: there is no training split: name it in data.splits")
     measured_split(splits)

@@ -24,9 +24,10 @@ from mmadapters.tasks.classification.embeddings import EmbeddingClassifier
 from mmadapters.tasks.classification.labels import LabelMap
 from mmadapters.tasks.classification.task import ClassificationTask
 from mmadapters.tasks.config.file import read_config
-from mmadapters.tasks.data import load
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.jobs.model import build_model, make_encoder, make_model
 from mmadapters.tasks.jobs.run import train_model
+from mmadapters.tasks.registry import task_class
 from mmadapters.tasks.training.evaluate import evaluate
 from mmadapters.zoo import load_tokenizer
 
@@ -59,7 +60,7 @@ def tip(folder: Path | None = None, *, data: Any = None, **head: Any) -> Classif
         folder,
         head={"kind": "tip_adapter", "shots": 4, **head},
         trainer={"mode": "head", "learning_rate": 1e-2},
-        data=load or {},
+        data=data or {},
     )
 
 
@@ -451,6 +452,6 @@ def test_linear_head_refuses_adapters_beside_the_image_tower() -> None:
         (["adapter={method: clip_adapter}"], "would do nothing: compare embeddings"),
     ):
         config = read_config("classify_scenes", ["backbone.name=nano/clip", *few, *more])
-        rows = load.load(config.data, artifact.task_class(config.task)(config).columns)["train"]
+        rows = load_splits(config.data, task_class(config.task)(config).columns)["train"]
         with pytest.raises(ValueError, match=message):
             make_model(config, rows)

@@ -11,8 +11,8 @@ import torch
 
 from mmadapters.tasks.config.schema import DataConfig
 from mmadapters.tasks.core.rows import Column, Rows
-from mmadapters.tasks.data import load as data
 from mmadapters.tasks.data import media
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.data.sources import builtin_parts, scenes, speech
 from mmadapters.tasks.data.synthetic import scenes as drawing
 from mmadapters.tasks.data.synthetic import sentences
@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(name: str, columns: dict[str, Column], **options) -> dict[str, Rows]:
-    return data.load(DataConfig(source=f"builtin/{name}", options=options), columns)
+    return load_splits(DataConfig(source=f"builtin/{name}", options=options), columns)
 
 
 def digest(rows: Rows) -> str:

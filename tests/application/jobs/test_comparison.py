@@ -116,11 +116,11 @@ def test_bottleneck_trains_as_many_parameters_as_a_whole_size_can(folder: Path) 
 
 
 def _rows(config: Any) -> Any:
-    from mmadapters.tasks import artifact
-    from mmadapters.tasks.data import load
+    from mmadapters.tasks.data.load import load_splits
+    from mmadapters.tasks.registry import task_class
 
     job = make_job(config, {}, "rows")
-    return load.load(job.data, artifact.task_class(job.task)(job).columns)["train"]
+    return load_splits(job.data, task_class(job.task)(job).columns)["train"]
 
 
 def test_costs_are_of_a_step(folder: Path) -> None:

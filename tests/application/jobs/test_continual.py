@@ -15,18 +15,18 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from mmadapters.tasks import artifact
 from mmadapters.tasks.artifact import open_directory
 from mmadapters.tasks.cli.app import app
 from mmadapters.tasks.config.file import config_names, read_config
 from mmadapters.tasks.core.metrics import Metric
 from mmadapters.tasks.core.plots import heat_maps
-from mmadapters.tasks.data import load
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.jobs.continual import router as routing
 from mmadapters.tasks.jobs.continual.config import contrast_jobs, read_continual, read_jobs
 from mmadapters.tasks.jobs.continual.report import points
 from mmadapters.tasks.jobs.continual.results import LearningSequence, ScoreCell
 from mmadapters.tasks.jobs.continual.run import fingerprint, measure
+from mmadapters.tasks.registry import task_class
 
 FEW = {"train": 32, "validation": 8, "test": 16}
 SHORT = {
@@ -94,7 +94,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 def again(directory: str) -> str:
     """The hash of what a saved run gives on its test split, on an encoder loaded anew."""
     opened = open_directory(directory)
-    rows = load.load(opened.task.config.data, opened.task.columns)["test"]
+    rows = load_splits(opened.task.config.data, opened.task.columns)["test"]
     return measure(opened.task, opened.model, rows)[0].outputs
 
 
@@ -172,7 +172,7 @@ def test_the_nearest_mean_decides() -> None:
 
 def test_pictures_with_questions_are_not_routed() -> None:
     tasks = [
-        artifact.task_class(job.task)(job)
+        task_class(job.task)(job)
         for job in (read_config("classify_scenes"), read_config("retrieve_scenes"))
     ]
     assert routing.obstacle(tasks[:1]) is None

@@ -28,8 +28,8 @@ from mmadapters.tasks.artifact import make_backbone, open_directory
 from mmadapters.tasks.cli.app import app
 from mmadapters.tasks.config.file import config_names
 from mmadapters.tasks.core.metrics import Metric
-from mmadapters.tasks.data import load
 from mmadapters.tasks.data.batches import EpochBatches, MixedBatches
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.jobs.multitask.config import read_multitask, read_tasks
 from mmadapters.tasks.jobs.multitask.results import history_of, mean_of
 from mmadapters.tasks.jobs.run import evaluate_split
@@ -141,7 +141,7 @@ def test_the_figures_are_those_of_the_tasks_own_runs(metrics: dict[str, Any]) ->
 def test_a_saved_adapter_gives_what_it_gave_in_the_run(metrics: dict[str, Any], name: str) -> None:
     opened = open_directory(f"runs/two/{name}")
     assert opened.model.encoder.adapter_names == (name,)
-    rows = load.load(opened.task.config.data, opened.task.columns)["test"]
+    rows = load_splits(opened.task.config.data, opened.task.columns)["test"]
     found = evaluate_split(opened.task, opened.model, rows)
     scores = opened.task.score(found.records, bootstrap=0)
     known = metrics["tasks"][name]["splits"]["test"]["metrics"]
