@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from mmadapters.files import replacing_file
 
 from ..config.schema import TrainerConfig
 from ..core.device import default_device, processes, to_device
@@ -452,9 +453,8 @@ def write_trained(model: TaskModel, path: Path) -> None:
     """Writes `trained_tensors`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: t.detach().cpu().contiguous() for k, t in trained_tensors(model).items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+    with replacing_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def read_trained(model: TaskModel, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mmadapters.files import write_text
+from mmadapters.files import write_bytes, write_text
 
 from ...core.metrics import Metric
 from ...core.plots import LIGHT, figure_png
@@ -42,9 +42,7 @@ def write_comparison_report(done: Comparison, environment: Mapping[str, Any]) ->
         config=yaml.safe_dump(done.config.model_dump(mode="json"), sort_keys=False),
         created=datetime.now().astimezone(),
     )
-    temporary = done.folder / f".{CHART}.tmp"
-    temporary.write_bytes(image)
-    temporary.replace(done.folder / CHART)
+    write_bytes(done.folder / CHART, image)
     write_text(done.folder / MARKDOWN, markdown(done))
     write_text(done.folder / REPORT, page)
 
