@@ -62,12 +62,16 @@ class Composition:
         """Raises ValueError for members that do not go together."""
 
     def names(self) -> Iterator[str]:
-        """The names of its adapters, each once, in the order in which they are written."""
-        found: dict[str, None] = {}
+        """Yields the names of its adapters, each once, in the order in which they are written."""
+        names: dict[str, None] = {}
         for member in self.members:
-            found.update(dict.fromkeys((member,) if isinstance(member, str) else member.names()))
-        found.pop(BASE, None)
-        yield from found
+            names.update(dict.fromkeys((member,) if isinstance(member, str) else member.names()))
+        names.pop(BASE, None)
+        yield from names
+
+    def fusion_names(self) -> set[str]:
+        """Returns the names of all AdapterFusions that take part in it."""
+        return {part.name for part in _below(self) if isinstance(part, Fuse)}
 
     def to_data(self) -> Any:
         """Plain data for YAML and JSON, which `from_data` reads."""
@@ -103,10 +107,10 @@ class Stack(Composition):
     def check(self) -> None:
         seen: set[str] = set()
         for member in self.members:
-            own = {member} if isinstance(member, str) else set(member.names())
-            if twice := sorted(own & seen):
+            names = {member} if isinstance(member, str) else set(member.names())
+            if twice := sorted(names & seen):
                 raise ValueError(f"adapter {twice[0]!r} stands twice in one Stack")
-            seen |= own
+            seen |= names
 
     def to_data(self) -> Any:
         only = self.members[0]

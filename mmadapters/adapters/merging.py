@@ -28,7 +28,7 @@ Changes = list[tuple[Parameter, Tensor]]
 
 
 @dataclass(eq=False)
-class Merged:
+class MergedAdapter:
     """One merged adapter: the tensors that it changed, as they were, and the leaves that have other
     sizes since."""
 
@@ -37,7 +37,7 @@ class Merged:
     widened: list[Leaf]
 
     @classmethod
-    def into_weights(cls, name: str, changes: Changes, sites: SiteMap) -> Merged:
+    def into_weights(cls, name: str, changes: Changes, sites: SiteMap) -> MergedAdapter:
         """Writes the changed tensors into the encoder."""
         originals = [(place, place.tensor.detach().clone()) for place, _ in changes]
         merged = cls(name, originals, widened_leaves(changes, sites))
@@ -67,7 +67,7 @@ def while_merged(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[None]:
     Raises:
         ValueError: as `merged_tensors`.
     """
-    folded = Merged.into_weights(name, merged_tensors(name, adapter, sites), sites)
+    folded = MergedAdapter.into_weights(name, merged_tensors(name, adapter, sites), sites)
     try:
         yield
     finally:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from ..files import replacing_directory
 from ..sites.sitemap import Leaf, Tower
 
 FORMAT = 1
@@ -54,7 +53,6 @@ def write(directory: str | os.PathLike, stored: Stored) -> None:
     """
     target = Path(directory)
     _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {**stored.tensors, **{_HEAD + key: value for key, value in stored.head.items()}}
     damaged = _not_finite(tensors)
     if damaged is not None:
@@ -75,14 +73,10 @@ def write(directory: str | os.PathLike, stored: Stored) -> None:
         "metadata": stored.metadata,
     }
     text = json.dumps(description, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replacing_directory(target) as fresh:
         fresh.chmod(0o755)
         _write_synced(fresh / WEIGHTS_FILE, data)
         _write_synced(fresh / JSON_FILE, text.encode())
-        _swap(fresh, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -116,21 +110,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _swap(fresh: Path, target: Path) -> None:
-    if not target.exists():
-        fresh.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    old.rmdir()
-    target.rename(old)
-    try:
-        fresh.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read(directory: str | os.PathLike) -> Stored:

@@ -15,7 +15,7 @@ which is therefore shared with either.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -29,9 +29,7 @@ from ..methods.lora import LoRA
 from ..methods.reparam import RepAdapter
 from ..methods.speech import FrontEndAdapter
 from ..methods.union import GatedBranch, GatedDelta
-
-if TYPE_CHECKING:
-    from .model import AdapterModel
+from .store import AdapterStore
 
 Sharing = Literal["single", "multiple", "half_down", "half_up"]
 Half = Literal["half_down", "half_up"]
@@ -50,7 +48,7 @@ _PROJECTIONS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def add(
-    model: AdapterModel,
+    store: AdapterStore,
     names: Iterable[str] | Mapping[str, MethodConfig | str],
     config: MethodConfig | str | None,
     *,
@@ -58,30 +56,30 @@ def add(
     share_with: str | None,
 ) -> None:
     """See `AdapterModel.add_adapters`."""
-    configs = _configs(model, names, config, share_with)
-    group = {} if share_with is None else {share_with: model.adapter(share_with)}
-    kind = _kind_of_group(model, sharing, share_with)
-    fresh = {name: model._build(name, own) for name, own in configs.items()}
+    configs = _configs(store, names, config, share_with)
+    group = {} if share_with is None else {share_with: store.adapter(share_with)}
+    kind = _kind_of_group(store, sharing, share_with)
+    fresh = {name: store.build(name, its_config) for name, its_config in configs.items()}
     tie({**group, **fresh}, kind)
     added: list[str] = []
     try:
         for name, adapter in fresh.items():
-            model._insert(name, adapter)
+            store.insert(name, adapter)
             added.append(name)
     except BaseException:
         for name in added:
-            model.delete_adapter(name)
+            store.remove(name)
         raise
 
 
 def _configs(
-    model: AdapterModel,
+    store: AdapterStore,
     names: Iterable[str] | Mapping[str, MethodConfig | str],
     config: MethodConfig | str | None,
     share_with: str | None,
 ) -> dict[str, MethodConfig]:
     if config is None and share_with is not None:
-        config = model.adapter(share_with).config
+        config = store.adapter(share_with).config
     if isinstance(names, Mapping):
         given = dict(names)
     else:
@@ -99,13 +97,13 @@ def _configs(
     return {n: method_named(c)() if isinstance(c, str) else c for n, c in given.items()}
 
 
-def _kind_of_group(model: AdapterModel, sharing: Sharing | None, share_with: str | None) -> Sharing:
+def _kind_of_group(store: AdapterStore, sharing: Sharing | None, share_with: str | None) -> Sharing:
     """What is asked for; or, for a group that is joined, what its members share already."""
     if sharing is not None:
         check_choice("sharing", sharing, SHARINGS)
     if share_with is None:
         return sharing or "multiple"
-    others = shared_with(model, share_with)
+    others = shared_with(store, share_with)
     if not others:
         if sharing is None:
             raise ValueError(
@@ -113,7 +111,7 @@ def _kind_of_group(model: AdapterModel, sharing: Sharing | None, share_with: str
                 f"sharing={' or '.join(map(repr, SHARINGS))}"
             )
         return sharing
-    there = sharing_of(model.adapter(share_with), model.adapter(others[0]))
+    there = sharing_of(store.adapter(share_with), store.adapter(others[0]))
     if sharing not in (None, there):
         raise ValueError(
             f"adapter {share_with!r} shares {there} with {others[0]!r}, and a group shares one "
@@ -122,16 +120,16 @@ def _kind_of_group(model: AdapterModel, sharing: Sharing | None, share_with: str
     return there
 
 
-def share(model: AdapterModel, names: Iterable[str], sharing: Sharing) -> None:
+def share(store: AdapterStore, names: Iterable[str], sharing: Sharing) -> None:
     """See `AdapterModel.share_adapters`."""
     check_choice("sharing", sharing, ("single", *HALVES))
     listed = [] if isinstance(names, str) else list(dict.fromkeys(names))
     if len(listed) < 2:
         raise ValueError(f"names is a list of at least two adapters, not {names!r}")
-    group = {name: model.adapter(name) for name in listed}
+    group = {name: store.adapter(name) for name in listed}
     for name in listed:
-        for other in shared_with(model, name):
-            there = sharing_of(model.adapter(name), model.adapter(other))
+        for other in shared_with(store, name):
+            there = sharing_of(store.adapter(name), store.adapter(other))
             if other not in group or there != sharing:
                 raise ValueError(
                     f"adapter {name!r} shares {there} with {other!r} already: a group shares one "
@@ -139,25 +137,25 @@ def share(model: AdapterModel, names: Iterable[str], sharing: Sharing) -> None:
                 )
     tie(group, sharing, equal=True)
     for name in listed:
-        model._forget(name)
-    model._sync()
+        store.forget(name)
+    store.sync()
 
 
-def shared_with(model: AdapterModel, name: str) -> tuple[str, ...]:
+def shared_with(store: AdapterStore, name: str) -> tuple[str, ...]:
     """The other adapters that have a parameter of this one."""
-    own = _ids(model.adapter(name))
+    ids = _ids(store.adapter(name))
     return tuple(
-        other for other in model.adapter_names if other != name and own & _ids(model.adapter(other))
+        other for other in store.adapter_names if other != name and ids & _ids(store.adapter(other))
     )
 
 
 def sharing_of(adapter: Adapter, other: Adapter) -> Sharing:
     """What two adapters share."""
-    own = _ids(adapter)
-    common = own & _ids(other)
+    ids = _ids(adapter)
+    common = ids & _ids(other)
     if not common:
         return "multiple"
-    if common == own:
+    if common == ids:
         return "single"
     return next(
         half

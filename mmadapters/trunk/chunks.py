@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
+from ..files import replacing_file
+
 
 class Chunks(Protocol):
     """Where chunks are kept, by number."""
@@ -74,14 +76,11 @@ class DiskChunks:
             return None
 
     def write(self, number: int, parts: Iterable[Any]) -> None:
-        path = self._path(number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.writelines(parts)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            replacing_file(self._path(number), process=os.getpid()) as temporary,
+            open(temporary, "wb") as file,
+        ):
+            file.writelines(parts)
 
     def drop(self, number: int) -> None:
         self._path(number).unlink(missing_ok=True)

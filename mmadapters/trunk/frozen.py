@@ -87,7 +87,7 @@ class FrozenTrunk:
             run: a pass on one real batch; called once, its result is looked at while this runs.
             setups: what else will act in passes that are resumed.
         """
-        runtime = model._runtime
+        runtime = model.store.runtime
         plans = _plans(model, setups)
         recording = Recording.of(runtime)
         depths = {name: len(tower.blocks) for name, tower in runtime.sites.towers.items()}
@@ -131,9 +131,9 @@ class FrozenTrunk:
         capturing = Capturing(self._kept)
         depths = {name: len(kept.tower.blocks) for name, kept in self._kept.items()}
         entered = [name for name, kept in self._kept.items() if -1 in kept.layers]
-        local = self.model._runtime.local
+        local = self.model.store.runtime.local
         with (
-            intercept.passing(self.model._runtime, capturing, depths, entered),
+            intercept.passing(self.model.store.runtime, capturing, depths, entered),
             torch.no_grad(),
             contextlib.suppress(Enough),
         ):
@@ -171,7 +171,7 @@ class FrozenTrunk:
     def _entered(self, passing: Resuming) -> contextlib.AbstractContextManager[None]:
         blocks = {name: kept.block for name, kept in passing.kept.items()}
         entered = [name for name, kept in passing.kept.items() if -1 in kept.layers]
-        return intercept.passing(self.model._runtime, passing, blocks, entered)
+        return intercept.passing(self.model.store.runtime, passing, blocks, entered)
 
     def _check_states(self, states: Mapping[tuple[str, int], Tensor]) -> None:
         for name, kept in self._kept.items():
@@ -275,13 +275,13 @@ def placeholder(
 
 def _plans(model: AdapterModel, setups: Iterable[Setup] = ()) -> list[Plan]:
     """What may act in a pass of this thread, and with `setups`."""
-    runtime = model._runtime
+    runtime = model.store.runtime
     plans = [runtime.plan()]
-    drop = model._drop
-    if runtime.local.plan is None and model._random_drop is not None:
-        drop = model._random_drop[0]
-        plans = [model._plan(model._composition, drop)]
-    return plans + [model._plan(parse(setup), drop) for setup in setups]
+    drop = model.store.drop
+    if runtime.local.plan is None and model.store.random_drop is not None:
+        drop = model.store.random_drop[0]
+        plans = [model.store.plan(model.store.composition, drop)]
+    return plans + [model.store.plan(parse(setup), drop) for setup in setups]
 
 
 def _lowest(plan: Plan, tower: Tower) -> int:

@@ -1,12 +1,11 @@
 """The directory of a shipped encoder: fp16 safetensors, `config.json` and a card."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_text
+from ..files import replacing_file, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +42,9 @@ def write_weights(tensors: "Mapping[str, Tensor]", directory: Path, *, file: str
         k: t.detach().to("cpu", torch.float16 if t.is_floating_point() else t.dtype).contiguous()
         for k, t in tensors.items()
     }
-    temporary = directory / f".{file}.tmp"
-    save_file(half, temporary)
-    temporary.chmod(0o644)  # safetensors leaves it readable by its owner alone
-    os.replace(temporary, directory / file)
+    with replacing_file(directory / file) as temporary:
+        save_file(half, temporary)
+        temporary.chmod(0o644)  # safetensors leaves it readable by its owner alone
 
 
 def write_config(config: Mapping[str, Any], directory: Path) -> None:

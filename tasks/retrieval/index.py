@@ -9,20 +9,24 @@ Shape legend: N items, E width of the embeddings.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+<<<<<<< HEAD
 from ..core.model import TaskModel
 from ..core.task import Task
 from ..data.media import IMAGE_SUFFIXES
+=======
+from mmadapters.files import replacing_directory
+
+from ..core.task import Task, TaskModel
+>>>>>>> model
 from .model import RetrievalModel
 from .queries import Item, embed, items
 
@@ -77,7 +81,7 @@ def build_index(
         "width": model.towers.width,
         "count": len(found),
     }
-    with _replacing(out) as fresh:
+    with replacing_directory(out) as fresh:
         faiss.write_index(index, str(fresh / VECTORS))
         lines = [json.dumps(_line(item), ensure_ascii=False) for item in found]
         (fresh / ITEMS).write_text("\n".join(lines) + "\n", "utf-8")
@@ -199,21 +203,3 @@ def _check_replaceable(out: Path) -> None:
     )
     if foreign:
         raise ValueError(f"{out} also holds {foreign[0]}, which would be lost: choose another name")
-
-
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A fresh folder beside `out` that takes its place when the block ends well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-        fresh, old = Path(name) / "fresh", Path(name) / "old"
-        fresh.mkdir()
-        yield fresh
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(fresh, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise

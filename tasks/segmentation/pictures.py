@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from mmadapters.files import replacing_file
 
 OPACITY = 0.5
 RIGHT, WRONG, IGNORED = (46, 125, 80), (214, 39, 40), (128, 128, 128)
@@ -76,9 +77,8 @@ def write_mask(path: Path, classes: np.ndarray, colours: Colours) -> None:
 
 def write_png(path: Path, image: Image.Image) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing_file(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def comparison(panels: Mapping[str, np.ndarray], legend: Mapping[str, Sequence[int]]) -> bytes:

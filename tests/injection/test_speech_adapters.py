@@ -271,7 +271,7 @@ def test_blocks_run_without_their_tower_leave_nothing_behind() -> None:
     with torch.no_grad():
         acting = tensors(model(sound))[0]
         model.extract_features(sound)
-        assert model._runtime.local.states == {}
+        assert model.store.runtime.local.states == {}
         assert torch.equal(tensors(model(sound))[0], acting)
 
 

@@ -781,7 +781,7 @@ def test_pass_that_breaks_off_leaves_nothing_behind() -> None:
     with pytest.raises(OSError, match="no such image"):
         FrozenTrunk.of(model, broken)
     assert not intercepted(model)
-    assert model._runtime.local.passing is None
+    assert model.store.runtime.local.passing is None
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit", "hf-hubert", "torchaudio-hubert"])

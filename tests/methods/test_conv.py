@@ -386,7 +386,7 @@ def test_checkpointed_blocks_see_the_grid_of_their_own_image(method: str) -> Non
         losses = [(model(images(size)) ** 2).mean() for size in (WIDE, (40, 24), SQUARE)]
         for loss in reversed(losses):
             loss.backward()
-        assert not model._runtime.local.stash
+        assert not model.store.runtime.local.stash
         return [p.grad for p in model.adapter("a").parameters() if p.grad is not None]
 
     plain, anew = gradients(False), gradients(True)
@@ -421,7 +421,7 @@ def test_compiled_model_follows_the_shape_of_the_image(name: str, method: str) -
             frames = counters["stats"]["unique_graphs"]
         if number == 1:
             assert counters["stats"]["unique_graphs"] == frames
-    assert not model._runtime.local.stash
+    assert not model.store.runtime.local.stash
 
 
 def _flat(output: Any) -> list[Tensor]:
@@ -438,7 +438,7 @@ def test_nothing_is_left_behind_by_a_forward_pass(method: str) -> None:
         model(images())
         with model.using(None):
             model(images())
-    assert not model._runtime.local.stash
+    assert not model.store.runtime.local.stash
 
 
 @each_method
@@ -452,7 +452,7 @@ def test_without_the_lowest_blocks_it_is_the_adapter_of_the_upper_ones(method: s
     upper.set_active_adapters("a")
     with torch.no_grad(), model.using("a", drop=1):
         assert torch.equal(model(images()), upper(images()))
-    assert not model._runtime.local.stash
+    assert not model.store.runtime.local.stash
 
 
 @each_method
