@@ -18,15 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-<<<<<<< HEAD
+from mmadapters.files import replacing_directory
+
 from ..core.model import TaskModel
 from ..core.task import Task
 from ..data.media import IMAGE_SUFFIXES
-=======
-from mmadapters.files import replacing_directory
-
-from ..core.task import Task, TaskModel
->>>>>>> model
 from .model import RetrievalModel
 from .queries import Item, embed, items
 

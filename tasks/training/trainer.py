@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-<<<<<<< HEAD
-=======
-import time
-from collections.abc import Iterator
->>>>>>> model
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-<<<<<<< HEAD
 from ..core.capabilities import BatchGrouping, capability
 from ..core.device import processes
 from ..core.errors import refuse
@@ -23,15 +17,6 @@ from ..core.model import TaskModel
 from ..core.rows import Rows
 from ..core.task import Task
 from ..data.batches import EpochBatches, StreamExamples, share_of
-=======
-from mmadapters.files import replacing_file
-
-from ..config.schema import TrainerConfig
-from ..core.device import default_device, processes, to_device
-from ..core.errors import DataError, Problem
-from ..core.task import Rows, Scores, Task, TaskModel
-from ..data.batches import EpochBatches, MixedBatches, StreamExamples, share_of
->>>>>>> model
 from ..data.examples import Collate, Examples, Loaded
 from ..data.workers import loader_generator, readers
 from .cache.cache import TrunkCache, prepare
@@ -175,109 +160,3 @@ def task_batches(task: Task, rows: Rows) -> EpochBatches:
         lengths=grouping.lengths(rows),
         groups=grouping.groups(rows),
     )
-<<<<<<< HEAD
-=======
-
-
-def validated(task: Task, model: TaskModel, rows: Rows, *, kept: KeptSplit | None = None) -> Scores:
-    """A task's scores without intervals, in the batches that its config says; `kept`: of rows."""
-    config = task.config.trainer
-    _, world = processes()
-    share = share_of(config.batch_size, config.accumulation, world)
-    found = evaluate(
-        task,
-        model,
-        rows,
-        batch_size=config.eval_batch_size or share,
-        workers=readers(config, decoded=kept is not None),
-        precision=config.precision,
-        kept=kept,
-    )
-    return task.score(found.records, bootstrap=0)
-
-
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run: a process that was killed may leave a part of one."""
-    found = [path.parent for path in (folder / CHECKPOINTS).glob(f"checkpoint-*/{_WHOLE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def parameter_groups(model: nn.Module, config: TrainerConfig) -> list[dict[str, Any]]:
-    """The trained parameters by learning rate and weight decay (none for vectors and scalars)."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        name = name.removeprefix("module.")
-        rate = config.learning_rate
-        if name.startswith("head."):
-            rate = config.head_learning_rate or rate
-        elif name.startswith("encoder.backbone."):
-            rate = config.backbone_learning_rate or rate
-        decay = config.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
-
-
-def trained_tensors(model: TaskModel) -> dict[str, Tensor]:
-    """What training changes: trainable parameters, and buffers beside them; shared ones once."""
-    parts = ["head.", "encoder.adapters.", "encoder.fusions."]
-    if any(parameter.requires_grad for parameter in model.encoder.backbone.parameters()):
-        parts.append("encoder.backbone.")
-    tensors = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
-    tensors |= {n: b for n, b in model.named_buffers() if n.startswith(tuple(parts))}
-    return tensors
-
-
-def write_trained(model: TaskModel, path: Path) -> None:
-    """Writes `trained_tensors`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: t.detach().cpu().contiguous() for k, t in trained_tensors(model).items()}
-    with replacing_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-
-
-def read_trained(model: TaskModel, path: Path) -> None:
-    """Copies in what `write_trained` wrote.
-
-    Raises:
-        ValueError: the file is of another model.
-    """
-    own, stored = trained_tensors(model), load_file(path)
-    if own.keys() != stored.keys() or any(own[k].shape != stored[k].shape for k in own):
-        raise ValueError(
-            f"{path} is a checkpoint of another model: the config was changed after it was written"
-        )
-    for key, tensor in own.items():
-        tensor.copy_(stored[key])
-
-
-class Patience(EarlyStoppingCallback):
-    """Early stopping, without the advice to let transformers keep the best model."""
-
-    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        return
-
-
-class Progress(ProgressCallback):
-    """The progress bar, with a line for each evaluation instead of one for each log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        if "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
-        values = [
-            f"{key.removeprefix('eval_')} {value:.4g}"
-            for key, value in logs.items()
-            if key.startswith("eval_") and key != "eval_runtime"
-        ]
-        if values:
-            self.training_bar.write(f"step {state.global_step}  validation  {'  '.join(values)}")
->>>>>>> model
