@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..injectors.installer import Kind, Plan
+from ..injectors.plan import Kind, Plan
 from ..methods import AdapterModule, Branch, Delta, MethodConfig, Prefix, Readout
 
 _KINDS: tuple[tuple[type, Kind], ...] = (

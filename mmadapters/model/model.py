@@ -19,10 +19,12 @@ from ..adapters.arithmetic import combined
 from ..adapters.merging import Changes, Merged, merged_tensors, while_merged, widened_leaves
 from ..adapters.summary import AdapterRow, summary_table
 from ..composition import BASE, Composition, Fuse, Setup, Stack, parse
-from ..injectors import checkpointing, intercept
-from ..injectors.cross_attention import Gaze, gazing
-from ..injectors.installer import NOTHING, Plan, Runtime, is_adapted
+from ..injectors import checkpointing
+from ..injectors.cross_attention import attending_to
+from ..injectors.installer import Runtime, is_adapted
+from ..injectors.plan import NOTHING, Plan
 from ..injectors.selfcheck import agrees, check
+from ..injectors.state import ImageTokens
 from ..methods import AdapterModule, FusionConfig, MethodConfig
 from ..methods.init import skip_init
 from ..plans.build import plan_of
@@ -119,8 +121,8 @@ class AdapterModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Looked up here too, where perhaps no hook does: torch.compile then guards which there are.
         self._runtime.plan()
-        if self._runtime.looks:
-            with gazing(self._runtime, Gaze()):
+        if self._runtime.attends_to_images:
+            with attending_to(self._runtime.state, ImageTokens()):
                 return self._run(*args, **kwargs)
         return self._run(*args, **kwargs)
 
@@ -437,16 +439,16 @@ class AdapterModel(nn.Module):
                 f"looking_at takes image tokens of shape (images, tokens, {width}), what the image "
                 f"tower's last block gives, or None, not {given!r}"
             )
-        with gazing(self._runtime, Gaze(image_tokens, given=True)):
+        with attending_to(self._runtime.state, ImageTokens(image_tokens, given=True)):
             yield self
 
     @contextlib.contextmanager
-    def paired(self) -> Iterator[Gaze]:
+    def paired(self) -> Iterator[ImageTokens]:
         """Inside the block, in this thread alone, texts look at the images that were encoded last
         in it, as they do in one call of the model. Gives what holds their `tokens` (B, N, D), once
         there are some."""
-        with gazing(self._runtime, Gaze()) as gaze:
-            yield gaze
+        with attending_to(self._runtime.state, ImageTokens()) as images:
+            yield images
 
     def train_adapter(self, setup: Setup, *, drop: int | tuple[int, int] = 0) -> None:
         """Makes adapters active and trainable, all others frozen, and enters train mode.
@@ -689,7 +691,7 @@ class AdapterModel(nn.Module):
         """
         self._runtime.clear()
         checkpointing.disable(self._runtime)
-        intercept.remove(self._runtime)
+        self._runtime.interceptors.remove()
         self._composition, self._plans = None, Plans()
         self.adapters._modules.clear()
         self.fusions._modules.clear()
