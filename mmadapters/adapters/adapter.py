@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..composition import Fuse
-from ..injectors.installer import Kind, Plan
+from ..injectors.plan import Kind, Plan
 from ..methods import AdapterModule, Branch, Delta, FusionConfig, MethodConfig, Prefix, Readout
 
 _KINDS: tuple[tuple[type, Kind], ...] = (

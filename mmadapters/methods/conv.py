@@ -162,19 +162,19 @@ class GridBranch(Branch):
                 "embedding: call the encoder itself, not its blocks"
             )
         z = z if self.batch_first else z.transpose(0, 1)
-        prefix, height, width = grid
-        behind = z.shape[1] - prefix - height * width
+        leading, height, width = grid
+        behind = z.shape[1] - leading - height * width
         if behind < 0:
             raise ValueError(
-                f"an image of {height} x {width} patches came with {z.shape[1] - prefix} of them: "
+                f"an image of {height} x {width} patches came with {z.shape[1] - leading} of them: "
                 "a convolution needs all, so switch the encoder's patch dropout off"
             )
-        before, patches, after = z.split([prefix, height * width, behind], dim=1)
+        before, patches, after = z.split([leading, height * width, behind], dim=1)
         seen = step(patches.transpose(1, 2).unflatten(2, (height, width)), _on_map)
         seen = seen.flatten(2).transpose(1, 2)
-        if prefix or behind:
+        if leading or behind:
             alone = step(torch.cat([before, after], dim=1), _on_token)
-            seen = torch.cat([alone[:, :prefix], seen, alone[:, prefix:]], dim=1)
+            seen = torch.cat([alone[:, :leading], seen, alone[:, leading:]], dim=1)
         return seen if self.batch_first else seen.transpose(0, 1)
 
 

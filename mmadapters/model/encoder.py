@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..composition import Composition, Setup, parse
 from ..injectors import checkpointing
-from ..injectors.cross_attention import Gaze, gazing
+from ..injectors.cross_attention import attending_to
 from ..injectors.installer import is_adapted
+from ..injectors.state import ImageTokens
 from ..sites.sitemap import SiteMap
 from ..sites.spec import Architecture
 from .store import AdapterStore
@@ -70,8 +71,8 @@ class AdaptedEncoder(nn.Module):
         runtime = self.store.runtime
         # Hooks look the plan up too, but torch.compile does not guard hooks: this call it guards.
         runtime.plan()
-        if runtime.looks:
-            with gazing(runtime, Gaze()):
+        if runtime.attends_to_images:
+            with attending_to(runtime.state, ImageTokens()):
                 return self._run(*args, **kwargs)
         return self._run(*args, **kwargs)
 
@@ -218,17 +219,17 @@ class AdaptedEncoder(nn.Module):
                 f"looking_at takes image tokens of shape (images, tokens, {width}), what the image "
                 f"tower's last block gives, or None, not {given!r}"
             )
-        with gazing(self.store.runtime, Gaze(image_tokens, given=True)):
+        with attending_to(self.store.runtime.state, ImageTokens(image_tokens, given=True)):
             yield self
 
     @contextlib.contextmanager
-    def paired(self) -> Iterator[Gaze]:
+    def paired(self) -> Iterator[ImageTokens]:
         """Lets texts attend to the images that were encoded last inside the block.
 
         They do so in this thread alone, as in one call of the model. Yields an object whose
         `tokens` (B, N, D) are the image tokens, None until an image is encoded.
         """
-        with gazing(self.store.runtime, Gaze()) as images:
+        with attending_to(self.store.runtime.state, ImageTokens()) as images:
             yield images
 
     def detach(self) -> nn.Module:

@@ -14,8 +14,9 @@ from ..adapters import storage
 from ..adapters.adapter import Adapter, Fusion
 from ..adapters.merging import MergedAdapter
 from ..composition import BASE, Composition, Fuse
-from ..injectors import checkpointing, intercept
-from ..injectors.installer import NOTHING, Plan, Runtime
+from ..injectors import checkpointing
+from ..injectors.installer import Runtime
+from ..injectors.plan import NOTHING, Plan
 from ..injectors.selfcheck import check
 from ..methods import AdapterModule, MethodConfig
 from ..methods.init import skip_init
@@ -403,7 +404,7 @@ class AdapterStore:
         """
         self.runtime.clear()
         checkpointing.disable(self.runtime)
-        intercept.remove(self.runtime)
+        self.runtime.interceptors.remove()
         self.composition, self._plans = None, Plans()
         self.adapters._modules.clear()
         self.fusions._modules.clear()

@@ -28,7 +28,7 @@ from ..composition import (
     Split,
     Stack,
 )
-from ..injectors.installer import Kind, Plan
+from ..injectors.plan import Kind, Plan
 from ..methods.base import Changing, Read, Replacing, reads_of, wanted
 from ..methods.fusion import Fused, FusionAttention
 from ..sites.sitemap import Leaf, SiteMap, Tower

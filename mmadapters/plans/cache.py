@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..composition import Composition
-from ..injectors.installer import Plan
+from ..injectors.plan import Plan
 
 # A plan is a few hundred references. Routes of ever new batches must not pile up all the same.
 _KEPT = 256

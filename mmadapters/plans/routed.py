@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..injectors.raw_weights import gate_columns
+from ..injectors.raw_attention import gate_columns
 from ..methods.base import Read, Replacing, drop_path, reads_of, wanted
 from ..methods.bitfit import BiasDelta
 from ..methods.bottleneck import ACTIVATIONS, Bottleneck
