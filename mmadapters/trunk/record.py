@@ -55,7 +55,7 @@ class WatchedStates(dict[int, Tensor]):
 
 @dataclass(eq=False)
 class TowerRecord:
-    """What was seen of one tower as it ran.
+    """Records how one tower ran in a pass.
 
     Attributes:
         order: the blocks that ran.
