@@ -1,9 +1,9 @@
 """`Runtime` installs the hooks that plans need on the modules of an encoder, and removes them.
 
-Hooks look up at each site what is active and apply it; where no adapter acts they return exactly
-what they were given. There are three mechanisms: hooks on sublayers, blocks and whole towers, hooks
-on leaves that are really called, and, where a library reads a weight itself or computes attention
-inside, a subclass in the place of the module's class (`raw_weights.py`). `kinds.py` lists them.
+A hook looks up which adapters are active at its site and applies them. If none is, it changes
+nothing. There are three mechanisms: hooks on sublayers, blocks and whole towers; hooks on leaves
+that are really called; and a subclass in the place of a module's class if the library reads a
+weight itself or computes attention inside (`raw_weights.py`). `kinds.py` lists them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Runtime:
 
     @property
     def attends_to_images(self) -> bool:
-        """Whether some adapter, active or not, lets texts attend to images."""
+        """Some adapter, active or not, lets texts attend to images."""
         return HookKey("image", "vision") in self._handles
 
     def sync(self, plans: Iterable[Plan]) -> None:

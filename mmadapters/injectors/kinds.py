@@ -30,7 +30,13 @@ from .state import State
 
 
 class HookKey(NamedTuple):
-    """Names what one kind of hook needs at one site. `detail`: see the kind's row."""
+    """Identifies the hooks of one kind at one site.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        site: a canonical name.
+        detail: as the kind's row says.
+    """
 
     kind: str
     site: str
@@ -38,14 +44,14 @@ class HookKey(NamedTuple):
 
 
 class Removable(Protocol):
-    """A hook, or a replaced class, that can be taken off its modules."""
+    """A handle of a hook or of a replaced class."""
 
     def remove(self) -> None:
-        """Takes it off."""
+        """Takes it off its modules."""
 
 
 class SiteIndex:
-    """The points of a `SiteMap` by their canonical names."""
+    """The towers, blocks, sublayers, leaves and points of a `SiteMap` by their canonical names."""
 
     def __init__(self, sites: SiteMap) -> None:
         self.towers = sites.towers
@@ -90,7 +96,14 @@ def sublayers_of(tower: Tower) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Spot:
-    """The place of one key: what the functions in `KINDS` are given."""
+    """The argument of the functions in `KINDS`: the site of one key, with all that hooks need.
+
+    Attributes:
+        state: what the hooks read.
+        index: all points of the encoder.
+        site: the site of the key.
+        detail: the detail of the key.
+    """
 
     state: State
     index: SiteIndex
@@ -99,10 +112,12 @@ class Spot:
 
     @property
     def tower(self) -> Tower:
+        """The tower that the site names."""
         return self.index.towers[self.site]
 
     @property
     def block(self) -> Block:
+        """The block that the site names."""
         return self.index.blocks[self.site]
 
     @property
@@ -112,10 +127,12 @@ class Spot:
 
     @property
     def sublayer(self) -> Sublayer:
+        """The sublayer that the site names."""
         return self.index.sublayers[self.site]
 
     @property
     def leaf(self) -> Leaf:
+        """The leaf that the site names."""
         return self.index.leaves[self.site]
 
     def beside(self, role: str) -> Sublayer | None:
