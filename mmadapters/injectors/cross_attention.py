@@ -76,13 +76,13 @@ class BlockHook(Hook):
             return None
         if images is None or images.tokens is None:
             raise ValueError(
-                f"the adapter at {self.site} looks at an image, and none has been encoded in this "
-                "call: call the model with images and texts, or the text encoder inside `with "
+                f"the adapter at {self.site} attends to an image, and none has been encoded in "
+                "this call: call the model with images and texts, or the text encoder inside `with "
                 "model.looking_at(image_tokens):` (looking_at(None) for texts without an image)"
             )
         if len(images.tokens) != batch:
             raise ValueError(
                 f"{batch} texts reached {self.site} with {len(images.tokens)} images: each text "
-                "looks at its own, so give them in pairs"
+                "attends to its own image, so give them in pairs"
             )
         return images.tokens

@@ -1,9 +1,9 @@
 """`Runtime` installs the hooks that plans need on the modules of an encoder, and removes them.
 
-Hooks look up at each site what is active and apply it; where no adapter acts they return exactly
-what they were given. There are three mechanisms: hooks on sublayers, blocks and whole towers, hooks
-on leaves that are really called, and, where a library reads a weight itself or computes attention
-inside, a subclass in the place of the module's class (`raw_weights.py`). `kinds.py` lists them.
+A hook looks up which adapters are active at its site and applies them. If none is, it changes
+nothing. There are three mechanisms: hooks on sublayers, blocks and whole towers; hooks on leaves
+that are really called; and a subclass in the place of a module's class if the library reads a
+weight itself or computes attention inside (`raw_weights.py`). `kinds.py` lists them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..sites.sitemap import Grid, SiteMap
 from .intercept import Interceptors
-from .kinds import KINDS, Key, Removable, SiteIndex, Spot, needed
+from .kinds import KINDS, HookKey, Removable, SiteIndex, Spot, needed
 from .plan import Plan
 from .raw_weights import is_replaced
 from .state import Hook, State, ThreadState
@@ -36,7 +36,7 @@ class Runtime:
         self.interceptors = Interceptors(self.state, sites)
         self._index = SiteIndex(sites)
         self._copies = False
-        self._handles: dict[Key, list[Removable]] = {}
+        self._handles: dict[HookKey, list[Removable]] = {}
 
     @property
     def active(self) -> Plan:
@@ -76,18 +76,18 @@ class Runtime:
 
     @property
     def attends_to_images(self) -> bool:
-        """Whether some adapter, active or not, lets texts attend to images."""
-        return Key("image", "vision") in self._handles
+        """Some adapter, active or not, lets texts attend to images."""
+        return HookKey("image", "vision") in self._handles
 
     def sync(self, plans: Iterable[Plan]) -> None:
         """Installs the hooks that `plans` need and removes all others."""
-        wanted: dict[Key, None] = {}
+        wanted: dict[HookKey, None] = {}
         for plan in plans:
             for kind, site, module in plan.entries():
                 wanted.update(dict.fromkeys(needed(self._index, kind, site, module)))
         self._copies = self._copies and bool(wanted)
         if self._copies:
-            wanted.update({Key("copy", block.name): None for block in self.sites.blocks()})
+            wanted.update({HookKey("copy", block.name): None for block in self.sites.blocks()})
         # Hooks that must run last are put on anew, behind those that come now.
         for key in [key for key in self._handles if key not in wanted or KINDS[key.kind].last]:
             self._remove(key)
@@ -101,7 +101,7 @@ class Runtime:
         if not self._copies:
             self._copies = True
             for block in self.sites.blocks():
-                self._install(Key("copy", block.name))
+                self._install(HookKey("copy", block.name))
             self.recompile()
 
     def clear(self) -> None:
@@ -110,11 +110,11 @@ class Runtime:
         self.sync(())
         self.state.reset()
 
-    def _install(self, key: Key) -> None:
+    def _install(self, key: HookKey) -> None:
         spot = Spot(self.state, self._index, key.site, key.detail)
         self._handles[key] = list(KINDS[key.kind].install(spot))
 
-    def _remove(self, key: Key) -> None:
+    def _remove(self, key: HookKey) -> None:
         for handle in self._handles.pop(key):
             handle.remove()
 

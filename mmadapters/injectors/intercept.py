@@ -74,7 +74,7 @@ class Interceptors:
     """The interceptors of an encoder: each is made once and used in all passes.
 
     Attributes:
-        known: by tower and place.
+        known: the interceptors by tower and place.
     """
 
     def __init__(self, state: State, sites: SiteMap) -> None:
@@ -116,7 +116,10 @@ class Interceptors:
         self.known.clear()
 
     def _intercept(self, tower: Tower, module: nn.Module, place: int | Stem) -> Interceptor:
-        """Puts the same object each time: torch.compile compiles anew for another."""
+        """Puts the place's interceptor on the module.
+
+        It is the same object each time, as torch.compile compiles anew for another one.
+        """
         with _LOCK:
             key = (tower.name, place if isinstance(place, int) else f"stem {place.index}")
             if key not in self.known:
@@ -136,9 +139,10 @@ class Interceptors:
 
 
 def override_forward(module: nn.Module, forward: Any) -> None:
-    """Puts `forward` in the place of the module's own, below an interceptor.
+    """Puts `forward` in the place of the module's own, below an interceptor if there is one.
 
-    With None the module's own is back.
+    Args:
+        forward: None to restore the module's own.
     """
     outer = module.__dict__.get("forward")
     if isinstance(outer, Interceptor):
@@ -157,7 +161,7 @@ def forward_override(module: nn.Module) -> Any:
 
 
 def put_first(tower: Tower) -> None:
-    """Moves `FirstBlockHook`s before the first block's hooks that came later."""
+    """Moves `FirstBlockHook`s before the hooks that the first block was given later."""
     if torch.compiler.is_compiling():
         return
     hooks: Any = tower.blocks[0].module._forward_pre_hooks

@@ -29,8 +29,14 @@ from .raw_weights import adapt_attention, adapt_leaf
 from .state import State
 
 
-class Key(NamedTuple):
-    """Names what one kind of hook needs at one site. `detail`: see the kind's row."""
+class HookKey(NamedTuple):
+    """Identifies the hooks of one kind at one site.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        site: a canonical name.
+        detail: as the kind's row says.
+    """
 
     kind: str
     site: str
@@ -38,14 +44,14 @@ class Key(NamedTuple):
 
 
 class Removable(Protocol):
-    """A hook, or a replaced class, that can be taken off its modules."""
+    """A handle of a hook or of a replaced class."""
 
     def remove(self) -> None:
-        """Takes it off."""
+        """Takes it off its modules."""
 
 
 class SiteIndex:
-    """The points of a `SiteMap` by their canonical names."""
+    """The towers, blocks, sublayers, leaves and points of a `SiteMap` by their canonical names."""
 
     def __init__(self, sites: SiteMap) -> None:
         self.towers = sites.towers
@@ -90,7 +96,14 @@ def sublayers_of(tower: Tower) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Spot:
-    """The place of one key: what the functions in `KINDS` are given."""
+    """The argument of the functions in `KINDS`: the site of one key, with all that hooks need.
+
+    Attributes:
+        state: what the hooks read.
+        index: all points of the encoder.
+        site: the site of the key.
+        detail: the detail of the key.
+    """
 
     state: State
     index: SiteIndex
@@ -99,10 +112,12 @@ class Spot:
 
     @property
     def tower(self) -> Tower:
+        """The tower that the site names."""
         return self.index.towers[self.site]
 
     @property
     def block(self) -> Block:
+        """The block that the site names."""
         return self.index.blocks[self.site]
 
     @property
@@ -112,10 +127,12 @@ class Spot:
 
     @property
     def sublayer(self) -> Sublayer:
+        """The sublayer that the site names."""
         return self.index.sublayers[self.site]
 
     @property
     def leaf(self) -> Leaf:
+        """The leaf that the site names."""
         return self.index.leaves[self.site]
 
     def beside(self, role: str) -> Sublayer | None:
@@ -256,44 +273,44 @@ KINDS: dict[str, HookKind] = {
 }
 
 
-def _for_branch(index: SiteIndex, site: str, module: Any) -> Iterator[Key]:
+def _for_branch(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
     for read in sorted(getattr(module, "reads", ())):
         if read == "grid":
-            yield Key("grid", index.tower_with_sublayer(site).name)
+            yield HookKey("grid", index.tower_with_sublayer(site).name)
         elif read == "image":
-            yield Key("image", "vision")
+            yield HookKey("image", "vision")
         else:
-            yield Key(read, site)
+            yield HookKey(read, site)
     if site in index.blocks:
-        yield Key("block", site)
+        yield HookKey("block", site)
     else:
-        yield Key("point" if site in index.points else "branch", site)
+        yield HookKey("point" if site in index.points else "branch", site)
 
 
-def _for_delta(index: SiteIndex, site: str, module: Any) -> Iterator[Key]:
+def _for_delta(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
     if index.leaves[site].raw:
-        yield Key("raw", site)
+        yield HookKey("raw", site)
         return
     if module.scales_input:
-        yield Key("enter", site)
-    yield Key("leaf", index.fused(site)[0].name)
+        yield HookKey("enter", site)
+    yield HookKey("leaf", index.fused(site)[0].name)
 
 
-def _for_prefix(index: SiteIndex, site: str, module: Any) -> Iterator[Key]:
-    yield Key("attention", site)
+def _for_prefix(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
+    yield HookKey("attention", site)
 
 
-def _for_prompt(index: SiteIndex, site: str, module: Any) -> Iterator[Key]:
-    yield Key("prompt", site)
+def _for_prompt(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
+    yield HookKey("prompt", site)
     if not module.replaces:
-        yield Key("unprompt", index.tower_with_block(site).blocks[-1].name, site)
+        yield HookKey("unprompt", index.tower_with_block(site).blocks[-1].name, site)
 
 
-def _for_readout(index: SiteIndex, site: str, module: Any) -> Iterator[Key]:
-    yield Key("readout" if site in index.towers else "side", site)
+def _for_readout(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
+    yield HookKey("readout" if site in index.towers else "side", site)
 
 
-_NEEDED: dict[Kind, Callable[[SiteIndex, str, Any], Iterator[Key]]] = {
+_NEEDED: dict[Kind, Callable[[SiteIndex, str, Any], Iterator[HookKey]]] = {
     "branch": _for_branch,
     "delta": _for_delta,
     "prefix": _for_prefix,
@@ -302,6 +319,6 @@ _NEEDED: dict[Kind, Callable[[SiteIndex, str, Any], Iterator[Key]]] = {
 }
 
 
-def needed(index: SiteIndex, kind: Kind, site: str, module: nn.Module) -> Iterator[Key]:
+def needed(index: SiteIndex, kind: Kind, site: str, module: nn.Module) -> Iterator[HookKey]:
     """Yields the keys of all hooks that `module` needs to act as `kind` at `site`."""
     yield from _NEEDED[kind](index, site, module)

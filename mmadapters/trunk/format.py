@@ -157,7 +157,7 @@ def open_file(data: np.ndarray, *, verify: bool) -> tuple[dict[str, Any], dict[s
     """
     first = len(MAGIC) + _LENGTHS.size
     if len(data) < first or bytes(data[: len(MAGIC)]) != MAGIC:
-        raise Damaged("it is no file of a cache")
+        raise Damaged("it is not a file of a cache")
     length, crc = _LENGTHS.unpack(bytes(data[len(MAGIC) : first]))
     text = bytes(data[first : first + length])
     if len(text) != length or zlib.crc32(text) != crc:

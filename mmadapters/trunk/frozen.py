@@ -343,7 +343,7 @@ def _reason(model: AdapterModel, record: TowerRecord) -> str | None:
     if record.order.count(record.order[0]) > 1:
         return f"it ran {record.order.count(record.order[0])} times in one pass"
     if tower.crossed:
-        return "its blocks look at another tower"
+        return "its blocks attend to another tower"
     if record.turns is not None:
         return f"it takes turns with tower {record.turns!r}"
     if record.order != list(range(len(record.order))):

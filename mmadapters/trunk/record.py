@@ -30,7 +30,7 @@ def reads_layers(plan: Plan, tower: Tower) -> bool:
 
 
 class WatchedStates(dict[int, Tensor]):
-    """States by layer that add the layers which are read to the set `read`."""
+    """A dict of states by layer, which adds every layer that is read to the set `read`."""
 
     def __init__(self, states: dict[int, Tensor], read: set[int]) -> None:
         super().__init__(states)
@@ -55,7 +55,7 @@ class WatchedStates(dict[int, Tensor]):
 
 @dataclass(eq=False)
 class TowerRecord:
-    """What was seen of one tower as it ran.
+    """Records how one tower ran in a pass.
 
     Attributes:
         order: the blocks that ran.

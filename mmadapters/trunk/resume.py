@@ -1,7 +1,6 @@
 """Passes that keep the states of a tower's lower blocks, and passes that start from kept states.
 
-A value of which no state was kept is NaN, so that whatever reads it all the same cannot go
-unnoticed.
+States that were not kept are NaN, so that an output shows if something reads them nevertheless.
 """
 
 from __future__ import annotations

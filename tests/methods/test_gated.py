@@ -163,7 +163,10 @@ def test_text_without_an_image_is_refused_or_said_to_stand_alone() -> None:
     model = adapted(name)
     (images, texts), _ = inputs(name)
     plain = bare(FAMILIES[name]).double().requires_grad_(False)
-    message = r"at text.blocks.0 looks at an image.*looking_at\(image_tokens\).*looking_at\(None\)"
+    message = (
+        r"at text.blocks.0 attends to an image.*looking_at\(image_tokens\)"
+        r".*looking_at\(None\)"
+    )
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             model.encode_text(texts)
