@@ -29,7 +29,7 @@ def save(
     """See `AdapterModel.save_composition`."""
     composition = parse(setup)
     if composition is None:
-        raise ValueError("nothing acts, so that there is no composition to save: name adapters")
+        raise ValueError("there is no composition to save, as nothing acts: name adapters")
     tensors: dict[str, Tensor] = {}
     adapters: dict[str, Any] = {}
     for name in composition.names():

@@ -44,7 +44,7 @@ def build(store: AdapterStore, members: Fuse, config: FusionConfig) -> Fusion:
 
 
 def penalty(store: AdapterStore) -> Tensor:
-    """The sum of the penalties of all trainable attention modules, a scalar."""
+    """Returns the sum of the penalties of all trainable attention modules, a scalar."""
     parts = [
         module.penalty()
         for module in store.fusions.modules()
@@ -55,15 +55,15 @@ def penalty(store: AdapterStore) -> Tensor:
 
 @contextlib.contextmanager
 def recorded(store: AdapterStore) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
-    """Gives, by fusion and site, the mean weights (members,) of the calls so far."""
+    """Yields a mapping by fusion and site of the mean weights (members,) of the calls so far."""
     with recorded_weights() as table:
         yield _Record(store, table)
 
 
 class _Record(Mapping[str, Mapping[str, Tensor]]):
-    """Reads the means off when asked, so that it grows with every call of the model.
+    """The mean weights by fusion and site, computed when they are asked for.
 
-    A member that does not act at a site has NaN there.
+    So every call of the model adds to them. A member that does not act at a site has NaN there.
     """
 
     def __init__(self, store: AdapterStore, table: dict[FusionAttention, list[Tensor]]) -> None:
@@ -95,7 +95,7 @@ def _acts(store: AdapterStore, member: str | Composition, site: str) -> bool:
 
 
 def fingerprint(adapter: Adapter) -> str:
-    """SHA-256 of an adapter's values in float32 under their canonical names."""
+    """Returns the SHA-256 of an adapter's values in float32 under their canonical names."""
     digest = hashlib.sha256()
     for key, tensor in sorted(adapter.tensors().items()):
         digest.update(key.encode())
@@ -105,7 +105,7 @@ def fingerprint(adapter: Adapter) -> str:
 
 
 def described(fusion: Fusion) -> dict[str, Any]:
-    """What it fuses and its options, as plain data that `config_of` reads."""
+    """Returns the members and options of a fusion as plain data, which `config_of` reads."""
     assert isinstance(fusion.config, FusionConfig)
     return {
         "composition": fusion.members.to_data(),
@@ -115,7 +115,7 @@ def described(fusion: Fusion) -> dict[str, Any]:
 
 
 def config_of(description: Mapping[str, Any]) -> FusionConfig:
-    """The config of a fusion that `described` wrote down."""
+    """Returns the config of a fusion from the data of `described`."""
     return FusionConfig(
         dropout=description["dropout"], regularization=description["regularization"]
     )

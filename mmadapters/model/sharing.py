@@ -5,11 +5,10 @@
     half_down   the down-projections are shared, the rest is each task's own
     half_up     the up-projections are shared, the rest is each task's own
 
-Shared parameters are the same `Parameter` objects under the names of several adapters, and nothing
-else records that they are: what has the same parameters shares them. A projection is its weight and
-bias; of LoRA and DoRA the down-projection is A and the up-projection B; norms, convolutions, scales
-and gates between them are no part of either half. Compacter makes both projections of one rule,
-which is therefore shared with either.
+Shared parameters are the same `Parameter` objects under the names of several adapters. Nothing else
+records the sharing. A projection is its weight and bias. The down-projection of LoRA and DoRA is A,
+their up-projection is B. Norms, convolutions, scales and gates between the projections belong to
+neither half. Compacter makes both projections of one rule, which is therefore shared with either.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Half = Literal["half_down", "half_up"]
 SHARINGS: tuple[Sharing, ...] = ("single", "multiple", "half_down", "half_up")
 HALVES: tuple[Half, ...] = ("half_down", "half_up")
 
-# The parameters, or modules of them, that are the down- and the up-projection.
+# The names of the parameters, or of modules of them, that are the down- and the up-projection.
 _PROJECTIONS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
     Bottleneck: (("down",), ("up",)),
     Convpass: (("down",), ("up",)),
@@ -98,7 +97,11 @@ def _configs(
 
 
 def _kind_of_group(store: AdapterStore, sharing: Sharing | None, share_with: str | None) -> Sharing:
-    """What is asked for; or, for a group that is joined, what its members share already."""
+    """Returns the sharing that is asked for, or the one of the group that is joined.
+
+    Raises:
+        ValueError: the sharing is unknown, is not given, or is not that of the group.
+    """
     if sharing is not None:
         check_choice("sharing", sharing, SHARINGS)
     if share_with is None:
@@ -142,7 +145,7 @@ def share(store: AdapterStore, names: Iterable[str], sharing: Sharing) -> None:
 
 
 def shared_with(store: AdapterStore, name: str) -> tuple[str, ...]:
-    """The other adapters that have a parameter of this one."""
+    """Returns the names of the other adapters that have a parameter of this one."""
     ids = _ids(store.adapter(name))
     return tuple(
         other for other in store.adapter_names if other != name and ids & _ids(store.adapter(other))
@@ -150,7 +153,7 @@ def shared_with(store: AdapterStore, name: str) -> tuple[str, ...]:
 
 
 def sharing_of(adapter: Adapter, other: Adapter) -> Sharing:
-    """What two adapters share."""
+    """Returns which parameters two adapters share."""
     ids = _ids(adapter)
     common = ids & _ids(other)
     if not common:
@@ -169,14 +172,15 @@ def _ids(adapter: Adapter) -> set[int]:
 
 
 def tie(adapters: Mapping[str, Adapter], sharing: Sharing, *, equal: bool = False) -> None:
-    """Gives the adapters behind the first the parameters of it that are to be shared.
+    """Gives the parameters of the first adapter that are to be shared to the other adapters.
 
     Args:
-        equal: only if what is shared has the same bits in all of them already.
+        adapters: the adapters by name.
+        equal: raise if the parameters to be shared have other bits in one of them.
 
     Raises:
         ValueError: two adapters differ in structure where they are to be shared, a method has no
-            two projections, or values differ where they must not; nothing has changed.
+            two projections, or values differ although `equal` is set. Nothing has changed then.
     """
     if sharing == "multiple":
         return
@@ -190,7 +194,7 @@ def tie(adapters: Mapping[str, Adapter], sharing: Sharing, *, equal: bool = Fals
         _check_alike(first, other, first_name, name, sharing, equal)
     for _, other in rest:
         if sharing == "single":
-            # Modules, as statistics that are no parameters are shared too.
+            # Whole modules, as statistics that are no parameters are shared too.
             other._modules.update(first._modules)
             continue
         theirs = half_parameters(other, sharing)
@@ -236,10 +240,10 @@ def _half(adapter: Adapter, name: str, half: Sharing) -> dict[str, torch.Tensor]
 
 
 def half_parameters(adapter: Adapter, half: Half) -> dict[str, nn.Parameter]:
-    """The parameters of one half by the names that files use.
+    """Returns the parameters of one half by the names that files use.
 
     Raises:
-        ValueError: a module of the adapter has no two projections.
+        ValueError: a module of the adapter has no down- and up-projection.
     """
     return {
         f"{place}/{key}": parameter
