@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from .calls import first_input, first_output, with_first_input
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ class BlockHook:
         image = self._image(len(x))
         if image is None:
             return None
+        context = Context(image=image)
         for adapter in active:
-            x = adapter(x, residual=None, input=None, image=image)
+            x = adapter(x, context)
         x = x if self.batch_first else x.transpose(0, 1)
         return with_first_input(args, kwargs, x)
 

@@ -24,6 +24,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..low_rank import Factors, plus_low_rank
+from ..sites.acting import (
+    NO_CONTEXT,
+    READS,
+    Acting,
+    ActsAsPrefix,
+    ActsAsPrompt,
+    ActsAsReadout,
+    ActsOnBranch,
+    ActsOnLeaf,
+    Context,
+)
 from ..sites.sitemap import Block, Grid, Leaf, SiteMap, Tower
 from . import raw_weights
 from .block_inputs import OF_BLOCK, CaptureHook, ForgetHook, block_hooks
@@ -38,21 +49,20 @@ Kind = Literal["branch", "delta", "prefix", "prompt", "readout"]
 class Plan:
     """The active modules by canonical site name, in the order in which they act.
 
-    Of the kinds in `mmadapters.methods.base`, which injectors do not import: `Any` here.
     `stands_for`: the composition that it was made of. `copies`: how many times the batch is
     repeated on entering block `starts[tower]` of a tower.
     """
 
-    branch: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    delta: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    prefix: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    prompt: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    readout: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    branch: dict[str, tuple[ActsOnBranch, ...]] = field(default_factory=dict)
+    delta: dict[str, tuple[ActsOnLeaf, ...]] = field(default_factory=dict)
+    prefix: dict[str, tuple[ActsAsPrefix, ...]] = field(default_factory=dict)
+    prompt: dict[str, tuple[ActsAsPrompt, ...]] = field(default_factory=dict)
+    readout: dict[str, tuple[ActsAsReadout, ...]] = field(default_factory=dict)
     stands_for: Any = None
     copies: int = 1
     starts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, kind: Kind, site: str, module: Any) -> None:
+    def add(self, kind: Kind, site: str, module: Acting) -> None:
         table = getattr(self, kind)
         table[site] = (*table.get(site, ()), module)
 
@@ -69,7 +79,7 @@ class Plan:
             table.clear()
         self.stands_for, self.copies = None, 1
 
-    def mapped(self, change: Callable[[Kind, str, nn.Module], Any]) -> Plan:
+    def mapped(self, change: Callable[[Kind, str, nn.Module], Acting]) -> Plan:
         """A plan in which `change` stands for every module."""
         plan = Plan()
         for kind, site, module in self.entries():
@@ -78,8 +88,8 @@ class Plan:
 
 
 NOTHING = Plan()
-# What a branch may read beside the residual and the sublayer's input.
-MORE_READS = ("mask", "grid", *OF_BLOCK)
+# The fields of a `Context` that hooks capture before the branch is there.
+CAPTURED = tuple(name for name in READS if name != "image")
 
 
 _GENERATIONS = itertools.count(1)
@@ -436,16 +446,11 @@ class BranchHook:
             return None
         stash = self.runtime.local.stash
         branch = first_output(output)
-        if not stash and not any(adapter.reads for adapter in active):
-            for adapter in active:
-                branch = adapter(branch, residual=None, input=None)
-        else:
-            residual = stash.pop((self.site, "residual"), None)
-            read = stash.pop((self.site, "input"), None)
-            more = {name: stash.pop((self.site, name), None) for name in MORE_READS}
-            for adapter in active:
-                own = {name: value for name, value in more.items() if name in adapter.reads}
-                branch = adapter(branch, residual=residual, input=read, **own)
+        context = NO_CONTEXT
+        if stash:
+            context = Context(*[stash.pop((self.site, name), None) for name in CAPTURED])
+        for adapter in active:
+            branch = adapter(branch, context)
         return with_first(output, branch)
 
 
@@ -490,13 +495,15 @@ class LeafHook:
             pieces[leaf.index] = _changed(delta, leaf, pieces[leaf.index], x)
         return torch.cat(pieces, dim=-1)
 
-    def _factors(self, delta: Mapping[str, tuple[Any, ...]]) -> list[list[Factors]] | None:
+    def _factors(self, delta: Mapping[str, tuple[ActsOnLeaf, ...]]) -> list[list[Factors]] | None:
         """What acts on each part of a fused map; None unless all of it is plain low-rank change."""
         parts: list[list[Factors]] = [[] for _ in range(self.leaves[0].parts)]
         for leaf in self.leaves:
             for adapter in delta.get(leaf.name, ()):
                 # What hooks of its own are to see must be called.
-                seen = getattr(adapter, "_forward_hooks", True) or adapter._forward_pre_hooks
+                seen = getattr(adapter, "_forward_hooks", None) or getattr(
+                    adapter, "_forward_pre_hooks", None
+                )
                 found = None if seen else adapter.factors()
                 if found is None:
                     return None
@@ -505,7 +512,7 @@ class LeafHook:
 
 
 def _changed(
-    delta: Mapping[str, tuple[nn.Module, ...]], leaf: Leaf, y: Tensor, x: Tensor
+    delta: Mapping[str, tuple[ActsOnLeaf, ...]], leaf: Leaf, y: Tensor, x: Tensor
 ) -> Tensor:
     for adapter in delta.get(leaf.name, ()):
         y = adapter(y, x, leaf)

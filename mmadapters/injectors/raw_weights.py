@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..sites.acting import ActsAsPrefix, ActsOnLeaf
 from ..sites.sitemap import Leaf, Sublayer
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def effective(runtime: Runtime, leaf: Leaf) -> tuple[Tensor, Tensor | None]:
 
 
 def changed_weight(
-    leaf: Leaf, weight: Tensor, active: Iterable[Any]
+    leaf: Leaf, weight: Tensor, active: Iterable[ActsOnLeaf]
 ) -> tuple[Tensor, Tensor | None]:
     """Applies deltas in order; those that scale the input last, as they act before all others."""
     bias = leaf.bias
@@ -221,7 +222,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _prefixed(
-    self: nn.Module, state: Adapted, prefixes: Iterable[Any], args: tuple, kwargs: dict
+    self: nn.Module, state: Adapted, prefixes: Iterable[ActsAsPrefix], args: tuple, kwargs: dict
 ) -> Any:
     if not prefixes:
         return state.base.forward(self, *args, **kwargs)
@@ -246,7 +247,7 @@ class _Prefix:
     scores: Tensor | None
 
 
-def _prefix(prefixes: Iterable[Any], x: Tensor) -> _Prefix:
+def _prefix(prefixes: Iterable[ActsAsPrefix], x: Tensor) -> _Prefix:
     """All active prefixes as one; x: (B, N, D), what the attention reads."""
     parts = [adapter(x) for adapter in prefixes]
     keys = torch.cat([key.expand(x.shape[0], -1, -1) for key, _, _ in parts], dim=1)
@@ -327,7 +328,7 @@ def _heads(prefix: Tensor, like: Tensor) -> Tensor:
 def _explicit_attention(
     module: nn.MultiheadAttention,
     state: Adapted,
-    prefixes: Iterable[Any],
+    prefixes: Iterable[ActsAsPrefix],
     query: Tensor,
     key: Tensor,
     value: Tensor,

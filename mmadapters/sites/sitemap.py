@@ -6,7 +6,7 @@ leaves: the linear maps `q k v o` (attention) or `up down` (feed-forward) and it
 convolutions that make a speech encoder's frames of samples stand before its blocks: `front`; what
 a tower of an image-text encoder gives into the shared space stands behind them: `embedding`.
 Canonical names join them by dots: `vision.blocks.3.attn.q`, `audio.front.0`, `vision.embedding`.
-Neither methods nor injectors import each other: this file is all that they share.
+Methods and injectors never import each other: they share this file and `acting.py`.
 """
 
 from __future__ import annotations
