@@ -48,8 +48,8 @@ from ..methods import (
     RepAdapterConfig,
     SSFConfig,
 )
-from ..methods.base import check_choice, check_count, check_number
 from ..methods.lora import LoRA
+from ..methods.select import check_choice, check_count, check_number
 from ..methods.union import Gated
 from .adapter import Adapter
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from .calls import first_input, first_output, with_first_input
 from .state import Hook, ImageTokens, State
 
@@ -64,8 +65,9 @@ class BlockHook(Hook):
         image = self._image(len(x))
         if image is None:
             return None
+        context = Context(image=image)
         for adapter in active:
-            x = adapter(x, residual=None, input=None, image=image)
+            x = adapter(x, context)
         x = x if self.batch_first else x.transpose(0, 1)
         return with_first_input(args, kwargs, x)
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..low_rank import Factors, plus_low_rank
+from ..sites.acting import NO_CONTEXT, READS, ActsOnLeaf, Context
 from ..sites.sitemap import Leaf
-from .block_inputs import OF_BLOCK
 from .calls import first_output, with_first
 from .state import Hook
 
-# What a branch may read beside the residual and the sublayer's input.
-MORE_READS = ("mask", "grid", *OF_BLOCK)
+# The fields of a `Context` that hooks capture before the branch runs, in the order of the fields.
+CAPTURED = tuple(name for name in READS if name != "image")
 
 
 class ForwardHook(Hook):
@@ -40,16 +40,11 @@ class BranchHook(Hook):
             return None
         stash = self.state.local.stash
         branch = first_output(output)
-        if not stash and not any(adapter.reads for adapter in active):
-            for adapter in active:
-                branch = adapter(branch, residual=None, input=None)
-        else:
-            residual = stash.pop((self.site, "residual"), None)
-            read = stash.pop((self.site, "input"), None)
-            more = {name: stash.pop((self.site, name), None) for name in MORE_READS}
-            for adapter in active:
-                own = {name: value for name, value in more.items() if name in adapter.reads}
-                branch = adapter(branch, residual=residual, input=read, **own)
+        context = NO_CONTEXT
+        if stash:
+            context = Context(*[stash.pop((self.site, name), None) for name in CAPTURED])
+        for adapter in active:
+            branch = adapter(branch, context)
         return with_first(output, branch)
 
 
@@ -100,14 +95,16 @@ class LeafHook(Hook):
             pieces[leaf.index] = _changed(delta, leaf, pieces[leaf.index], x)
         return torch.cat(pieces, dim=-1)
 
-    def _factors(self, delta: Mapping[str, tuple[Any, ...]]) -> list[list[Factors]] | None:
+    def _factors(self, delta: Mapping[str, tuple[ActsOnLeaf, ...]]) -> list[list[Factors]] | None:
         """Returns the low-rank factors that act on each part of a fused map, or None if something
         other than a plain low-rank change acts."""
         parts: list[list[Factors]] = [[] for _ in range(self.leaves[0].parts)]
         for leaf in self.leaves:
             for adapter in delta.get(leaf.name, ()):
                 # A module that has hooks of its own must be called, so that they run.
-                hooked = getattr(adapter, "_forward_hooks", True) or adapter._forward_pre_hooks
+                hooked = getattr(adapter, "_forward_hooks", None) or getattr(
+                    adapter, "_forward_pre_hooks", None
+                )
                 factors = None if hooked else adapter.factors()
                 if factors is None:
                     return None
@@ -116,7 +113,7 @@ class LeafHook(Hook):
 
 
 def _changed(
-    delta: Mapping[str, tuple[nn.Module, ...]], leaf: Leaf, y: Tensor, x: Tensor
+    delta: Mapping[str, tuple[ActsOnLeaf, ...]], leaf: Leaf, y: Tensor, x: Tensor
 ) -> Tensor:
     """Applies the deltas of a leaf to its output y (..., out) for its input x (..., in)."""
     for adapter in delta.get(leaf.name, ()):

@@ -8,15 +8,21 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..sites.acting import (
+    Acting,
+    ActsAsPrefix,
+    ActsAsPrompt,
+    ActsAsReadout,
+    ActsOnBranch,
+    ActsOnLeaf,
+)
+
 Kind = Literal["branch", "delta", "prefix", "prompt", "readout"]
 
 
 @dataclass(eq=False)
 class Plan:
     """The active adapter modules by canonical site name, in the order in which they act.
-
-    Injectors do not import `mmadapters.methods`, where the classes of these modules are defined, so
-    they are `Any` here.
 
     Attributes:
         branch: modules that change the output of a sublayer, of a front layer or of an embedding,
@@ -30,16 +36,16 @@ class Plan:
         starts: by tower, the block at whose input the batch is repeated.
     """
 
-    branch: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    delta: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    prefix: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    prompt: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    readout: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    branch: dict[str, tuple[ActsOnBranch, ...]] = field(default_factory=dict)
+    delta: dict[str, tuple[ActsOnLeaf, ...]] = field(default_factory=dict)
+    prefix: dict[str, tuple[ActsAsPrefix, ...]] = field(default_factory=dict)
+    prompt: dict[str, tuple[ActsAsPrompt, ...]] = field(default_factory=dict)
+    readout: dict[str, tuple[ActsAsReadout, ...]] = field(default_factory=dict)
     stands_for: Any = None
     copies: int = 1
     starts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, kind: Kind, site: str, module: Any) -> None:
+    def add(self, kind: Kind, site: str, module: Acting) -> None:
         """Lets `module` act at `site`, after the modules that act there already."""
         table = getattr(self, kind)
         table[site] = (*table.get(site, ()), module)
@@ -58,7 +64,7 @@ class Plan:
             table.clear()
         self.stands_for, self.copies = None, 1
 
-    def mapped(self, change: Callable[[Kind, str, nn.Module], Any]) -> Plan:
+    def mapped(self, change: Callable[[Kind, str, nn.Module], Acting]) -> Plan:
         """Returns a plan in which every module is replaced by `change(kind, site, module)`."""
         plan = Plan()
         for kind, site, module in self.entries():

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..sites.acting import ActsAsPrefix, ActsOnLeaf
 from ..sites.sitemap import Leaf
 
 
@@ -26,7 +27,7 @@ def prefixed_forward(
     module: nn.Module,
     base: type[Any],
     site: str | None,
-    prefixes: Iterable[Any],
+    prefixes: Iterable[ActsAsPrefix],
     args: tuple,
     kwargs: dict,
 ) -> Any:
@@ -62,7 +63,7 @@ class _Prefix:
     scores: Tensor | None
 
 
-def _prefix(prefixes: Iterable[Any], x: Tensor) -> _Prefix:
+def _prefix(prefixes: Iterable[ActsAsPrefix], x: Tensor) -> _Prefix:
     """Returns all active prefixes as one; x: (B, N, D), the input of the attention."""
     parts = [adapter(x) for adapter in prefixes]
     keys = torch.cat([key.expand(x.shape[0], -1, -1) for key, _, _ in parts], dim=1)
@@ -155,8 +156,8 @@ def _heads(prefix: Tensor, like: Tensor) -> Tensor:
 def explicit_attention(
     module: nn.MultiheadAttention,
     leaves: Iterable[Leaf],
-    delta: Mapping[str, tuple[Any, ...]],
-    prefixes: Iterable[Any],
+    delta: Mapping[str, tuple[ActsOnLeaf, ...]],
+    prefixes: Iterable[ActsAsPrefix],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -206,7 +207,7 @@ def explicit_attention(
 def _project(
     module: nn.MultiheadAttention,
     leaf: Leaf | None,
-    delta: Mapping[str, tuple[Any, ...]],
+    delta: Mapping[str, tuple[ActsOnLeaf, ...]],
     index: int,
     x: Tensor,
 ) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sites.acting import ActsAsPrefix, ActsOnLeaf
 from ..sites.sitemap import Leaf, Sublayer
 from .raw_attention import explicit_attention, prefixed_forward
 from .state import State
@@ -210,7 +211,7 @@ def _effective(state: State, leaf: Leaf) -> tuple[Tensor, Tensor | None]:
 
 
 def changed_weight(
-    leaf: Leaf, weight: Tensor, active: Iterable[Any]
+    leaf: Leaf, weight: Tensor, active: Iterable[ActsOnLeaf]
 ) -> tuple[Tensor, Tensor | None]:
     """Applies deltas to a leaf's weight and to its bias, and returns both.
 
@@ -249,7 +250,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _base_forward(
-    self: nn.Module, adapted: Adapted, prefixes: Iterable[Any], args: tuple, kwargs: dict
+    self: nn.Module, adapted: Adapted, prefixes: Iterable[ActsAsPrefix], args: tuple, kwargs: dict
 ) -> Any:
     if not prefixes:
         return adapted.base.forward(self, *args, **kwargs)

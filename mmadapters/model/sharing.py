@@ -21,11 +21,11 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..methods import MethodConfig, method_named
-from ..methods.base import check_choice
 from ..methods.bottleneck import Bottleneck
 from ..methods.conv import Convpass, Mona
 from ..methods.lora import LoRA
 from ..methods.reparam import RepAdapter
+from ..methods.select import check_choice
 from ..methods.speech import FrontEndAdapter
 from ..methods.union import GatedBranch, GatedDelta
 from .store import AdapterStore

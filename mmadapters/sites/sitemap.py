@@ -6,7 +6,7 @@ leaves: the linear maps `q k v o` (attention) or `up gate down` (feed-forward) a
 convolutions with which a speech encoder turns samples into frames come before its blocks: `front`;
 the output of an image-text encoder's tower in the shared space comes after them: `embedding`.
 Canonical names join them by dots: `vision.blocks.3.attn.q`, `audio.front.0`, `vision.embedding`.
-Methods and injectors do not import each other; both import this file.
+Methods and injectors never import each other: they share this file and `acting.py`.
 """
 
 from __future__ import annotations

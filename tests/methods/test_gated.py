@@ -28,6 +28,7 @@ from mmadapters import (
     Split,
     Stack,
 )
+from mmadapters.sites.acting import Context
 
 FAMILIES = families()
 HEADS = 2
@@ -383,7 +384,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     z = torch.randn(1, 4, 32, dtype=torch.float64, requires_grad=True)
 
     def call(x: Tensor, z: Tensor) -> Tensor:
-        return module(x, residual=None, input=None, image=z)
+        return module(x, Context(image=z))
 
     assert torch.autograd.gradcheck(call, (x, z), fast_mode=True)
 
