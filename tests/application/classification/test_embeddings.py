@@ -406,7 +406,7 @@ def test_zero_shot_needs_no_training_rows_where_the_classes_are_given(splits: di
         ({"trainer": {"mode": "head"}}, "nothing to train with head.kind zero_shot: take none"),
         ({"head": {"kind": "tip_adapter"}, "trainer": {"mode": "none"}}, "take mode head for tip"),
         ({"head": {"kind": "tip_adapter", "finetune": True}}, "take trainer.mode head"),
-        ({"data": {"shots": 3, "streaming": True}}, "shots are drawn of each class"),
+        ({"data": {"shots": 3, "streaming": True}}, "shots are drawn from each class"),
     ],
 )
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message: str) -> None:
