@@ -17,7 +17,7 @@ class CaptioningDataConfig(DataConfig):
     to the decoder, not learned, and removed from the captions that are written."""
     captions: Literal["one", "all"] = "one"
     """The captions of a row with several that a training example has. one: a caption that is drawn
-    anew in each epoch; all: all captions, which together weigh as much as one."""
+    again in each epoch; all: all captions, which together weigh as much as one."""
     caption_length: int = Field(default=40, ge=4)
     """The most tokens of a training caption, from 4, with start and end and without the prompt.
     Longer captions are cut. The decoder may read fewer tokens."""

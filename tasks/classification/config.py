@@ -256,7 +256,7 @@ class ClassificationConfig(JobConfig):
             )
         if data.size is not None:
             raise ValueError(
-                f"head.kind {head.kind} sees pictures of the encoder's own size alone: leave out "
+                f"head.kind {head.kind} reads pictures of the encoder's own size only: leave out "
                 "data.size"
             )
         if head.kind == "zero_shot" and mode == "head":

@@ -44,7 +44,7 @@ class LabelMap:
         for label in labels:
             if label not in index:
                 hint = nearest(label, self.names)
-                raise BadRow(f"its label {label!r} is none of the training split's{hint}")
+                raise BadRow(f"its label {label!r} is not a class of the training split{hint}")
         return sorted({index[label] for label in labels})
 
     def to_state(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def default_device() -> str:
 
 @dataclass(frozen=True)
 class Blank:
-    """Stands for a tensor of which only the shape and the type are needed."""
+    """Stands for a tensor when only its shape and type are needed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

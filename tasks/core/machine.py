@@ -19,7 +19,7 @@ def processor() -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of those of the packages that are installed."""
+    """Returns the versions of the packages, without those that are not installed."""
     installed = {}
     for package in packages:
         try:

@@ -35,7 +35,7 @@ class Colours:
         muted: of the labels of axes.
         line: of grid lines and axes.
         accent: of curves and bars.
-        second: of what is pointed out.
+        second: of points and values that stand out.
     """
 
     ink: str
@@ -134,7 +134,7 @@ def bars_with_intervals(
     """Draws a bar for each metric, from top to bottom, with its 95 % interval and its count.
 
     Args:
-        metrics: by the name that is written beside the bar.
+        metrics: by the name that is written next to the bar.
         title: of the chart.
         colours: of the chart.
     """

@@ -113,15 +113,16 @@ def search_index(
     if about["model"] != fingerprint(task, model):
         raise ValueError(
             f"{index} was made by another model (adapter {about['adapter']!r} on "
-            f"{about['backbone']}): search it with that one, or build it anew with this one"
+            f"{about['backbone']}): search it with that model, or build the index again with this "
+            "one"
         )
     try:
         lines = [json.loads(line) for line in (index / ITEMS).read_text("utf-8").splitlines()]
         vectors = faiss.read_index(str(index / VECTORS))
     except (ValueError, RuntimeError):
-        raise ValueError(f"the files of {index} are damaged: build the index anew") from None
+        raise ValueError(f"the files of {index} are damaged: build the index again") from None
     if not vectors.ntotal == len(lines) == about["count"] or vectors.d != about["width"]:
-        raise ValueError(f"the files of {index} do not fit each other: build the index anew")
+        raise ValueError(f"the files of {index} do not fit each other: build the index again")
     queries = items([query])
     if len(queries) != 1:
         raise ValueError(f"give one query, not the {len(queries)} of {query}")
@@ -193,7 +194,7 @@ def _about(index: Path) -> dict[str, Any]:
     except ValueError:
         about = None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{index / ABOUT} is not of format {FORMAT}: build the index anew")
+        raise ValueError(f"{index / ABOUT} is not of format {FORMAT}: build the index again")
     return about
 
 

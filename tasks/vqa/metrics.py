@@ -123,7 +123,7 @@ def _tables(
                     ("answer", "questions"),
                     _rows(unknown),
                     f"{sum(unknown.values())} of {len(records)} questions, all counted as they are "
-                    "answered. The vocabulary comes from the training split alone.",
+                    "answered. The vocabulary comes from the training split only.",
                 )
             )
     return tables
