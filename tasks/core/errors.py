@@ -8,19 +8,19 @@ from typing import Literal
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message says what is wrong with it, not where it is."""
+    """A row cannot be used. The message says what is wrong with it, not where it is."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that could not be used: its number in its split and why."""
+    """A problem of a row: the row's number in its split, and the reason."""
 
     index: int
     reason: str
 
 
 class DataError(ValueError):
-    """Rows that cannot be used, where the config says that they end the run."""
+    """Rows cannot be used, and the config says that the run ends then."""
 
 
 def refuse(

@@ -402,11 +402,11 @@ def test_zero_shot_needs_no_training_rows_where_the_classes_are_given(splits: di
         ({"head": {"templates": ["a photo"]}}, "one {} where the class stands"),
         ({"data": {"multi_label": True}}, "chooses one class for a picture"),
         ({"data": {"kind": "audio"}}, "chooses one class for a picture"),
-        ({"data": {"size": 32}}, "sees pictures of the encoder's own size alone"),
+        ({"data": {"size": 32}}, "reads pictures of the encoder's own size only"),
         ({"trainer": {"mode": "head"}}, "nothing to train with head.kind zero_shot: take none"),
         ({"head": {"kind": "tip_adapter"}, "trainer": {"mode": "none"}}, "take mode head for tip"),
         ({"head": {"kind": "tip_adapter", "finetune": True}}, "take trainer.mode head"),
-        ({"data": {"shots": 3, "streaming": True}}, "shots are drawn of each class"),
+        ({"data": {"shots": 3, "streaming": True}}, "shots are drawn from each class"),
     ],
 )
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message: str) -> None:
