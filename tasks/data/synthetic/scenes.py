@@ -130,7 +130,7 @@ def make_scene(seed: int, vocabulary: Vocabulary) -> Scene:
 
 
 def describe(scene: Scene, vocabulary: Vocabulary, *, seed: int | None = None) -> str:
-    """Returns a caption of the scene; `seed` chooses the phrasing (by default the scene's seed)."""
+    """Returns a caption of the scene; `seed` chooses the phrasing, by default the scene's own."""
     rng = random.Random(scene.seed if seed is None else seed)
     groups = rng.sample(scene.groups, len(scene.groups))
     relation = _relation(groups, vocabulary) if rng.random() < 0.5 else None
@@ -318,8 +318,8 @@ RETOLD = replace(
     sentence=("{body}", "picture {body}"),
 )
 
-# Shares no shape, colour or size with PRETRAINING: an adapter must learn all of them. Its words take
-# more tokens of nano/clip, so its phrasings are short enough for nano/clip's context.
+# Shares no shape, colour or size with PRETRAINING: an adapter must learn all of them. Its words
+# take more tokens of nano/clip, so its phrasings are short enough for nano/clip's context.
 UNSEEN = Vocabulary(
     shapes=("pentagon", "dome", "drop", "trapezoid", "arrow", "arch"),
     colours={
