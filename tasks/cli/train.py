@@ -89,7 +89,7 @@ def continual(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn several jobs one after the other on one encoder, and measure how much each forgets."""
+    """Learn several jobs one after the other on one encoder, and measure how much is forgotten."""
     from ..jobs.continual.config import read_continual, read_jobs
 
     read = read_continual(config, overrides or [])

@@ -270,6 +270,7 @@ def _mode_problems(source: Source, trainer: Any) -> Iterator[str]:
 
 
 def dotted(path: Sequence[str]) -> str:
+    """Returns a path as the user writes it: `trainer.epochs`."""
     return ".".join(path)
 
 

@@ -107,6 +107,7 @@ class MixedBatches(Sampler[list[tuple[int, int, int]]]):
         self.steps = int(self.counts.sum())
 
     def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch whose batches come next."""
         self.epoch = epoch
 
     def order(self, epoch: int) -> np.ndarray:

@@ -89,6 +89,7 @@ class _Source:
         self.names = list(self.whole or self.parts)
 
     def split(self, name: str) -> RowSelection:
+        """Reads the split with this name in the source."""
         return self.whole[name] if self.whole else self._read(self.parts[name])
 
     def _by_column(self, name: str, whole: RowSelection) -> Mapping[str, RowSelection]:

@@ -98,6 +98,7 @@ class Scene:
 
     @property
     def things(self) -> list[Thing]:
+        """The things of all groups."""
         return [thing for group in self.groups for thing in group]
 
     def count(self, *, shape: str | None = None, colour: str | None = None) -> int:
