@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console
 
-from ..config.renamed import RenamedKeyWarning
+from ..config.errors import RenamedKeyWarning
 from ..reports.console import plain
 
 DEBUG = "MMADAPTERS_DEBUG"

@@ -89,7 +89,7 @@ def continual(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn several jobs one after the other on one encoder, and measure how much each forgets."""
+    """Learn several jobs one after the other on one encoder, and measure how much is forgotten."""
     from ..jobs.continual.config import read_continual, read_jobs
 
     read = read_continual(config, overrides or [])
@@ -166,7 +166,8 @@ def multitask(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train several tasks together on one encoder; adapters share all, half or no parameters."""
+    """Train several tasks together on one encoder, with adapters that share all, half or none of
+    their parameters."""
     from ..jobs.multitask.config import read_multitask, read_tasks
 
     read = read_multitask(config, overrides or [])

@@ -1,4 +1,4 @@
-"""What the readers of configs raise and warn with."""
+"""The error and the warning of the readers of configs."""
 
 from __future__ import annotations
 

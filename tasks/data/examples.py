@@ -1,4 +1,4 @@
-"""Examples of a split and their batches, the same for training and evaluation."""
+"""The examples of a split and their batches, for training and evaluation."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def _polygon(*corners: tuple[float, float]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Exact signed distance of a simple polygon (even-odd rule)."""
+    """Returns the exact signed distance of a simple polygon (even-odd rule)."""
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         nearest = torch.full_like(x, math.inf)
@@ -32,7 +32,7 @@ def _polygon(*corners: tuple[float, float]) -> Callable[[Tensor, Tensor], Tensor
 
 
 def _regular(sides: int, *, turn: float = 0.0, inner: float | None = None):
-    """A regular polygon with a corner at the top; `inner` < 1 makes it a star."""
+    """Returns a regular polygon with a corner at the top; `inner` < 1 makes it a star."""
     radii = (1.0,) if inner is None else (1.0, inner)
     number = sides * len(radii)
     angles = [2 * math.pi * (i / number + turn) - math.pi / 2 for i in range(number)]

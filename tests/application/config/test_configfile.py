@@ -232,8 +232,8 @@ def test_a_mistake_in_an_override_names_the_override(write, override: str, sente
 
 def test_what_is_missing_is_named_with_what_it_is(write) -> None:
     assert problems(write("task: segmentation\nbackbone: {}\n")) == [
-        "job.yaml:2: backbone needs a key 'name' (What `mmadapters.load_backbone` takes: timm/…, "
-        "hf/…, open_clip/…, torchaudio/…, nano/…)",
+        "job.yaml:2: backbone needs a key 'name' (The encoder's name, as "
+        "`mmadapters.load_backbone` takes it: timm/…, hf/…, open_clip/…, torchaudio/…, nano/…)",
         "job.yaml: a config needs a section 'data', with at least source",
     ]
     assert problems(write("name: x\n")) == [

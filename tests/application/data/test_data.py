@@ -610,7 +610,7 @@ def test_broken_tables_are_named(tmp_path: Path) -> None:
         "latin.csv": "cannot be read: .*(UTF8|utf-8)",
         "bad.jsonl": "cannot be read: JSON parse error",
         "mixed.jsonl": "cannot be read: JSON parse error: .*changed from string to array in row 1",
-        "bad.json": "its list holds other things than objects",
+        "bad.json": "its list holds values that are not objects",
         "torn.json": "cannot be read: .*delimiter",
         "bad.parquet": "bad.parquet cannot be read: ",
     }

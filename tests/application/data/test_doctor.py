@@ -304,7 +304,7 @@ def test_faults_of_a_tasks_own_checks_are_told() -> None:
             raise KeyError("text")
 
     report = examine(Unsure(), {"train": datasets.Dataset(pa.table({"text": ["a"]}))}, workers=0)
-    assert report.splits[0].errors == ["the task's own look at it failed: KeyError: 'text'"]
+    assert report.splits[0].errors == ["the task's own check of it failed: KeyError: 'text'"]
     assert not report.ok
 
 
