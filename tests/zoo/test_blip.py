@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters.tasks.encoders.blip import BlipMatcher, BlipTokenizer
 from mmadapters.tasks.encoders.blip_captioner import BlipCaptioner
+from mmadapters.tasks.zoo import blip_figures
 from mmadapters.tasks.zoo.pretrain import blip as recipe
 from mmadapters.tasks.zoo.pretrain.__main__ import main as pretrain
 from mmadapters.zoo import NANO, image_transform, load_nano, load_tokenizer, nano_config
-from mmadapters.zoo import blip as _blip
+from mmadapters.zoo.blip import CLASSES, build
 from mmadapters.zoo.files import read_weights
 
 NAMES = ("nano/blip-retrieval", "nano/blip-caption")
@@ -46,7 +47,7 @@ def tokens() -> Tensor:
 
 def built(trained: recipe.Blip, kind: str) -> nn.Module:
     architecture = nano_config(NAMES[0])["architecture"]
-    return _blip.build(architecture, trained.tensors(), kind)
+    return build(architecture, trained.tensors(), kind)
 
 
 def test_they_are_the_librarys_own_classes() -> None:
@@ -97,9 +98,9 @@ def test_what_is_trained_is_what_a_file_gives(
     begun, encode = tokens.clone(), tokens.clone()
     begun[:, 0], encode[:, 0] = captioner.tokens.start, captioner.tokens.encode
     with torch.inference_mode():
-        states = trained.finished(trained.begun(pictures))
+        states = trained.image_tokens(trained.frozen_states(pictures))
         for backbone in (matcher.backbone, captioner.backbone):
-            found = _blip.image_tokens(backbone, pictures, image=image)
+            found = blip_figures.image_tokens(backbone, pictures, image=image)
             torch.testing.assert_close(found, states, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(
             matcher.texts(tokens), trained.text_proj(trained.encode(tokens)), atol=1e-4, rtol=1e-4
@@ -122,12 +123,12 @@ def test_loss_is_the_sum_of_its_parts_and_reaches_all_that_is_trained(
 ) -> None:
     """Of two pairs each has but one negative, so nothing is left to chance."""
     trained.zero_grad()
-    states, ids = trained.begun(pictures[:2]).detach(), tokens[:2]
+    states, ids = trained.frozen_states(pictures[:2]).detach(), tokens[:2]
     loss = recipe.loss_of(trained, states, ids)
     loss.backward()
     for name, parameter in trained.named_parameters():
         assert (parameter.grad is not None) is parameter.requires_grad, name
-    images = trained.finished(states)
+    images = trained.image_tokens(states)
     begun, encode = ids.clone(), ids.clone()
     begun[:, 0], encode[:, 0] = 1024, 1025
     unit = nn.functional.normalize
@@ -167,7 +168,7 @@ def test_it_describes_drawn_scenes() -> None:
     drawn, _ = scenes.render(made, scenes.PRETRAINING, size=64)
     image = nano_config(NAMES[1])["image"]
     model = load_nano(NAMES[1])
-    written = _blip.describe(model, _blip.image_tokens(model, drawn, image=image))
+    written = blip_figures.describe(model, blip_figures.image_tokens(model, drawn, image=image))
     colours = [
         any(thing.colour in text for thing in scene.things)
         for scene, text in zip(made, written, strict=True)
@@ -194,7 +195,7 @@ def test_it_ships_in_at_most_10_mb_of_fp16() -> None:
 def test_the_recipe_makes_what_is_loaded_and_a_card(
     tiny_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_blip, "GALLERY", 20)
+    monkeypatch.setattr(blip_figures, "GALLERY", 20)
     options = ["--steps", "2", "--scenes", "40", "--batch-size", "4", "--scene-batch-size", "8"]
     assert pretrain(["blip", "--data", str(tiny_photos), "--out", str(tmp_path), *options]) == 0
     names = {path.name for path in tmp_path.iterdir()}
@@ -202,6 +203,6 @@ def test_the_recipe_makes_what_is_loaded_and_a_card(
     config = json.loads((tmp_path / "config.json").read_text())
     assert [row["step"] for row in config["training"]["curve"]] == [2]
     assert "{" not in (tmp_path / "README.md").read_text()
-    for kind in _blip.CLASSES:
-        figures = _blip.verify(tmp_path, None, kind=kind)
+    for kind in CLASSES:
+        figures = blip_figures.verify(tmp_path, None, kind=kind)
         assert all(figure.holds for figure in figures)
