@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encoders.positions import Grid
-from ..encoders.vision import ImageTower
-from .config import ViTAdapterConfig
+from ...encoders.positions import Grid
+from ...encoders.vision import ImageTower
+from ..config import ViTAdapterConfig
 from .deformable import DeformableAttention, reference_points
 from .norm import BatchNorm
 from .pyramid import SpatialPrior, resized

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoders.positions import Grid
+from ...encoders.positions import Grid
 
 
 def deformable_attention(values: Sequence[Tensor], locations: Tensor, weights: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import BEHIND_NECK, HeadConfig
+from ..config import BEHIND_NECK, HeadConfig
 from .norm import BatchNorm, conv_norm_relu
 from .pyramid import FPNHead, PanopticFPN, SimplePyramid, UPerHead
 from .vit_adapter import STAGES, NeckedHead, ViTAdapter

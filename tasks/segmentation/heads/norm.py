@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from ..core.device import processes
+from ...core.device import processes
 
 
 class BatchNorm(nn.BatchNorm2d):
