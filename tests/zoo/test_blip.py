@@ -1,4 +1,4 @@
-"""Facts about `nano/blip`: transformers' own classes over `nano/vit`, its one file, its recipe."""
+"""Facts about `nano/blip`: transformers' own classes over `nano/vit`, its one file, its"""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ import mmadapters
 from mmadapters.tasks.encoders.blip import BlipMatcher, BlipTokenizer
 from mmadapters.tasks.encoders.blip_captioner import BlipCaptioner
 from mmadapters.tasks.zoo import blip_figures
-from mmadapters.tasks.zoo.pretrain import blip as recipe
 from mmadapters.tasks.zoo.pretrain.__main__ import main as pretrain
+from mmadapters.tasks.zoo.pretrain.blip_model import LEARNT_BLOCKS, Blip, loss_of
 from mmadapters.zoo import NANO, image_transform, load_nano, load_tokenizer, nano_config
 from mmadapters.zoo.blip import CLASSES, build
 from mmadapters.zoo.files import read_weights
@@ -23,10 +23,10 @@ TEXTS = ["a photo of a goldfish", "a large red star above a small blue circle", 
 
 
 @pytest.fixture(scope="module")
-def trained() -> recipe.Blip:
+def trained() -> Blip:
     """The recipe's model with other values everywhere that it trains, and the rest as it was."""
     torch.manual_seed(0)
-    model = recipe.Blip(nano_config(NAMES[0])["architecture"])
+    model = Blip(nano_config(NAMES[0])["architecture"])
     with torch.no_grad():
         for parameter in {id(p): p for p in model.parameters() if p.requires_grad}.values():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -45,7 +45,7 @@ def tokens() -> Tensor:
     return tokenizer(TEXTS, padding=True, return_tensors="pt").input_ids
 
 
-def built(trained: recipe.Blip, kind: str) -> nn.Module:
+def built(trained: Blip, kind: str) -> nn.Module:
     architecture = nano_config(NAMES[0])["architecture"]
     return build(architecture, trained.tensors(), kind)
 
@@ -62,7 +62,7 @@ def test_lower_vision_blocks_are_those_of_nano_vit(name: str) -> None:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     vit: Any = load_nano("nano/vit")
     blip: Any = load_nano(name)
-    depth = len(vit.blocks) - recipe.LEARNT_BLOCKS
+    depth = len(vit.blocks) - LEARNT_BLOCKS
     entered: list[Tensor] = []
     # Only what enters a block is the same in every version of transformers.
     blip.vision_model.encoder.layers[depth].register_forward_pre_hook(
@@ -90,7 +90,7 @@ def test_the_decoder_shares_all_but_self_attention_with_the_encoder() -> None:
 
 
 def test_what_is_trained_is_what_a_file_gives(
-    trained: recipe.Blip, pictures: Tensor, tokens: Tensor
+    trained: Blip, pictures: Tensor, tokens: Tensor
 ) -> None:
     matcher = BlipMatcher(mmadapters.init(built(trained, "retrieval")))
     captioner = BlipCaptioner(mmadapters.init(built(trained, "caption")))
@@ -119,12 +119,12 @@ def test_what_is_trained_is_what_a_file_gives(
 
 
 def test_loss_is_the_sum_of_its_parts_and_reaches_all_that_is_trained(
-    trained: recipe.Blip, pictures: Tensor, tokens: Tensor
+    trained: Blip, pictures: Tensor, tokens: Tensor
 ) -> None:
     """Of two pairs each has but one negative, so nothing is left to chance."""
     trained.zero_grad()
     states, ids = trained.frozen_states(pictures[:2]).detach(), tokens[:2]
-    loss = recipe.loss_of(trained, states, ids)
+    loss = loss_of(trained, states, ids)
     loss.backward()
     for name, parameter in trained.named_parameters():
         assert (parameter.grad is not None) is parameter.requires_grad, name
