@@ -1,1 +1,1 @@
-"""Segmentation heads: from maps of an encoder's blocks to class logits."""
+"""Segmentation heads: from the maps of an encoder's blocks to class logits."""

@@ -1,111 +1,31 @@
-"""Heads: from maps of an encoder's blocks to class logits.
+"""Heads without a pyramid: linear, SETR-PUP and Segmenter.
 
-Each takes the maps of the blocks that it reads, a list of (B, D, h, w), and the normalised pixels
-(B, 3, H, W) that they come from, and gives logits (B, C, h', w') at whatever resolution it works;
-h = H / patch and w = W / patch. Behind a neck (`NeckedHead`) it takes the neck's levels instead.
-B images, D width of the encoder, C classes, E width of the head.
+Every head takes the maps of the blocks that it reads, a list of (B, D, h, w), and the normalised
+pixels (B, 3, H, W) of the images, where h = H / patch and w = W / patch. It returns logits
+(B, C, h', w') at a resolution of its own.
+
+Shape legend: B images, D width of the encoder, C classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import BEHIND_NECK, HeadConfig
 from .norm import BatchNorm, conv_norm_relu
-from .pyramid import FPNHead, PanopticFPN, SimplePyramid, UPerHead
-from .vit_adapter import STAGES, NeckedHead, ViTAdapter
-
-__all__ = [
-    "FPNHead",
-    "LinearHead",
-    "PanopticFPN",
-    "Segmenter",
-    "SetrPup",
-    "UPerHead",
-    "head_layers",
-    "make_head",
-]
-
-FOUR_BLOCKS = (*BEHIND_NECK, "fpn")  # the heads that read so many
-
-
-def make_head(
-    config: HeadConfig, *, width: int, patch: int, layers: int, classes: int
-) -> nn.Module:
-    """A fresh head.
-
-    Args:
-        width: D; `patch`: in pixels; `layers`: how many maps it will get.
-
-    Raises:
-        ValueError: the head takes another number of maps, or the neck does not fit the width.
-    """
-    wanted = layers if config.kind == "linear" else 4 if config.kind in FOUR_BLOCKS else 1
-    if layers != wanted:
-        raise ValueError(f"the {config.kind} head reads {wanted} blocks, head.layers has {layers}")
-    inner: dict[str, Any] = {
-        "classes": classes,
-        "channels": config.channels,
-        "dropout": config.dropout,
-    }
-    if config.kind == "linear":
-        return LinearHead(width * layers, classes=classes, dropout=config.dropout)
-    if config.kind == "setr_pup":
-        return SetrPup(width, patch=patch, **inner)
-    if config.kind == "segmenter":
-        return Segmenter(width, depth=config.depth, **inner)
-    if config.kind == "fpn":
-        return FPNHead(width, **inner)
-    on_pyramid = UPerHead if config.kind == "upernet" else PanopticFPN
-    if config.neck is None:
-        return on_pyramid(width, pyramid=SimplePyramid(width), **inner)
-    neck = ViTAdapter(width, config.vit_adapter)
-    return NeckedHead(neck, on_pyramid(width, pyramid=nn.Identity(), **inner))
-
-
-def head_layers(config: HeadConfig, depth: int) -> tuple[int, ...]:
-    """The blocks that a head reads in an encoder of `depth` blocks.
-
-    Raises:
-        ValueError: one of them is not there, or they do not end the stages of a neck.
-    """
-    layers = _head_layers(config, depth)
-    if config.neck is not None and (len(layers) != STAGES or sorted(set(layers)) != list(layers)):
-        if config.layers is None:
-            raise ValueError(
-                f"head.neck: {config.neck} works in {STAGES} stages, of a block or more each; the "
-                f"encoder has {depth}: take the neck out"
-            )
-        raise ValueError(
-            f"head.layers: the neck reads the last block of each of {STAGES} stages, so give "
-            f"{STAGES} blocks that rise, not {list(config.layers)}"
-        )
-    return layers
-
-
-def _head_layers(config: HeadConfig, depth: int) -> tuple[int, ...]:
-    if config.layers is not None:
-        for layer in config.layers:
-            if not -depth <= layer < depth:
-                raise ValueError(
-                    f"head.layers: there is no block {layer}, the encoder has {depth} (0 to "
-                    f"{depth - 1}, or -{depth} to -1)"
-                )
-        return tuple(layer % depth for layer in config.layers)
-    if config.kind in FOUR_BLOCKS:
-        return tuple(max((part + 1) * depth // 4 - 1, 0) for part in range(4))
-    return (depth - 1,)
 
 
 class LinearHead(nn.Module):
-    """Batch norm and a 1×1 convolution on the maps side by side.
+    """Batch norm and a 1×1 convolution on the concatenated maps.
 
-    Oquab et al. 2024, DINOv2, §7.4: `lin.` with the last block, the head of `+ms` with four.
+    Oquab et al. 2024, DINOv2, §7.4: with the last block it is `lin.`, with four the head of `+ms`.
+
+    Args:
+        width: number of channels of all maps together.
+        dropout: probability of dropping a channel.
     """
 
     def __init__(self, width: int, *, classes: int, dropout: float) -> None:
@@ -118,14 +38,17 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.classify.bias)
 
     def forward(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:
-        """-> (B, C, h, w)."""
+        """Returns logits (B, C, h, w)."""
         return self.classify(self.dropout(self.norm(torch.cat(list(maps), dim=1))))
 
 
 class SetrPup(nn.Module):
-    """Progressive upsampling: 3×3 convolution and ×2, until the resolution is that of the pixels.
+    """Progressive upsampling: 3×3 convolutions and ×2 in turn, up to the resolution of the pixels.
 
-    Zheng et al. 2021, SETR, §3.2; four times for patches of 14 and 16, three times for 8.
+    Zheng et al. 2021, SETR, §3.2. There are four steps for patches of 14 and 16, three for 8.
+
+    Args:
+        width: D; `patch`: side of a patch in pixels; `channels`: width of the convolutions.
     """
 
     def __init__(
@@ -141,7 +64,7 @@ class SetrPup(nn.Module):
         self.classify = nn.Conv2d(channels, classes, 1)
 
     def forward(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:
-        """-> (B, C, 2^k h, 2^k w), 2^k ≥ patch."""
+        """Returns logits (B, C, 2^k h, 2^k w) with 2^k ≥ patch."""
         x = maps[-1]
         for step in self.steps:
             x = F.interpolate(step(x), scale_factor=2.0, mode="bilinear", align_corners=False)
@@ -149,11 +72,14 @@ class SetrPup(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Mask transformer: class tokens go through transformer layers with the patches, and a patch's
-    logits are its cosines to them, layer-normed over the classes.
+    """Mask transformer: transformer layers over patches and class tokens.
 
-    Strudel et al. 2021, Segmenter, §3.2 and the authors' `decoder.py`. With two classes the cosines
-    are scaled by a learned factor instead: a norm over two numbers leaves nothing but their order.
+    The logits of a patch are its cosines to the class tokens, layer-normed over the classes.
+    Strudel et al. 2021, Segmenter, §3.2 and the authors' `decoder.py`. Unlike there, a learned
+    factor scales the cosines of two classes, since a norm over two numbers keeps only their order.
+
+    Raises:
+        ValueError: `channels` is no multiple of the number of attention heads.
     """
 
     def __init__(
@@ -180,7 +106,7 @@ class Segmenter(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.project_patches = nn.Linear(channels, channels, bias=False)
         self.project_classes = nn.Linear(channels, channels, bias=False)
-        self.mask_norm = nn.LayerNorm(classes) if classes > 2 else Scale(10.0)
+        self.mask_norm = nn.LayerNorm(classes) if classes > 2 else LearnedFactor(10.0)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -191,7 +117,7 @@ class Segmenter(nn.Module):
             nn.init.normal_(projection.weight, std=channels**-0.5)
 
     def forward(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:
-        """-> (B, C, h, w)."""
+        """Returns logits (B, C, h, w)."""
         batch, _, height, width = maps[-1].shape
         patches = self.project(maps[-1].flatten(2).transpose(1, 2))
         x = torch.cat([patches, self.class_tokens.to(patches).expand(batch, -1, -1)], dim=1)
@@ -205,8 +131,8 @@ class Segmenter(nn.Module):
         return masks.transpose(1, 2).unflatten(2, (height, width))
 
 
-class Scale(nn.Module):
-    """A learned factor."""
+class LearnedFactor(nn.Module):
+    """Multiplies by a learned factor."""
 
     def __init__(self, start: float) -> None:
         super().__init__()

@@ -26,11 +26,11 @@ from mmadapters.tasks.encoders.vision import ImageTower
 from mmadapters.tasks.encoders.watch import Watch
 from mmadapters.tasks.jobs import run
 from mmadapters.tasks.segmentation.config import HeadConfig, ViTAdapterConfig
-from mmadapters.tasks.segmentation.heads import head_layers, make_head
-from mmadapters.tasks.segmentation.pyramid import resized
-from mmadapters.tasks.segmentation.vit_adapter import (
+from mmadapters.tasks.segmentation.heads.build import head_layers, make_head
+from mmadapters.tasks.segmentation.heads.pyramid import resized
+from mmadapters.tasks.segmentation.heads.vit_adapter import (
+    CellLocations,
     NeckedHead,
-    Places,
     SpatialPrior,
     ViTAdapter,
     as_maps,
@@ -128,7 +128,7 @@ def test_extractor_and_injector_are_their_formulas() -> None:
     neck = neck_of("full")
     randomise(neck)
     grid, levels = (3, 5), [(6, 10), (3, 5), (2, 3)]
-    places = Places.of(grid, levels, torch.device("cpu"))
+    places = CellLocations.of(grid, levels, torch.device("cpu"))
     x, c = torch.randn(2, 15, WIDTH), torch.randn(2, 60 + 15 + 6, WIDTH)
 
     def attend(part: Any, query: Tensor, points: Tensor, value: Tensor, grids: list) -> Tensor:
@@ -160,7 +160,7 @@ def test_full_goes_stage_by_stage(norm: bool) -> None:
 
     first, *levels = neck.prior(x)
     grids = [(level.shape[-2], level.shape[-1]) for level in levels]
-    places = Places.of((4, 4), grids, x.device)
+    places = CellLocations.of((4, 4), grids, x.device)
     c = torch.cat(
         [as_tokens(y) + e for y, e in zip(levels, neck.level_embedding, strict=True)], dim=1
     )
@@ -424,7 +424,7 @@ def test_stages_end_at_four_blocks_that_rise() -> None:
     ("head", "message"),
     [
         ({"kind": "linear", "neck": "vit_adapter"}, "linear reads the encoder's maps: set kind to"),
-        ({"kind": "fpn", "neck": "vit_adapter"}, "fpn has a stem on the pixels of its own"),
+        ({"kind": "fpn", "neck": "vit_adapter"}, "fpn has its own stem on the pixels"),
         ({"kind": "upernet", "vit_adapter": {"mode": "full"}}, "write neck: vit_adapter"),
         ({"kind": "upernet", "neck": "fpn"}, "vit_adapter"),
         ({"kind": "upernet", "neck": "vit_adapter", "vit_adapter": {"points": 0}}, "points"),
