@@ -17,8 +17,9 @@ from mmadapters.zoo.files import read_config
 
 from ..captioning.cider import cider
 from ..data.synthetic import scenes
-from ..encoders.blip import BlipMatcher, BlipTokenizer
+from ..encoders.blip import BlipMatcher
 from ..encoders.blip_captioner import BlipCaptioner
+from ..encoders.blip_text import BlipTokenizer
 from ..retrieval.metrics import candidates
 from . import photos
 from .figure import CardFigure

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import mmadapters
-from mmadapters.tasks.encoders.blip import BlipMatcher, BlipTokenizer
+from mmadapters.tasks.encoders.blip import BlipMatcher
 from mmadapters.tasks.encoders.blip_captioner import BlipCaptioner
+from mmadapters.tasks.encoders.blip_text import BlipTokenizer
 from mmadapters.tasks.zoo import blip_figures
 from mmadapters.tasks.zoo.pretrain.__main__ import main as pretrain
 from mmadapters.tasks.zoo.pretrain.blip_model import LEARNT_BLOCKS, Blip, loss_of

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from mmadapters import LoRAConfig, PromptConfig, init
 from mmadapters.tasks import artifact
 from mmadapters.tasks.config.file import read_config
+from mmadapters.tasks.encoders.block_states import BlockStates
 from mmadapters.tasks.encoders.vision import ImageTower
-from mmadapters.tasks.encoders.watch import Watch
 from mmadapters.tasks.jobs import run
 from mmadapters.tasks.segmentation.config import HeadConfig, ViTAdapterConfig
 from mmadapters.tasks.segmentation.heads.build import head_layers, make_head
@@ -218,9 +218,9 @@ def test_adapters_in_the_encoder_train_beside_the_neck(mode: str) -> None:
 def test_full_starts_as_the_encoder_and_its_gamma_learns(name: str) -> None:
     tower, neck = tower_of(name), neck_of("full")
     x = pixels(tower)
-    with Watch(tower._tower, range(DEPTH)) as before:
+    with BlockStates(tower._tower, range(DEPTH)) as before:
         tower(x)
-    with Watch(tower._tower, range(DEPTH)) as watch:
+    with BlockStates(tower._tower, range(DEPTH)) as watch:
         levels = neck(tower, x, LAYERS)
     for layer in range(DEPTH):
         assert torch.equal(watch.states[layer], before.states[layer]), layer
@@ -234,11 +234,11 @@ def test_full_starts_as_the_encoder_and_its_gamma_learns(name: str) -> None:
     with torch.no_grad():
         for injector in neck.injectors:
             injector.gamma.fill_(0.1)  # type: ignore[operator, union-attr]
-    with Watch(tower._tower, range(DEPTH)) as watch:
+    with BlockStates(tower._tower, range(DEPTH)) as watch:
         neck(tower, x, LAYERS)
     for layer in range(DEPTH):
         assert not torch.allclose(watch.states[layer], before.states[layer]), layer
-    with Watch(tower._tower, range(DEPTH)) as after:
+    with BlockStates(tower._tower, range(DEPTH)) as after:
         tower(x)
     for layer in range(DEPTH):
         assert torch.equal(after.states[layer], before.states[layer]), layer
@@ -268,14 +268,14 @@ def test_prompts_are_no_patches(name: str) -> None:
     tower.encoder.add_adapter("p", PromptConfig(length=3, deep=True))
     tower.encoder.set_active_adapters("p")
     x = pixels(tower)
-    with Watch(tower._tower, range(DEPTH)) as before:
+    with BlockStates(tower._tower, range(DEPTH)) as before:
         tower(x)
-    with Watch(tower._tower, range(DEPTH)) as watch:
+    with BlockStates(tower._tower, range(DEPTH)) as watch:
         neck(tower, x, LAYERS)
     for layer in range(DEPTH):
         assert torch.equal(watch.states[layer], before.states[layer]), layer
     randomise(neck.injectors)
-    with Watch(tower._tower, [0]) as watch:
+    with BlockStates(tower._tower, [0]) as watch:
         neck(tower, x, LAYERS)
     assert not torch.allclose(watch.states[0], before.states[0])
 
