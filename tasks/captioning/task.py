@@ -30,7 +30,8 @@ from ..data.captions import (
     one_of_several,
     stated_captions,
 )
-from ..encoders.blip import BlipTokenizer, BlipTokens, blip_tokenizer, is_blip
+from ..encoders.blip import is_blip
+from ..encoders.blip_text import BlipTokenizer, BlipTokens, blip_tokenizer
 from ..encoders.preprocessing import image_preprocessing, to_tensor
 from . import metrics, pictures
 from .config import CaptioningConfig

@@ -16,9 +16,9 @@ from mmadapters import AdapterModel
 from mmadapters.suggest import nearest
 
 from ..core.model import TaskModel
+from ..encoders.block_states import BlockStates
 from ..encoders.refusals import refuse_embedding_adapters, refuse_other_towers
 from ..encoders.vision import ImageTower
-from ..encoders.watch import Watch
 from .config import ClassificationConfig
 from .head import ClassificationHead
 
@@ -165,7 +165,7 @@ class AudioClassifier(Classifier):
         layers = range(len(tower.blocks))
 
         def run(waves: Tensor, lengths: Tensor) -> list[Tensor] | None:
-            with Watch(tower, layers, reads_entered=True) as watch:
+            with BlockStates(tower, layers, reads_entered=True) as watch:
                 frames, _ = self.tower(waves, lengths)
             assert watch.entered is not None
             if len(watch.entered) != len(waves):

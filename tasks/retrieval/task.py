@@ -29,7 +29,8 @@ from ..data import media
 from ..data.captions import COLUMNS, all_captions, captions_of, image_id, number_of, one_of_several
 from ..data.examples import Examples
 from ..data.workers import readers
-from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
+from ..encoders.blip import is_blip
+from ..encoders.blip_text import BlipTokens, blip_tokenizer
 from ..encoders.clip import load_tokenizer, text_limits
 from ..encoders.preprocessing import image_preprocessing, to_tensor
 from .config import RetrievalConfig

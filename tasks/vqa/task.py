@@ -23,7 +23,8 @@ from ..core.results import Figure, Scores, Table
 from ..core.rows import Batch, Column, Example, Record, Rows
 from ..core.task import Task
 from ..data import media
-from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
+from ..encoders.blip import is_blip
+from ..encoders.blip_text import BlipTokens, blip_tokenizer
 from ..encoders.clip import load_tokenizer, text_limits
 from ..encoders.preprocessing import image_preprocessing, to_tensor
 from . import metrics, pictures

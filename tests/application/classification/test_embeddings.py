@@ -448,7 +448,7 @@ def test_zero_shot_head_keeps_what_was_loaded() -> None:
 def test_linear_head_refuses_adapters_beside_the_image_tower() -> None:
     few = ["data.options={vocabulary: unseen, train: 12, validation: 4, test: 4}"]
     for more, message in (
-        ([], r'sits in text of CLIP, where head.kind linear never passes: set .* to \["vision"\]'),
+        ([], r'sits in text of CLIP, which head.kind linear does not use: set .* to \["vision"\]'),
         (["adapter={method: clip_adapter}"], "would do nothing: compare embeddings"),
     ):
         config = read_config("classify_scenes", ["backbone.name=nano/clip", *few, *more])

@@ -145,7 +145,7 @@ def test_speech_is_sound_with_its_text_speaker_and_accent() -> None:
 
 @needs_espeak
 def test_test_readings_are_those_of_the_encoders_card() -> None:
-    from mmadapters.zoo.wav2vec2 import held_out_readings
+    from mmadapters.tasks.zoo.wav2vec2_figures import held_out_readings
 
     rows = load("speech", SPEECH, accents=["en-gb"], train=0, validation=0, test=3)["test"]
     for row, (text, waveform) in zip(rows, held_out_readings("en-gb", 3), strict=True):
