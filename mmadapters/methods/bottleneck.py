@@ -266,6 +266,7 @@ class DoubleSeqBnConfig(BottleneckConfig):
     Options are those of `BottleneckConfig`, with a GELU by default.
     """
 
+    # act, a name in `ACTIVATIONS`.
     activation: str = "gelu"
     method: ClassVar[str] = "double_seq_bn"
 
@@ -277,6 +278,7 @@ class SeqBnConfig(BottleneckConfig):
     Options are those of `BottleneckConfig`, with this placement by default.
     """
 
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(
         default_factory=lambda: SequentialPlacement(at=("ffn",), residual="after")
     )
@@ -290,7 +292,9 @@ class ParBnConfig(BottleneckConfig):
     Options are those of `BottleneckConfig`, with these defaults and half of the width.
     """
 
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(default_factory=ParallelPlacement)
+    # s, a factor on the result, not 0.
     scale: float = 4.0
     method: ClassVar[str] = "par_bn"
     standard = ("reduction_factor", 2)
@@ -303,8 +307,11 @@ class AdaptFormerConfig(BottleneckConfig):
     Options are those of `BottleneckConfig`, with these defaults.
     """
 
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(default_factory=ParallelPlacement)
+    # s, a factor on the result, not 0.
     scale: float = 0.1
+    # Probability that an element of the bottleneck is zeroed in training, 0 to below 1.
     dropout: float = 0.1
     method: ClassVar[str] = "adaptformer"
     standard = ("size", 64)
@@ -317,11 +324,15 @@ class AdapterPlusConfig(BottleneckConfig):
     Options are those of `BottleneckConfig`, with these defaults and r = 8.
     """
 
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(
         default_factory=lambda: SequentialPlacement(at=("ffn",), residual="after")
     )
+    # act, a name in `ACTIVATIONS`.
     activation: str = "gelu"
+    # Makes s a parameter: one number ("scalar") or one for each channel ("channel").
     learn_scale: Literal["scalar", "channel"] | None = "channel"
+    # Probability that the result is left out for a whole sample in training, 0 to below 1.
     drop_path: float = 0.1
     method: ClassVar[str] = "adapter_plus"
     standard = ("size", 8)

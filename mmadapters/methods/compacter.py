@@ -25,6 +25,7 @@ from .select import bottleneck_size, check_count, chosen_sublayers
 class CompacterConfig(BottleneckConfig):
     """Compacter. Its other options are those of `BottleneckConfig`, with a GELU by default."""
 
+    # act, a name in `bottleneck.ACTIVATIONS`.
     activation: str = "gelu"
     # n of the formula, at least 1; it must divide the width and the bottleneck.
     phm_dim: int = 4

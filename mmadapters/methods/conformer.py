@@ -31,10 +31,11 @@ class ConformerAdapterConfig(MethodConfig):
     """The convolution module of the Conformer (Gulati et al. 2020, section 2.2).
 
     LayerNorm, a 1 x 1 map to 2 r and a GLU, a convolution over time, batch norm, SiLU, dropout, and
-    a 1 x 1 map back. The mask that the block's attention is given shows which frames are padding; they
-    enter the convolution as zeros, and do not count in the mean and variance of the batch norm. In
-    training, mean and variance are those of the batch; otherwise the running ones, which are saved
-    with the adapter. Gradient checkpointing runs a block twice, and so moves them twice a step.
+    a 1 x 1 map back. The mask that the block's attention is given shows which frames are padding.
+    Padding enters the convolution as zeros, and does not count in the mean and variance of the
+    batch norm. In training, these are of the batch; otherwise they are running ones, which are
+    saved with the adapter. Gradient checkpointing runs a block twice, and so moves them twice in a
+    step.
 
     An encoder without a mask (Whisper; torchaudio's WavLM) knows of no padding: all its frames
     count. Masks are `attention_mask` and `key_padding_mask`, given to the attention by name.

@@ -43,8 +43,11 @@ class EAdapterConfig(BottleneckConfig):
     `ConfigUnion(EAdapterConfig(), LAdapterConfig())` is their E + L.
     """
 
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(default_factory=lambda: SequentialPlacement(at=("ffn",)))
+    # act, a name in `bottleneck.ACTIVATIONS`.
     activation: str = "gelu"
+    # A LayerNorm "before" the down-projection or "after" the up-projection; None: neither.
     norm: Literal["before", "after"] | None = "after"
     method: ClassVar[str] = "e_adapter"
     standard = ("size", 256)
@@ -60,9 +63,11 @@ class MMSAdapterConfig(BottleneckConfig):
     on the sum that the block's last LayerNorm reads.
     """
 
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(
         default_factory=lambda: SequentialPlacement(at=("ffn",), residual="after")
     )
+    # A LayerNorm "before" the down-projection or "after" the up-projection; None: neither.
     norm: Literal["before", "after"] | None = "before"
     method: ClassVar[str] = "mms_adapter"
     standard = ("size", 16)

@@ -128,6 +128,17 @@ class CombinedDelta:
         """Returns None: together they are no single low-rank change."""
         return None
 
+    def effective(
+        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight and bias that compute the same.
+
+        Raises:
+            AttributeError: no single weight does. A module that reads the weight all the same gets
+                the frozen one, as `nn.Module` looks there when a property raises this error.
+        """
+        raise AttributeError(f"no single weight equals a {type(self).__name__}")
+
 
 @dataclass(eq=False)
 class DeltaChain(CombinedDelta):
