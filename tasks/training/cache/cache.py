@@ -115,7 +115,7 @@ def _prepared(
         raise CacheRefused(reason)
     views = config.views or 1
     if auto and passes <= views:
-        raise CacheRefused(f"{passes:.3g} passes over the training rows are too few to gain by it")
+        raise CacheRefused(f"{passes:.3g} passes over the training rows are too few to save time")
     randomness = task.randomness(train)
     if randomness is None:
         views = 1

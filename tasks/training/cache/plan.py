@@ -181,7 +181,7 @@ def _check_towers(task: Task, trunk: FrozenTrunk) -> None:
     cached = {part.tower for part in trunk.towers}
     for tower in [*task.cacheable_inputs.values(), *([] if cached else trunk.skipped)]:
         if tower in trunk.skipped:
-            raise CacheRefused(f"tower {tower!r} cannot be kept: {trunk.skipped[tower]}")
+            raise CacheRefused(f"tower {tower!r} cannot be cached: {trunk.skipped[tower]}")
     if not cached:
         raise CacheRefused("no tower of the encoder runs")
 
