@@ -1,4 +1,4 @@
-"""Times training steps with and without kept states of the frozen trunk, and prints a table.
+"""Times training steps with and without cached states of the frozen trunk, and prints a table.
 
     python benchmarks/trunk/measure.py [vision] [speech]
 

@@ -59,7 +59,7 @@ class DemoRow:
 
     @property
     def clear(self) -> bool:
-        """Whether the 95 % interval with adapters is wholly better than that of the head alone."""
+        """Whether the whole 95 % interval with adapters is better than that of the head alone."""
         if self.adapter.greater_is_better:
             return _bound(self.adapter, "low") > _bound(self.head, "high")
         return _bound(self.adapter, "high") < _bound(self.head, "low")

@@ -33,8 +33,7 @@ class SiteRow:
     Attributes:
         name: its name.
         kind: attn, ffn or cross for a sublayer; linear or norm for a leaf; conv for a layer of a
-            convolutional front end; embedding for the output of a
-            tower in the shared space.
+            convolutional front end; embedding for the output of a tower in the shared space.
         inputs: the width of the input (…, inputs), or its channels for conv.
         outputs: the width of the output (…, outputs), or its channels for conv.
         parameters: the weight and bias of a leaf or layer, or all leaves of a sublayer.

@@ -26,7 +26,20 @@ from .evaluate import validated
 
 
 class TaskTrainer(EncoderTrainer):
-    """Trains the model of one task on its rows."""
+    """Trains the model of one task on its rows.
+
+    Args:
+        train: the training rows, or a stream of them.
+        validation: the validation rows; None trains without validation.
+        folder: the run directory.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: the rows are a stream, and the config has no `max_steps`, or it has `views`.
+
+    Attributes:
+        cache: the cached trunk states; filled by `fit`.
+    """
 
     def __init__(
         self,

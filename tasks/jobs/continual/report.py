@@ -53,13 +53,13 @@ def write_continual_report(done: Continual, environment: Mapping[str, Any]) -> N
 
 def _summary(done: Continual) -> list[str]:
     names = ", ".join(done.adapters.jobs)
-    kept = done.adapters
+    adapters = done.adapters
     sentences = [f"{done.jobs[0].backbone.name} learned {names}, in this order."]
-    if all(kept.unchanged.values()):
+    if all(adapters.unchanged.values()):
         sentences.append(
             "With adapters, every output on earlier test splits is bit for bit unchanged."
         )
-    if kept.encoder_unchanged:
+    if adapters.encoder_unchanged:
         sentences.append("So is every weight of the encoder.")
     return sentences
 
@@ -113,7 +113,7 @@ def _routing(routing: Routing | str | None) -> list[Table] | str | None:
     return [
         Table(
             "Where test pictures go",
-            ("of", *(f"to {name}" for name in routing.jobs), "job told", "job found"),
+            ("pictures of", *(f"to {name}" for name in routing.jobs), "job told", "job found"),
             rows,
             f"To the nearest of {sum(routing.means)} class means in the space of the frozen "
             f"encoder; chance is {100 / len(routing.jobs):.0f} %. A picture that goes to a wrong "

@@ -42,7 +42,7 @@ def obstacle(tasks: Sequence[Task]) -> str | None:
             others = ", ".join(sorted(kinds & {"image", "audio", "text", "texts"}))
             return (
                 f"{task.config.name} reads {others}: routing is measured where all jobs read "
-                "pictures alone"
+                "only pictures"
             )
     return None
 

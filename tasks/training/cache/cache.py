@@ -20,7 +20,6 @@ from torch import nn
 
 from mmadapters.trunk.budget import GIB, cache_folder, check_room, free_memory
 
-from ...core.capabilities import CacheableInputs, capability
 from ...core.device import processes
 from ...core.model import TaskModel
 from ...core.rows import Rows
@@ -118,8 +117,8 @@ def _prepared(
         raise CacheRefused(reason)
     views = config.views or 1
     if auto and passes <= views:
-        raise CacheRefused(f"{passes:.3g} passes over the training rows are too few to gain by it")
-    randomness = capability(task, CacheableInputs).randomness(train)
+        raise CacheRefused(f"{passes:.3g} passes over the training rows are too few to save time")
+    randomness = task.randomness(train)
     if randomness is None:
         views = 1
     elif config.views is None:

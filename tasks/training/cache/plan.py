@@ -187,7 +187,7 @@ def _check_towers(task: Task, trunk: FrozenTrunk) -> None:
     needed = capability(task, CacheableInputs).cacheable_inputs.values()
     for tower in [*needed, *([] if cached else trunk.skipped)]:
         if tower in trunk.skipped:
-            raise CacheRefused(f"tower {tower!r} cannot be kept: {trunk.skipped[tower]}")
+            raise CacheRefused(f"tower {tower!r} cannot be cached: {trunk.skipped[tower]}")
     if not cached:
         raise CacheRefused("no tower of the encoder runs")
 
