@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from families import Family, tensors
+from forked import fork_server
 from injection import two_processes
 from injection.matrix import (
     FAMILIES,
@@ -302,7 +303,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
     model = two_processes.small_model()
     expected = two_processes.gradients(model, model.adapter("a"), x)
     address = (tmp_path / "store").as_uri()
-    start = partial(mp.start_processes, nprocs=2, start_method="spawn")
+    fork_server()
+    start = partial(mp.start_processes, nprocs=2, start_method="forkserver")
     start(two_processes.worker, args=(address, x, tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import signal
-import subprocess
-import sys
-import textwrap
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked import fork_server
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from trunk import fill_store
 
 from mmadapters.trunk.budget import cache_folder, check_room
 from mmadapters.trunk.format import pack, unpack
@@ -278,50 +278,30 @@ def test_workers_of_a_loader_read_it(disk: bool, tmp_path: Path) -> None:
         assert torch.equal(found, state(VIEWS * record + 1, 3))
 
 
-FILLER = textwrap.dedent("""
-    import os, signal, sys, time
-    from pathlib import Path
-    from trunk.test_store import entry, store
-
-    folder, kill_at, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    kept, made = store(folder, per_chunk=2), []
-    print("ready", flush=True)
-    sys.stdin.readline()
-    while missing := kept.missing():
-        for chunk in missing:
-            if not kept.claim(chunk):
-                continue
-            if len(made) == kill_at:
-                (kept.chunks.folder / f".{chunk:05d}.states.{os.getpid()}.tmp").write_bytes(b"half")
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(pause)
-            kept.put(chunk, [entry(place) for place in kept.places(chunk).tolist()])
-            kept.release(chunk)
-            made.append(chunk)
-        time.sleep(0.02)
-    print(*made)
-""")
-
-
 def fillers(
     count: int, folder: Path, kill_at: int = -1, pause: float = 0.0
-) -> list[subprocess.Popen]:
+) -> list[tuple[BaseProcess, Connection]]:
     """Processes that fill one store; they begin together, once each has opened it."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", FILLER, str(folder), str(kill_at), str(pause)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    several = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
-    for one in several:
-        assert one.stdout.readline() == "ready\n"
-    for one in several:
-        one.stdin.write("go\n")
-        one.stdin.flush()
+    several = []
+    for _ in range(count):
+        here, there = fork_server().Pipe()
+        process = fork_server().Process(
+            target=fill_store.fill, args=(folder, kill_at, pause, there)
+        )
+        process.start()
+        there.close()
+        several.append((process, here))
+    for _, connection in several:
+        assert connection.recv() == "ready"
+    for _, connection in several:
+        connection.send("go")
     return several
 
 
 def test_a_filling_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    (killed,) = fillers(1, tmp_path, kill_at=4)
-    assert killed.wait(timeout=60) == -signal.SIGKILL
+    ((killed, _),) = fillers(1, tmp_path, kill_at=4)
+    killed.join(timeout=60)
+    assert killed.exitcode == -signal.SIGKILL
     kept = store(tmp_path, per_chunk=2)
     assert kept.verify() == []
     assert len(kept.missing()) == len(kept) - 4
@@ -333,7 +313,9 @@ def test_a_filling_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> N
 
 def test_two_processes_fill_one_store_together(tmp_path: Path) -> None:
     several = fillers(2, tmp_path, pause=0.1)
-    made = [{int(chunk) for chunk in one.communicate(timeout=60)[0].split()} for one in several]
+    made = [set(connection.recv()) for _, connection in several]
+    for process, _ in several:
+        process.join(timeout=60)
     kept = store(tmp_path, per_chunk=2)
     assert made[0] | made[1] == set(range(len(kept)))
     assert not made[0] & made[1]
@@ -343,7 +325,7 @@ def test_two_processes_fill_one_store_together(tmp_path: Path) -> None:
 
 
 def test_what_another_process_fills_cannot_be_claimed_until_it_ends(tmp_path: Path) -> None:
-    kept, (other,) = store(tmp_path, per_chunk=2), fillers(1, tmp_path, pause=60.0)
+    kept, ((other, _),) = store(tmp_path, per_chunk=2), fillers(1, tmp_path, pause=60.0)
 
     def claimable(chunk: int) -> bool:
         if claimed := kept.claim(chunk):
@@ -360,7 +342,7 @@ def test_what_another_process_fills_cannot_be_claimed_until_it_ends(tmp_path: Pa
         assert claimable(2)
     finally:
         other.kill()
-        other.wait()
+        other.join()
     assert claimable(taken[0])
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -297,17 +295,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     for processes in (1, 2):
         own = tmp_path / str(processes)
         own.mkdir()
-        start = [sys.executable]
-        if processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        environment = {**os.environ, "PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*start, str(program), str(own), json.dumps(settings)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = forked.run(program, str(own), json.dumps(settings), processes=processes)
         assert done.returncode == 0, done.stderr
         found.append(json.loads((own / "figures.json").read_text()))
     one, two = found

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from families import contrastive as processes
 from families.small import randomise
 from families.vision_language import CLIP_FAMILIES
+from forked import fork_server
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -317,8 +318,9 @@ def test_two_processes_give_the_loss_and_the_gradient_of_one(tmp_path: Path) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    fork_server()
     mp.start_processes(
-        processes.worker, args=(address, str(tmp_path)), nprocs=2, start_method="spawn"
+        processes.worker, args=(address, str(tmp_path)), nprocs=2, start_method="forkserver"
     )
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

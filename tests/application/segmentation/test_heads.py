@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,14 +198,7 @@ def test_running_statistics_start_with_the_first_batches() -> None:
 
 def test_batch_norm_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     program = Path(__file__).with_name("norm_in_two_processes.py")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*start, str(program), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forked.run(program, str(tmp_path), processes=2, timeout=120)
     assert done.returncode == 0, done.stderr
     whole = run(inputs())
     halves = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]

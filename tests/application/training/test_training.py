@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from application.training.tints import NAME, Pictures, job, task_and_model
@@ -28,18 +27,11 @@ LONG = {"epochs": 4, "batch_size": 8, "evaluate_every": 5, "learning_rate": 1e-2
 
 def program(
     folder: Path, settings: dict[str, Any], *, kill_at: int | None = None, processes: int = 1
-) -> subprocess.CompletedProcess:
+) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
-    arguments = [str(PROGRAM), str(folder), json.dumps(settings)]
+    arguments = [str(folder), json.dumps(settings)]
     arguments += [] if kill_at is None else [str(kill_at)]
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    paths = [str(PROGRAM.parents[2])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*start, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
+    return forked.run(PROGRAM, *arguments, processes=processes)
 
 
 def figures(folder: Path) -> dict[str, Any]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -402,24 +400,15 @@ def test_tasks_that_are_trained_together_refuse_it(tmp_path: Path) -> None:
         joint_tints.trainer(tmp_path, made, joint_tints.joint(made, None))
 
 
-def start(folder: Path, *, processes: int = 1, **settings: Any) -> subprocess.Popen:
+def start(folder: Path, *, processes: int = 1, **settings: Any) -> forked.Started:
     folder.mkdir()
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    paths = [str(PROGRAM.parents[2])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(PROGRAM), str(folder), "images", json.dumps(settings)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = (str(folder), "images", json.dumps(settings))
+    return forked.start(PROGRAM, *arguments, processes=processes)
 
 
-def told_by(process: subprocess.Popen, folder: Path) -> dict[str, Any]:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+def told_by(process: forked.Started, folder: Path) -> dict[str, Any]:
+    done = process.wait()
+    assert done.returncode == 0, done.stderr
     return json.loads((folder / "figures.json").read_text())
 
 
