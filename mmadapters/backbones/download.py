@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..errors import first_line
+
 
 def download(make: Callable[[], Any], name: str) -> Any:
     """Returns `make()`, which may download; if it cannot, raises an error of one sentence.
@@ -18,8 +20,9 @@ def download(make: Callable[[], Any], name: str) -> Any:
     except Exception as error:
         causes = list(_causes(error))
         if any(_answered(cause) for cause in causes):
-            line = str(error).strip().partition("\n")[0]
-            raise ValueError(f"the hub has no {name!r} that can be read: {line}") from error
+            raise ValueError(
+                f"the hub has no {name!r} that can be read: {first_line(error)}"
+            ) from error
         if any(_unreachable(cause) for cause in causes):
             raise RuntimeError(
                 f"{name!r} must be downloaded and the hub could not be reached; connect to the "

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmadapters.errors import first_line
+
 from ..config.schema import BackboneConfig
-from ..core.errors import first_line
 from .text import PAD, Vocabulary
 
 

@@ -145,7 +145,7 @@ class Ours(Contender):
         self.model.delete_adapter("loaded")
 
 
-class MergedAdapter(Bare):
+class MergedContender(Bare):
     """An encoder with an adapter of ours merged into its weights, detached as for serving."""
 
     def __init__(self, encoder: nn.Module, work: Work) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.timing import kept_for_backward, seconds
 from .cases import MIXED, Case
-from .contenders import Bare, Contender, MergedAdapter, Ours, Work
+from .contenders import Bare, Contender, MergedContender, Ours, Work
 from .encoders import Inputs, make_inputs, pooled
 from .peers import AdapterHub, Peft
 
@@ -124,7 +124,7 @@ def _contender(case: Case, setup: WorkerSetup, *, adapters: int = 1) -> Contende
         mixed=tuple(names),
     )
     if case.library == "mmadapters" and case.method.endswith(" merged"):
-        return MergedAdapter(setup.make(), work)
+        return MergedContender(setup.make(), work)
     return LIBRARIES[case.library](setup.make(), work)
 
 

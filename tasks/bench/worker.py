@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..core.errors import first_line
+from mmadapters.errors import first_line
+
 from ..core.machine import versions
 from .cases import Case
 from .encoders import Encoder, make_inputs, measure_towers

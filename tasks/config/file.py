@@ -23,6 +23,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
 from .errors import ConfigError
@@ -233,14 +234,10 @@ def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
 
 
 def _omegaconf_problem(error: OmegaConfBaseException) -> str:
-    problem = _first_line(error)
+    problem = first_line(error)
     if isinstance(error, GrammarParseError):
         return f"not an interpolation ${{key}}: {problem}"
     return problem.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].strip()
 
 
 def _task(source: Source, tree: DictConfig, overrides: Sequence[str]) -> str:
@@ -330,7 +327,7 @@ def _set(source: Source, tree: DictConfig, path: Place, value: Any, place: str) 
         else:
             OmegaConf.update(tree, ".".join(path), value, merge=False, force_add=True)
     except (OmegaConfBaseException, TypeError) as error:
-        raise ConfigError(f"{place}: {_first_line(error)}") from None
+        raise ConfigError(f"{place}: {first_line(error)}") from None
     # A value that this override turned into a mapping comes from the override.
     for length, step in enumerate(path[:-1], start=1):
         known = known.get(step) if isinstance(known, Mapping) else known

@@ -49,12 +49,3 @@ def refuse(
         )
     if rows is not None and others + 1 == rows:
         raise DataError(f"no row of the split can be used: {reason}; `mmadapters doctor` lists all")
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message that holds text, without a final full stop.
-
-    It is the name of the error's type if the message is empty.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

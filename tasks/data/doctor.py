@@ -14,11 +14,12 @@ import torch
 from rich.text import Text
 from torch.utils.data import DataLoader
 
+from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
 from ..config.schema import SPLITS, Split
 from ..core.capabilities import DataChecks, capability
-from ..core.errors import BadRow, Problem, first_line
+from ..core.errors import BadRow, Problem
 from ..core.results import Figure, Table
 from ..core.rows import Rows
 from ..core.task import Task

@@ -19,9 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
-from ..core.errors import first_line
 from .media import MEDIA_SUFFIXES
 from .parts import Parts, Piece
 from .splits import KNOWN

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ..core.errors import BadRow, first_line
+from mmadapters.errors import first_line
+
+from ..core.errors import BadRow
 
 if TYPE_CHECKING:
     from PIL import Image

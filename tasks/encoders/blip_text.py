@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmadapters.errors import first_line
+
 from ..config.schema import BackboneConfig
 
 
@@ -142,7 +144,7 @@ def blip_tokenizer(
     try:
         source = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(
             f"no tokenizer could be loaded from {place!r} (backbone.processor names another): "
             f"{reason}"

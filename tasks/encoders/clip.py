@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mmadapters import AdapterModel
+from mmadapters.errors import first_line
 from mmadapters.sites.sitemap import Tower
 
 from ..config.schema import BackboneConfig
-from ..core.errors import first_line
 
 _OPEN_CLIP = ("CLIP", "CustomTextCLIP", "CoCa")
 _TRANSFORMERS = ("CLIPModel", "SiglipModel")

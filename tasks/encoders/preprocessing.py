@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmadapters.errors import first_line
+
 from ..config.schema import BackboneConfig
-from ..core.errors import first_line
 
 Preprocessing = dict[str, Any]
 

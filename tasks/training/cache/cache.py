@@ -20,6 +20,7 @@ from torch import nn
 
 from mmadapters.trunk.budget import GIB, cache_folder, check_room, free_memory
 
+from ...core.capabilities import CacheableInputs, capability
 from ...core.device import processes
 from ...core.model import TaskModel
 from ...core.rows import Rows
@@ -118,7 +119,7 @@ def _prepared(
     views = config.views or 1
     if auto and passes <= views:
         raise CacheRefused(f"{passes:.3g} passes over the training rows are too few to save time")
-    randomness = task.randomness(train)
+    randomness = capability(task, CacheableInputs).randomness(train)
     if randomness is None:
         views = 1
     elif config.views is None:
