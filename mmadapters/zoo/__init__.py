@@ -39,7 +39,7 @@ class Nano:
 
     @property
     def directory(self) -> Path:
-        """The folder of the encoder's files."""
+        """Returns the folder of the encoder's files."""
         return Path(__file__).parent / "weights" / self.folder
 
 

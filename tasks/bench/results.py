@@ -155,7 +155,7 @@ class Bench:
 
 def made_rows(measured: Sequence[Measured]) -> list[BenchRow]:
     """Makes a row of each measured case, in order."""
-    return [_row(entry, _beside(entry, measured)) for entry in measured]
+    return [_row(entry, _together(entry, measured)) for entry in measured]
 
 
 def ratios(of: Sequence[float], over: Sequence[float]) -> Spread:
@@ -163,7 +163,7 @@ def ratios(of: Sequence[float], over: Sequence[float]) -> Spread:
     return Spread.of(a / b for a, b in zip(of, over, strict=True))
 
 
-def _beside(entry: Measured, measured: Sequence[Measured]) -> list[Measured]:
+def _together(entry: Measured, measured: Sequence[Measured]) -> list[Measured]:
     """Returns the cases that ran in the same rounds, lane and batch."""
     return [
         other
@@ -174,10 +174,10 @@ def _beside(entry: Measured, measured: Sequence[Measured]) -> list[Measured]:
     ]
 
 
-def _row(entry: Measured, beside: Sequence[Measured]) -> BenchRow:
+def _row(entry: Measured, together: Sequence[Measured]) -> BenchRow:
     case, lane = entry.case, entry.lane
-    reference = _reference(entry, beside)
-    limits = _limits(entry, beside)
+    reference = _reference(entry, together)
+    limits = _limits(entry, together)
     return BenchRow(
         preset=lane.preset,
         environment=lane.environment.name,
@@ -197,7 +197,7 @@ def _row(entry: Measured, beside: Sequence[Measured]) -> BenchRow:
     )
 
 
-def _reference(entry: Measured, beside: Sequence[Measured]) -> Measured | None:
+def _reference(entry: Measured, together: Sequence[Measured]) -> Measured | None:
     """Returns the case that a case is compared with, or None if there is none.
 
     This is the bare encoder for a forward pass, full fine-tuning for a step, and the same case of
@@ -207,24 +207,24 @@ def _reference(entry: Measured, beside: Sequence[Measured]) -> Measured | None:
     if entry.phase == "life":
         mine = (case.kind, case.method)
         return next(
-            (o for o in beside if (o.case.kind, o.case.method) == mine and _is_ours(o.case)), None
+            (o for o in together if (o.case.kind, o.case.method) == mine and _is_ours(o.case)), None
         )
     method = "bare" if entry.phase == "forward" else "full"
-    return _of_method(beside, method, case.mode)
+    return _of_method(together, method, case.mode)
 
 
 def _is_ours(case: Case) -> bool:
     return case.library == "mmadapters"
 
 
-def _of_method(beside: Sequence[Measured], method: str, mode: Mode) -> Measured | None:
-    return next((o for o in beside if o.case.method == method and o.case.mode == mode), None)
+def _of_method(together: Sequence[Measured], method: str, mode: Mode) -> Measured | None:
+    return next((o for o in together if o.case.method == method and o.case.mode == mode), None)
 
 
-def _limits(entry: Measured, beside: Sequence[Measured]) -> list[float] | None:
+def _limits(entry: Measured, together: Sequence[Measured]) -> list[float] | None:
     """Returns the limit in seconds of each round, or None if the case has no limit."""
     case, towers = entry.case, entry.lane.towers
-    frozen = _of_method(beside, "bare", case.mode)
+    frozen = _of_method(together, "bare", case.mode)
     if frozen is None or case.kind not in ("step", "cached"):
         return None
     if case.method == "full":

@@ -39,7 +39,7 @@ class CardFigure:
 
     @property
     def holds(self) -> bool | None:
-        """True or False if measured; None means "not checked" and is never a pass."""
+        """Tells whether the measured value holds; None means "not checked" and is no pass."""
         if self.measured is None:
             return None
         worse_by = self.expected - self.measured
