@@ -21,9 +21,21 @@ MARKERS = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pairs",
+        choices=("cover", "all", "mechanisms"),
+        help="which pairs of a method and an encoder are tried: a cover of the product (default), "
+        "all of it, or one method of each mechanism on every encoder",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    # Tests are drawn up when their modules are imported, also in the workers of xdist.
+    if config.getoption("--pairs"):
+        os.environ["MMADAPTERS_TEST_PAIRS"] = config.getoption("--pairs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

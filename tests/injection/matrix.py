@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from families import Family, families, speech, tensors
+from injection import selection
 from torch import Tensor, nn
 
 import mmadapters
@@ -397,8 +398,13 @@ class Life:
         return run(self.model, self.family)
 
 
+@functools.lru_cache(maxsize=1)
 def live(family: Family, method: str) -> Life:
-    """Wraps a fresh model, adds an adapter and trains it for three steps."""
+    """Wraps a fresh model, adds an adapter and trains it for three steps.
+
+    The last one is kept for all tests of the pair, which follow each other (see conftest.py), and
+    leave it as it is.
+    """
     torch.manual_seed(0)
     config = config_for(family, method)
     backbone = bare(family)
@@ -455,8 +461,12 @@ FORMS = {
     "open_clip-clip",
     "open_clip-own_attention",
 }
-MECHANISMS = ("bottleneck-after", "lora", "ia3", "prefix", "prompt")
-COPIED = [pair for pair in TAKEN if pair[0].name in FORMS or pair[1] in MECHANISMS]
+EACH_ONCE = ("bottleneck-after", "lora", "ia3", "prefix", "prompt")
+COPIED = [pair for pair in TAKEN if pair[0].name in FORMS or pair[1] in EACH_ONCE]
+# Which of them the tests run.
+TAKEN_HERE = selection.select(TAKEN)
+COPIED_HERE = selection.select(COPIED, selection.facts_of_copies, first=TAKEN_HERE)
+REFUSED_HERE = selection.select(REFUSED, selection.facts_of_copies)
 
 
 def pair_id(pair: tuple[Family, str]) -> str:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from families import Family, tensors
 from injection.matrix import (
-    COPIED,
+    COPIED_HERE,
+    EACH_ONCE,
     FAMILIES,
-    MECHANISMS,
     METHODS,
-    REFUSED,
-    TAKEN,
+    REFUSED_HERE,
+    TAKEN_HERE,
     Life,
     Trace,
     adapted,
@@ -39,12 +39,20 @@ from torch.nn.utils.parametrize import is_parametrized
 import mmadapters
 
 
-@pytest.fixture(scope="module", params=TAKEN, ids=pair_id)
+@pytest.fixture
 def life(request: pytest.FixtureRequest) -> Life:
-    """One model per method and family; tests that change it work on a copy."""
-    return live(*request.param)
+    """One trained model per method and family; tests that change it work on a copy."""
+    life = live(*request.param)
+    # What a test draws does not depend on whether it is the first of its pair.
+    torch.manual_seed(0)
+    return life
 
 
+each_life = pytest.mark.parametrize("life", TAKEN_HERE, ids=pair_id, indirect=True)
+each_copied_life = pytest.mark.parametrize("life", COPIED_HERE, ids=pair_id, indirect=True)
+
+
+@each_life
 def test_fresh_adapter_leaves_output_bitwise_equal(life: Life) -> None:
     assert equal(life.wrapped, life.bare)
     assert equal(life.idle, life.bare)
@@ -52,6 +60,7 @@ def test_fresh_adapter_leaves_output_bitwise_equal(life: Life) -> None:
     assert equal(life.fresh, life.bare) is life.config.identity
 
 
+@each_life
 def test_training_changes_the_adapter_and_nothing_else(life: Life) -> None:
     assert not equal(life.trained, life.fresh)
     assert all(bool(output.isfinite().all()) for output in life.trained)
@@ -63,6 +72,7 @@ def test_training_changes_the_adapter_and_nothing_else(life: Life) -> None:
     assert same_state(life.backbone, life.weights)
 
 
+@each_life
 def test_adapter_switched_off_leaves_output_bitwise_equal(life: Life) -> None:
     with life.model.using(None):
         assert equal(life.outputs(), life.bare)
@@ -74,6 +84,7 @@ def test_adapter_switched_off_leaves_output_bitwise_equal(life: Life) -> None:
         life.model.set_active_adapters("a")
 
 
+@each_life
 def test_merged_adapter_gives_the_same_output_and_reset_the_same_bits(life: Life) -> None:
     model = life.model
     reason = unmergeable(life)
@@ -110,6 +121,7 @@ def unmergeable(life: Life) -> str | None:
     return None
 
 
+@each_life
 def test_samples_give_the_same_alone_as_in_a_batch(life: Life) -> None:
     args, kwargs = life.inputs
     compared = 0
@@ -135,54 +147,53 @@ def part(value: Any, index: int) -> Any:
     return value
 
 
-@pytest.fixture(scope="module", params=COPIED, ids=pair_id)
-def shared(request: pytest.FixtureRequest) -> Life:
-    """A trained model of which tests make others."""
-    return live(*request.param)
+@each_copied_life
+def test_detached_encoder_has_no_trace_of_the_adapter(life: Life) -> None:
+    encoder = copy.deepcopy(life.model).detach()
+    assert Trace.of(encoder) == life.before
+    assert same_state(encoder, life.weights)
+    assert equal(run(encoder, life.family), bare_outputs(life.family, frozen=False))
 
 
-def test_detached_encoder_has_no_trace_of_the_adapter(shared: Life) -> None:
-    encoder = copy.deepcopy(shared.model).detach()
-    assert Trace.of(encoder) == shared.before
-    assert same_state(encoder, shared.weights)
-    assert equal(run(encoder, shared.family), bare_outputs(shared.family, frozen=False))
-
-
-def test_saved_adapter_gives_equal_output_in_a_fresh_model(shared: Life, tmp_path: Path) -> None:
-    shared.model.save_adapter(tmp_path / "a", "a")
-    other = mmadapters.init(bare(shared.family))
+@each_copied_life
+def test_saved_adapter_gives_equal_output_in_a_fresh_model(life: Life, tmp_path: Path) -> None:
+    life.model.save_adapter(tmp_path / "a", "a")
+    other = mmadapters.init(bare(life.family))
     other.load_adapter(tmp_path / "a")
-    assert equal(run(other, shared.family), shared.bare)
+    assert equal(run(other, life.family), life.bare)
     other.set_active_adapters("a")
-    assert equal(run(other, shared.family), shared.trained)
+    assert equal(run(other, life.family), life.trained)
 
 
-def test_pickled_model_gives_equal_output(shared: Life) -> None:
-    if any(is_parametrized(module) for module in shared.backbone.modules()):
+@each_copied_life
+def test_pickled_model_gives_equal_output(life: Life) -> None:
+    if any(is_parametrized(module) for module in life.backbone.modules()):
         # torch pickles no module with a parametrized weight, here the convolution over positions.
         with pytest.raises(RuntimeError, match="Serialization of parametrized modules"):
-            pickle.dumps(bare(shared.family))
+            pickle.dumps(bare(life.family))
         return
-    assert equal(run(pickle.loads(pickle.dumps(shared.model)), shared.family), shared.trained)
+    assert equal(run(pickle.loads(pickle.dumps(life.model)), life.family), life.trained)
 
 
-def test_training_a_copy_leaves_the_original_alone(shared: Life) -> None:
-    twin = copy.deepcopy(shared.model)
-    assert equal(run(twin, shared.family), shared.trained)
-    train(twin, shared.inputs, steps=1)
-    assert not equal(run(twin, shared.family), shared.trained)
-    assert equal(shared.outputs(), shared.trained)
+@each_copied_life
+def test_training_a_copy_leaves_the_original_alone(life: Life) -> None:
+    twin = copy.deepcopy(life.model)
+    assert equal(run(twin, life.family), life.trained)
+    train(twin, life.inputs, steps=1)
+    assert not equal(run(twin, life.family), life.trained)
+    assert equal(life.outputs(), life.trained)
 
 
-def test_training_in_bfloat16_leaves_the_encoder_bit_for_bit(shared: Life) -> None:
-    backbone = bare(shared.family).to(torch.bfloat16)
+@each_copied_life
+def test_training_in_bfloat16_leaves_the_encoder_bit_for_bit(life: Life) -> None:
+    backbone = bare(life.family).to(torch.bfloat16)
     before = state(backbone)
     model = mmadapters.init(backbone)
-    model.add_adapter("a", shared.config)
+    model.add_adapter("a", life.config)
     own = list(model.adapter("a").parameters())
     assert {parameter.dtype for parameter in own} == {torch.bfloat16}
     fresh = [parameter.detach().clone() for parameter in own]
-    train(model, in_bfloat16(shared.inputs), steps=2)
+    train(model, in_bfloat16(life.inputs), steps=2)
     assert not all(map(torch.equal, own, fresh))
     assert all(bool(parameter.isfinite().all()) for parameter in own)
     assert same_state(backbone, before)
@@ -198,7 +209,7 @@ def in_bfloat16(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("refused", REFUSED, ids=pair_id)
+@pytest.mark.parametrize("refused", REFUSED_HERE, ids=pair_id)
 def test_refused_method_says_what_would_do_and_leaves_no_trace(
     refused: tuple[Family, str],
 ) -> None:
@@ -221,7 +232,7 @@ def test_detach_gives_the_very_module_back(family: Family) -> None:
     backbone = bare(family)
     trace = Trace.of(backbone)
     model = mmadapters.init(backbone)
-    taken = [method for method in MECHANISMS if refusal(family, method) is None]
+    taken = [method for method in EACH_ONCE if refusal(family, method) is None]
     for method in taken:
         model.add_adapter(method, config_for(family, method))
     model.set_active_adapters(taken)

@@ -15,6 +15,7 @@ from families import Family, seeded, tensors
 from families.small import randomise
 from families.speech import SMALL
 from families.speech_twins import to_torchaudio
+from injection import selection
 from injection.matrix import (
     FAMILIES,
     FOR_IMAGES,
@@ -198,7 +199,7 @@ NOT_INVARIANT: dict[str, str] = {
     "torchaudio-hubert": OVER_TIME,
     "hf-blip-vqa": "its decoder is given a mask of ones over the question, padding too",
 }
-PAIRS = [
+EVERY_PAIR = [
     (name, method)
     for name, case in CASES.items()
     for method in METHODS
@@ -207,6 +208,10 @@ PAIRS = [
     and name not in NOT_INVARIANT
     and refusal(case.family, method) is None
 ]
+if selection.SCOPE == "cover":
+    PAIRS = selection.cover(EVERY_PAIR, lambda pair: selection.facts(*pair))
+else:
+    PAIRS = EVERY_PAIR
 each_pair = pytest.mark.parametrize(
     ("name", "method"), PAIRS, ids=[f"{name}-{method}" for name, method in PAIRS]
 )
