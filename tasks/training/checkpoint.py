@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmadapters.files import write_bytes
+from mmadapters.files import replacing_file
 
 from ..core.model import TaskModel
 
@@ -54,7 +54,8 @@ def write_trained(model: TaskModel, path: Path) -> None:
     """Writes `trained_tensors` to a safetensors file, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: t.detach().cpu().contiguous() for k, t in trained_tensors(model).items()}
-    write_bytes(path, save(tensors, metadata={"format": "pt"}))
+    with replacing_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def read_trained(model: TaskModel, path: Path) -> None:
