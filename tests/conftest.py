@@ -1,5 +1,6 @@
 """What every test shares: threads, seeds, markers and the folder of data beside the repository."""
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -17,6 +18,7 @@ torch.set_num_threads(THREADS)
 
 MARKERS = {
     "slow": "takes longer than about 20 s on two cores",
+    "release": "takes many minutes: only in `make test-all`, beside a smaller test of the same",
     "gpu": "needs an accelerator; skipped where there is none",
 }
 
@@ -38,12 +40,44 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["MMADAPTERS_TEST_PAIRS"] = config.getoption("--pairs")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.accelerator.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no accelerator"))
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.accelerator.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no accelerator"))
+    if os.environ.get("MMADAPTERS_TEST_PAIRS") != "all":
+        for item in items:
+            if "release" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: make test-all"))
+    items[:] = slow_first(items)
+
+
+def slow_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Each worker begins with its share of the slow tests, so that none of them waits for one.
+
+    xdist's `worksteal` first gives every worker a stretch of the tests of equal length.
+    """
+    slow = [item for item in items if "slow" in item.keywords]
+    rest = [item for item in items if "slow" not in item.keywords]
+    length, more = divmod(len(items), WORKERS)
+    ordered: list[pytest.Item] = []
+    for worker in range(WORKERS):
+        share = slow[worker::WORKERS]
+        plain = length + (worker < more) - len(share)
+        ordered += share + rest[:plain]
+        rest = rest[plain:]
+    return ordered + rest
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections pass over all that was imported and collected until here.
+
+    Every run of transformers' Trainer collects garbage, which takes a second with the objects of
+    some ten thousand tests and all libraries.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from mmadapters.tasks.registry import task_class
 from mmadapters.tasks.training.trainer import TaskTrainer
 
 TRAINER = {
-    **{"epochs": 3, "batch_size": 8, "log_every": 1, "device": "cpu", "tensorboard": False},
+    **{"epochs": 2, "batch_size": 8, "log_every": 1, "device": "cpu", "tensorboard": False},
     **{"learning_rate": 1e-2, "cache_trunk": "memory"},
 }
 
