@@ -57,7 +57,7 @@ def _text(name: str, path: str, *, crossed: bool, names: dict[str, str] | None =
 
 
 def blip_example(model: Any) -> tuple[tuple, dict]:
-    """Returns a random image (1, 3, H, W) and four random tokens, and for VQA answers too."""
+    """Returns a random image (1, 3, H, W) and four tokens; for VQA also answers and labels."""
     size = model.config.vision_config.image_size
     vocabulary = model.config.text_config.vocab_size
     inputs = {
