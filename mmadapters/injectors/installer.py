@@ -15,7 +15,7 @@ from torch import nn
 
 from ..sites.sitemap import Grid, SiteMap
 from .intercept import Interceptors
-from .kinds import KINDS, HookKey, Removable, SiteIndex, Spot, needed
+from .kinds import KINDS, HookKey, Removable, SiteIndex, Spot, composed, needed
 from .plan import Plan
 from .raw_weights import is_replaced
 from .state import Hook, State, ThreadState
@@ -35,7 +35,8 @@ class Runtime:
         self.state = State()
         self.interceptors = Interceptors(self.state, sites)
         self._index = SiteIndex(sites)
-        self._copies = False
+        # What composed plans have needed beyond the hooks of their members.
+        self._composed: dict[HookKey, None] = {}
         self._handles: dict[HookKey, list[Removable]] = {}
 
     @property
@@ -85,9 +86,9 @@ class Runtime:
         for plan in plans:
             for kind, site, module in plan.entries():
                 wanted.update(dict.fromkeys(needed(self._index, kind, site, module)))
-        self._copies = self._copies and bool(wanted)
-        if self._copies:
-            wanted.update({HookKey("copy", block.name): None for block in self.sites.blocks()})
+        if not wanted:
+            self._composed.clear()
+        wanted.update(self._composed)
         # Hooks that must run last are put on anew, behind those that come now.
         for key in [key for key in self._handles if key not in wanted or KINDS[key.kind].last]:
             self._remove(key)
@@ -96,17 +97,17 @@ class Runtime:
                 self._install(key)
         self.recompile()
 
-    def allow_copies(self) -> None:
-        """Installs the hooks that plans with copies need, from now on."""
-        if not self._copies:
-            self._copies = True
-            for block in self.sites.blocks():
-                self._install(HookKey("copy", block.name))
+    def admit(self, plan: Plan) -> None:
+        """Installs, from now on, the hooks that a composed plan needs beyond those of its members."""
+        new = [key for key in composed(self._index, plan) if key not in self._handles]
+        for key in new:
+            self._composed[key] = None
+            self._install(key)
+        if new:
             self.recompile()
 
     def clear(self) -> None:
         """Removes every hook and gives every module its own class back."""
-        self._copies = False
         self.sync(())
         self.state.reset()
 

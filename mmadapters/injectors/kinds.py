@@ -24,7 +24,7 @@ from .block_hooks import (
 from .block_inputs import CaptureHook, ForgetHook, GridHook, MaskHook
 from .cross_attention import BlockHook, ImageHook
 from .hooks import BranchHook, EnterHook, ForwardHook, LeafHook
-from .plan import Kind
+from .plan import Kind, Plan
 from .raw_weights import adapt_attention, adapt_leaf
 from .state import State
 
@@ -210,6 +210,13 @@ def _prompt(at: Spot) -> Iterator[Removable]:
     yield UnpromptHook(at.state, at.site, True).register(at.block.module)
 
 
+def _explicit(at: Spot) -> Iterator[Removable]:
+    # A fused encoder layer of torch would read the frozen weight and pass the deltas by. Any hook on
+    # the attention keeps it from that.
+    assert at.leaf.owner is not None
+    yield ForwardHook(at.state).register(at.leaf.owner)
+
+
 def _attention(at: Spot) -> Iterator[Removable]:
     yield adapt_attention(at.state, at.sublayer)
     if at.sublayer.attention is not None:
@@ -251,6 +258,8 @@ KINDS: dict[str, HookKind] = {
         lambda at: [LeafHook(at.state, at.index.fused(at.site)).register(at.leaf.module)]
     ),
     "raw": HookKind(lambda at: [adapt_leaf(at.state, at.leaf)]),
+    # Deltas that equal no single weight, in attention that computes them itself.
+    "explicit": HookKind(_explicit),
     # Prefixes.
     "attention": HookKind(_attention),
     # Prompts: those of a block, and (`detail` names the block where they came in) those that stay
@@ -290,10 +299,18 @@ def _for_branch(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
 def _for_delta(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
     if index.leaves[site].raw:
         yield HookKey("raw", site)
+        yield from _for_explicit(index, site, [module])
         return
     if module.scales_input:
         yield HookKey("enter", site)
     yield HookKey("leaf", index.fused(site)[0].name)
+
+
+def _for_explicit(index: SiteIndex, site: str, deltas: Iterable[Any]) -> Iterator[HookKey]:
+    leaf = index.leaves[site]
+    computed = leaf.raw and isinstance(leaf.owner, nn.MultiheadAttention)
+    if computed and not all(delta.as_weight for delta in deltas):
+        yield HookKey("explicit", site)
 
 
 def _for_prefix(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
@@ -322,3 +339,12 @@ _NEEDED: dict[Kind, Callable[[SiteIndex, str, Any], Iterator[HookKey]]] = {
 def needed(index: SiteIndex, kind: Kind, site: str, module: nn.Module) -> Iterator[HookKey]:
     """Yields the keys of all hooks that `module` needs to act as `kind` at `site`."""
     yield from _NEEDED[kind](index, site, module)
+
+
+def composed(index: SiteIndex, plan: Plan) -> Iterator[HookKey]:
+    """Yields the keys of all hooks that a composed plan needs beyond those of its members."""
+    if plan.copies > 1:
+        for block in index.blocks:
+            yield HookKey("copy", block)
+    for site, deltas in plan.delta.items():
+        yield from _for_explicit(index, site, deltas)

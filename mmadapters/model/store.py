@@ -340,8 +340,7 @@ class AdapterStore:
                     f"reset_adapter({name!r}) first"
                 )
         plan = plan_of(composition, self.sites, self.adapter, self.fusion_of, drop=drop)
-        if plan.copies > 1:
-            self.runtime.allow_copies()
+        self.runtime.admit(plan)
         return plan
 
     def check_drop(self, drop: int) -> None:

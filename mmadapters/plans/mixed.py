@@ -134,8 +134,8 @@ class CombinedDelta:
         """Returns the weight and bias that compute the same.
 
         Raises:
-            AttributeError: no single weight does. A module that reads the weight all the same gets
-                the frozen one, as `nn.Module` looks there when a property raises this error.
+            AttributeError: no single weight does. Attention that computes such deltas itself may
+                still ask torch for its weight, and `nn.Module` then gives the frozen one.
         """
         raise AttributeError(f"no single weight equals a {type(self).__name__}")
 

@@ -8,22 +8,27 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families.small import randomise
 from injection.matrix import Trace, loss_of, same_state, state
 from torch import Tensor, nn
 
 import mmadapters
 from mmadapters import (
     Architecture,
+    BatchSplit,
     BottleneckConfig,
     InertAdapterError,
     LeafSpec,
     LoRAConfig,
     MethodConfig,
     PrefixConfig,
+    Route,
+    Split,
     SSFConfig,
     SublayerSpec,
     TowerSpec,
 )
+from mmadapters.composition import Composition
 
 WIDTH = 16
 
@@ -393,6 +398,37 @@ def test_deleting_an_adapter_leaves_no_other_one_inert_in_a_torch_encoder() -> N
         expected = model(x)
         model.delete_adapter("hooks")
         torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [Route(["a", "b"]), Split("a", "b", splits=(2,)), BatchSplit("a", "b", batch_sizes=(1, 1))],
+    ids=lambda setup: type(setup).__name__,
+)
+def test_changes_that_equal_no_weight_act_in_the_inference_of_a_torch_encoder(
+    setup: Composition,
+) -> None:
+    """torch's fused layer reads weights past the attention, and these compositions have none."""
+    x = torch.randn(2, 5, WIDTH)
+    model = mmadapters.init(layers(), sites=by_hand(RAW), example_inputs=(x,))
+    for name in ("a", "b"):
+        model.add_adapter(name, LoRAConfig(rank=2, targets=("q", "v", "o")))
+        randomise(model.adapter(name))
+    model.set_active_adapters(setup)
+    with torch.no_grad():
+        here = model(x)
+        with model.using("a"):
+            first = model(x)
+        with model.using("b"):
+            second = model(x)
+    # With a gradient to compute torch leaves its fused layer by itself.
+    torch.testing.assert_close(model(x.clone().requires_grad_()).detach(), here)
+    if not isinstance(setup, Split):
+        torch.testing.assert_close(here, torch.stack([first[0], second[1]]))
+    assert (here - first).abs().max() > 1e-3
+    model.delete_adapter("b")
+    model.delete_adapter("a")
+    assert not any(module._forward_pre_hooks for module in model.backbone.modules())
 
 
 def test_change_that_half_precision_rounds_away_is_not_taken_for_none() -> None:
