@@ -98,7 +98,7 @@ class Runtime:
         self.recompile()
 
     def admit(self, plan: Plan) -> None:
-        """Installs, from now on, the hooks that a composed plan needs beyond those of its members."""
+        """Installs, from now on, the hooks that a composed plan needs and its members do not."""
         new = [key for key in composed(self._index, plan) if key not in self._handles]
         for key in new:
             self._composed[key] = None

@@ -211,8 +211,8 @@ def _prompt(at: Spot) -> Iterator[Removable]:
 
 
 def _explicit(at: Spot) -> Iterator[Removable]:
-    # A fused encoder layer of torch would read the frozen weight and pass the deltas by. Any hook on
-    # the attention keeps it from that.
+    # A fused encoder layer of torch would read the frozen weight and pass the deltas by. Any hook
+    # on the attention keeps it from that.
     assert at.leaf.owner is not None
     yield ForwardHook(at.state).register(at.leaf.owner)
 
