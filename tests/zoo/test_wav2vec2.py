@@ -1,6 +1,8 @@
 """nano/wav2vec2: one set of weights in two libraries, and a card whose figures hold."""
 
 import argparse
+import copy
+import functools
 import shutil
 from pathlib import Path
 
