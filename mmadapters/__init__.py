@@ -2,10 +2,11 @@
 
 # ruff: noqa: F401
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
+import warnings as _warnings
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from .adapters.summary import AdapterRow
     from .backbones.load import load_backbone
     from .composition import Average, BatchSplit, Fuse, Parallel, Route, Split, Stack
@@ -62,7 +63,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each name lives. Importing on first use keeps `mmadapters --help` from waiting for torch.
+# The module of each public name. It is imported when the name is first used, so that
+# `mmadapters --help` does not wait for torch.
 _HOMES = {
     "backbones.load": ("load_backbone",),
     "composition": (
@@ -134,17 +136,26 @@ _HOMES = {
     "adapters.summary": ("AdapterRow",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
+# Old names, which still work but warn.
+_RENAMED = {"FrozenPrefix": "FrozenTrunk", "TowerPrefix": "TowerTrunk"}
 
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
+    if name in _RENAMED:
+        _warnings.warn(
+            f"mmadapters.{name} is now called mmadapters.{_RENAMED[name]}: use the new name",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return __getattr__(_RENAMED[name])
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(_importlib.import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -9,8 +9,8 @@
     Route(("a", "b", "base", "a"))        an adapter for each sample of the batch, in any order
     Parallel("a", "b")                    every sample once with a and once with b, in one pass
 
-They nest where that means something; a wrong nesting raises when it is written. "base" (or None) is
-the encoder without any adapter. The words are AdapterHub's (Poth et al. 2023), `Route` excepted.
+They can be nested where that has a meaning; other nestings raise when they are written. "base" (or
+None) is the encoder without any adapter. All names but `Route` are AdapterHub's (Poth et al. 2023).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Composition:
-    """What all compositions share. `members`: adapter names, "base" and compositions.
+    """The base class of all compositions."""
 
-    Class attributes:
-        key: its name in files; `option`: the one option that it has there, if any.
-        base: whether "base" may stand in it; `least`: how many members it needs.
-    """
-
+    # Adapter names, "base" and compositions.
     members: tuple[str | Composition, ...]
 
+    # Its name in files.
     key: ClassVar[str]
+    # The name of its option, in files and as an attribute, or None if it has none.
     option: ClassVar[str | None] = None
+    # Whether "base" may be a member.
     base: ClassVar[bool] = False
+    # The smallest number of members.
     least: ClassVar[int] = 2
 
     def __init__(self, *members: str | Composition | None) -> None:
@@ -59,18 +59,22 @@ class Composition:
         self.check()
 
     def check(self) -> None:
-        """Raises ValueError for members that do not go together."""
+        """Raises ValueError if the members or the option do not fit together."""
 
     def names(self) -> Iterator[str]:
-        """The names of its adapters, each once, in the order in which they are written."""
-        found: dict[str, None] = {}
+        """Yields the names of its adapters, each once, in the order in which they are written."""
+        names: dict[str, None] = {}
         for member in self.members:
-            found.update(dict.fromkeys((member,) if isinstance(member, str) else member.names()))
-        found.pop(BASE, None)
-        yield from found
+            names.update(dict.fromkeys((member,) if isinstance(member, str) else member.names()))
+        names.pop(BASE, None)
+        yield from names
+
+    def fusion_names(self) -> set[str]:
+        """Returns the names of all AdapterFusions that take part in it."""
+        return {part.name for part in _below(self) if isinstance(part, Fuse)}
 
     def to_data(self) -> Any:
-        """Plain data for YAML and JSON, which `from_data` reads."""
+        """Returns plain data for YAML and JSON, which `from_data` reads."""
         data: dict[str, Any] = {
             self.key: [m if isinstance(m, str) else m.to_data() for m in self.members]
         }
@@ -87,6 +91,7 @@ class Composition:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _none_twice(self) -> None:
+        """Raises ValueError if a member is given twice."""
         for index, member in enumerate(self.members):
             if member in self.members[:index]:
                 what = f"adapter {member!r}" if isinstance(member, str) else repr(member)
@@ -95,7 +100,7 @@ class Composition:
 
 @dataclass(frozen=True, init=False, repr=False)
 class Stack(Composition):
-    """Adapters one after another at every site: each acts on the output of the one before it."""
+    """Adapters one after another at every site. Each acts on the output of the one before it."""
 
     key: ClassVar[str] = "stack"
     least: ClassVar[int] = 1
@@ -103,10 +108,10 @@ class Stack(Composition):
     def check(self) -> None:
         seen: set[str] = set()
         for member in self.members:
-            own = {member} if isinstance(member, str) else set(member.names())
-            if twice := sorted(own & seen):
+            names = {member} if isinstance(member, str) else set(member.names())
+            if twice := sorted(names & seen):
                 raise ValueError(f"adapter {twice[0]!r} stands twice in one Stack")
-            seen |= own
+            seen |= names
 
     def to_data(self) -> Any:
         only = self.members[0]
@@ -115,9 +120,9 @@ class Stack(Composition):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Fuse(Composition):
-    """AdapterFusion, Pfeiffer et al. 2021, over names and Stacks of names.
+    """AdapterFusion (Pfeiffer et al. 2021) over adapter names and Stacks of them.
 
-    Its parameters are those that `add_adapter_fusion` made for the same members in the same order.
+    `add_adapter_fusion` makes its parameters for the same members in the same order.
     """
 
     key: ClassVar[str] = "fuse"
@@ -127,14 +132,16 @@ class Fuse(Composition):
 
     @property
     def name(self) -> str:
-        """What the model and files call the fusion: `a,b`, or `a,b>c` for a Stack of b and c."""
+        """The fusion's name in the model and in files: `a,b`, or `a,b>c` for a Stack of b and c."""
         return ",".join(m if isinstance(m, str) else ">".join(m.names()) for m in self.members)
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Average(Composition):
-    """The weighted mean of the members' outputs; `weights` are divided by their sum."""
+    """The weighted mean of the members' outputs."""
 
+    # One finite number for each member, divided by their sum, which must not be 0; None for equal
+    # weights.
     weights: tuple[float, ...] | None = None
 
     key: ClassVar[str] = "average"
@@ -164,18 +171,17 @@ class Average(Composition):
             )
 
     def shares(self) -> tuple[float, ...]:
-        """The weights over their sum."""
+        """Returns the weights divided by their sum."""
         weights = self.weights or (1.0,) * len(self.members)
         return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Split(Composition):
-    """Each member on its own stretch of the tokens: `splits[i]` of them for member i.
+    """Members that each act on some of the tokens, one stretch after another."""
 
-    The last one may be left out: its member takes all that remain.
-    """
-
+    # The number of tokens of each member, at least 0. The last may be left out: its member takes
+    # all tokens that remain.
     splits: tuple[int, ...] = ()
 
     key: ClassVar[str] = "split"
@@ -194,8 +200,9 @@ class Split(Composition):
 
 @dataclass(frozen=True, init=False, repr=False)
 class BatchSplit(Composition):
-    """Each member on its own stretch of the batch: `batch_sizes[i]` samples for member i."""
+    """Members that each act on some samples of the batch, one stretch after another."""
 
+    # The number of samples of each member, at least 0.
     batch_sizes: tuple[int, ...] = ()
 
     key: ClassVar[str] = "batch_split"
@@ -230,7 +237,7 @@ class Route(Composition):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Parallel(Composition):
-    """Several tasks in one pass: what comes out is (members x B, ...), member after member.
+    """Several tasks in one pass. The output has the shape (members x B, ...), member after member.
 
     The blocks below the first adapted one run once for all members.
     """
@@ -240,7 +247,7 @@ class Parallel(Composition):
 
 
 _INSIDE: tuple[type[Composition], ...] = (Stack, Fuse, Average, Split)
-# The compositions that may stand anywhere inside one, by its key.
+# The compositions that may stand anywhere inside a composition, by its key.
 _HOLDS: dict[str, tuple[type[Composition], ...]] = {
     "stack": (*_INSIDE, BatchSplit, Route),
     "fuse": (Stack,),
@@ -250,23 +257,33 @@ _HOLDS: dict[str, tuple[type[Composition], ...]] = {
     "route": _INSIDE,
     "parallel": _INSIDE,
 }
+# The advice of the error for a composition, by its key, that stands where it may not.
 _OUTSIDE = {
     "stack": "write its members there one by one",
-    "fuse": "it fuses what stands at one place; put a Stack or names there",
+    "fuse": "it fuses adapters of one place; put a Stack or names there",
     "average": "put it around, or use Stack",
     "split": "splits of tokens do not nest; put it outermost, or below Stack, Average or Route",
     "batch_split": "it deals out the batch; put it outermost, or below Stack",
     "route": "it deals out the batch; put it outermost, or below Stack",
     "parallel": "it multiplies the batch; put it outermost, with Stacks inside",
 }
+# All compositions, by their key.
 KINDS: dict[str, type[Composition]] = {
     kind.key: kind for kind in (Stack, Fuse, Average, Split, BatchSplit, Route, Parallel)
 }
+# All that a user may write for the adapters that act; see `parse`.
 Setup = str | Composition | Iterable[str] | None
 
 
 def parse(setup: Setup) -> Composition | None:
-    """A composition from what a user may write: a name, several names, a composition or None."""
+    """Returns the composition that a user means, or None for no adapters.
+
+    Args:
+        setup: a name, several names (a `Stack`), a composition, a mapping for `from_data`, or None.
+
+    Raises:
+        ValueError: `setup` is something else, or its members do not fit together.
+    """
     if setup is None or isinstance(setup, Composition):
         return setup
     if isinstance(setup, str):
@@ -279,10 +296,14 @@ def parse(setup: Setup) -> Composition | None:
 
 
 def from_data(data: Any) -> str | Composition:
-    """What `Composition.to_data` wrote: a name, or a mapping such as {fuse: [a, {stack: [b, c]}]}.
+    """Reads a name or composition from plain data, as `Composition.to_data` writes it.
+
+    Args:
+        data: a name, or a mapping such as {fuse: [a, {stack: [b, c]}]}.
 
     Raises:
-        ValueError: an unknown kind or option, naming the nearest; or a wrong nesting.
+        ValueError: a kind or option is unknown (the message names the nearest), or the nesting is
+            not allowed.
     """
     if isinstance(data, (str, Composition)):
         return data
@@ -317,6 +338,7 @@ def from_data(data: Any) -> str | Composition:
 
 
 def _below(member: str | Composition) -> Iterator[Composition]:
+    """Yields the composition itself and all compositions inside it."""
     if isinstance(member, Composition):
         yield member
         for inner in member.members:

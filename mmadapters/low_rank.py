@@ -1,4 +1,4 @@
-"""Low-rank changes of a linear map, or of all parts of a fused one, in one pass over its output."""
+"""Low-rank changes of a linear map, or of all parts of a fused map, in one pass over its output."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A (r, in), B (out, r) and c of c B A x.
+# A (r, in), B (out, r) and the scale c of the change c B A x.
 Factors = tuple[Tensor, Tensor, float]
 
 
 def plus_low_rank(y: Tensor, x: Tensor, parts: Sequence[Sequence[Factors]]) -> Tensor:
-    """y + the sum of c B A x over the factors of every part.
+    """Returns y plus the sum of c B A x over the factors of every part.
 
     Args:
-        y: (..., out), of a map with `len(parts)` parts of equal width one after another.
-        x: (..., in).
-        parts: the factors of each part, B of (out / len(parts), r); none for one without a change.
+        y: (..., out), the output of a map with `len(parts)` parts of equal width in a row.
+        x: (..., in), the input of the map.
+        parts: the factors of each part, with B of shape (out / len(parts), r); an empty sequence
+            for a part without a change.
 
-    The products with A are one for all parts. Without a gradient those with B are added to the
-    parts where they lie: `y` itself is returned then, changed.
+    One product with all A serves all parts. Without gradients each product with B is added in place
+    to its part: then `y` itself is changed and returned.
     """
     each = [factors for part in parts for factors in part]
     if any(a.dtype != x.dtype for a, _, _ in each) or torch.is_autocast_enabled(x.device.type):
@@ -35,14 +36,14 @@ def plus_low_rank(y: Tensor, x: Tensor, parts: Sequence[Sequence[Factors]]) -> T
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not y.is_contiguous():
         return torch.addmm(rows, inner, _block_diagonal(parts, y).t()).view(y.shape)
     states = iter(inner.split([a.shape[0] for a in downs], dim=1))
-    for own, part in zip(rows.chunk(len(parts), dim=1), parts, strict=True):
+    for columns, part in zip(rows.chunk(len(parts), dim=1), parts, strict=True):
         for _, b, scale in part:
-            own.addmm_(next(states), b.t(), alpha=scale)
+            columns.addmm_(next(states), b.t(), alpha=scale)
     return y
 
 
 def _block_diagonal(parts: Sequence[Sequence[Factors]], y: Tensor) -> Tensor:
-    """(out, sum of r): every c B in the rows of its part and the columns of its A."""
+    """Returns (out, sum of r), with each c B in the rows of its part and the columns of its A."""
     width = y.shape[-1] // len(parts)
     empty = y.new_empty(width, 0)
     blocks = [
@@ -55,9 +56,14 @@ def _block_diagonal(parts: Sequence[Sequence[Factors]], y: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, parts: Sequence[Sequence[Factors]], width: int) -> Tensor:
-    """The same changes alone, each in the dtype of its factors or of autocast."""
+    """Returns the changes (..., out), each computed in the dtype of its factors or of autocast.
+
+    Args:
+        width: out / len(parts).
+    """
     pieces = []
     for part in parts:
-        own = [F.linear(F.linear(x.to(a.dtype), a), b) * scale for a, b, scale in part]
-        pieces.append(sum(own[1:], own[0]) if own else x.new_zeros(*x.shape[:-1], width))
+        changes = [F.linear(F.linear(x.to(a.dtype), a), b) * scale for a, b, scale in part]
+        total = sum(changes[1:], changes[0]) if changes else x.new_zeros(*x.shape[:-1], width)
+        pieces.append(total)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)

@@ -7,6 +7,6 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest choice, or an empty string."""
+    """Returns `"; did you mean 'x'?"` for the closest choice, or an empty string without one."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,8 +1,8 @@
-"""The adapter directory of a run: adapter, head and all that a task needs to be built again.
+"""The adapter directory of a run: adapter, head and everything that rebuilds the task.
 
 Three kinds share the format of `mmadapters.adapters.storage`: an adapter with its head; a head
-alone (`trainer.mode: head`); and a whole encoder with its head (`full`), whose tensors stand under
-`backbone/`. Each names the encoder it was trained on and is refused by any other.
+alone (`trainer.mode: head`); and a whole encoder with its head (`full`), whose tensors have the
+string prefix `backbone/`. Each names the encoder that it was trained on and loads on no other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from mmadapters.model import bundles
 
 from .config.schema import BackboneConfig, JobConfig
 from .core.device import default_device
-from .core.task import Task, TaskModel
+from .core.model import TaskModel
+from .core.task import Task
+from .registry import task_class
 
 FOLDER = "adapter"
 _FULL = "backbone/"
@@ -32,30 +33,16 @@ _FULL = "backbone/"
 
 @dataclass(frozen=True)
 class Opened:
-    """A directory's task and model, ready to evaluate and predict."""
+    """The task and model of a directory, ready to evaluate and predict, and its metadata."""
 
     task: Task
     model: TaskModel
     metadata: dict[str, Any]
 
 
-def task_class(name: str) -> type[Task]:
-    """The class of a task; imports its modules."""
-    from .config.file import TASKS
-
-    module = TASKS[name].partition(":")[0].removesuffix(".config") + ".task"
-    return next(
-        value
-        for value in vars(import_module(module)).values()
-        if isinstance(value, type)
-        and issubclass(value, Task)
-        and value.__module__ == module
-        and getattr(value, "name", None) == name
-    )
-
-
 def make_backbone(config: BackboneConfig) -> nn.Module:
-    """The encoder of a config, without LayerDrop and SpecAugment where they are not asked for."""
+    """Loads the encoder of a config, without LayerDrop and SpecAugment unless the config asks for
+    them."""
     backbone = mmadapters.load_backbone(
         config.name, pretrained=config.pretrained, weights=config.weights, **config.options
     )
@@ -74,7 +61,12 @@ def make_backbone(config: BackboneConfig) -> nn.Module:
 def modules_active_in_training(
     config: BackboneConfig, backbone: nn.Module
 ) -> tuple[nn.Module, ...]:
-    """The modules of a speech encoder that must be in train mode for what the config asks for."""
+    """Returns the modules of a speech encoder that must be in train mode for LayerDrop and
+    SpecAugment.
+
+    Raises:
+        ValueError: the config asks for them and the encoder has no such module.
+    """
     wanted = []
     for module in backbone.modules():
         if config.spec_augment and hasattr(module, "_mask_hidden_states"):
@@ -94,7 +86,15 @@ def modules_active_in_training(
 def save(
     directory: Path, task: Task, model: TaskModel, *, mode: str, metrics: dict[str, Any]
 ) -> None:
-    """Writes the directory; see `storage.write`."""
+    """Writes the directory; see `storage.write`.
+
+    Args:
+        mode: the `trainer.mode` of the training.
+        metrics: figures to store with the adapter, as plain data.
+
+    Raises:
+        ValueError: a whole encoder (mode full) would be saved with a composition.
+    """
     encoder = model.encoder
     metadata = {
         "mmadapters": mmadapters.__version__,
@@ -131,10 +131,10 @@ def save(
 
 
 def adapter_directory(path: str | os.PathLike) -> Path:
-    """The adapter directory at `path`, which may be that of a run.
+    """Returns the adapter directory at `path`, which may also be a run directory.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: `path` is neither.
     """
     directory = Path(path)
     for candidate in (directory, directory / FOLDER):
@@ -149,14 +149,15 @@ def adapter_directory(path: str | os.PathLike) -> Path:
 def open_directory(
     path: str | os.PathLike, *, overrides: Sequence[str] = (), device: str | None = None
 ) -> Opened:
-    """The task and model of an adapter directory or of a run.
+    """Opens an adapter directory or a run directory and returns its task and model.
 
     Args:
-        overrides: changes to the job that is written there ("backbone.weights=elsewhere.bin").
-        device: the accelerator that is there by default.
+        overrides: changes to the job that is saved there ("backbone.weights=elsewhere.bin").
+        device: by default the accelerator of this machine, or the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: see `storage.read`; another encoder; no task in it.
+        FileNotFoundError, ValueError: the directory cannot be read (see `storage.read`), belongs to
+            another encoder, or has no task.
     """
     from .config.file import from_data
 
@@ -189,17 +190,18 @@ def open_directory(
 
 
 def blocks_dropped(config: JobConfig) -> int:
-    """In how many of the lowest blocks no adapter acts, outside training."""
+    """Returns the number of lowest blocks without adapters outside training."""
     drop = config.trainer.adapter_drop
     trained = 0 if isinstance(drop, tuple) else drop
     return trained if config.evaluation.adapter_drop is None else config.evaluation.adapter_drop
 
 
 def load_member(encoder: AdapterModel, name: str, path: str | os.PathLike) -> None:
-    """Adds the adapter of a run or directory under another name.
+    """Adds the adapter of a run or adapter directory to an encoder, under another name.
 
     Raises:
-        FileNotFoundError, ValueError: see `AdapterModel.load_adapter`; or the run trained none.
+        FileNotFoundError, ValueError: it cannot be loaded (see `AdapterModel.load_adapter`), or the
+            run trained no single adapter.
     """
     directory = adapter_directory(path)
     config = storage.read(directory).config

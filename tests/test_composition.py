@@ -189,7 +189,7 @@ NESTS: dict[str, set[str]] = {
     "Parallel": {"Stack", "Fuse", "Average", "Split"},
 }
 ADVICE = {
-    "Fuse": "it fuses what stands at one place; put a Stack or names there",
+    "Fuse": "it fuses adapters of one place; put a Stack or names there",
     "Average": "put it around, or use Stack",
     "Split": "splits of tokens do not nest; put it outermost, or below Stack, Average or Route",
     "BatchSplit": "it deals out the batch; put it outermost, or below Stack",

@@ -23,7 +23,7 @@ UNLIMITED = {"mmadapters/methods"}  # a file for each family of methods
 # From the ground up: a room imports from itself and from rooms before it. Rooms in one line are
 # neighbours, which do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("mmadapters.suggest", "mmadapters.files", "mmadapters.low_rank"),
+    ("mmadapters.errors", "mmadapters.suggest", "mmadapters.files", "mmadapters.low_rank"),
     ("mmadapters.composition",),
     ("mmadapters.sites",),
     ("mmadapters.methods", "mmadapters.injectors"),

@@ -21,7 +21,7 @@ def blocks(path: str) -> list[str]:
 
 def test_api_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    several, code = blocks("README.md")
+    code, several = blocks("README.md")
     names = {"x": torch.randn(1, 3, 224, 224)}
     exec(code, names)
     assert isinstance(names["model"], AdapterModel)
@@ -46,8 +46,8 @@ def test_methods_of_the_docs_can_be_written() -> None:
 def test_frozen_part_of_the_docs_is_computed_once() -> None:
     names: dict[str, Any] = {}
     exec(blocks("docs/speed.md")[0], names)
-    assert str(names["prefix"].towers) in (ROOT / "docs/speed.md").read_text()
-    assert names["prefix"].skipped == {}
+    assert str(names["trunk"].towers) in (ROOT / "docs/speed.md").read_text()
+    assert names["trunk"].skipped == {}
     assert torch.allclose(names["logits"], names["model"](names["images"]), atol=1e-5)
 
 

@@ -1,8 +1,8 @@
-"""Makes the peers' environments, runs `mmadapters bench` and keeps its report here, under a name.
+"""Makes the peers' environments, runs `mmadapters bench` and saves its report here under a name.
 
     python benchmarks/bench/run.py CPU [options of mmadapters bench]
 
-Exits with an error where a figure misses what it is held to.
+Exits with an error if a figure misses its target.
 """
 
 from __future__ import annotations

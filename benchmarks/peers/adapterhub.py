@@ -1,4 +1,4 @@
-"""AdapterHub's `adapters` beside ours, on transformers' ViT and CLIP with the same weights."""
+"""Compares AdapterHub's `adapters` with ours, on transformers' ViT and CLIP of the same weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Method:
-    """A config of the peer and ours that means the same."""
+    """Equivalent configs of the peer and of ours."""
 
     name: str
     theirs: adapters.AdapterConfig
@@ -134,10 +134,10 @@ TENSORS = {
 }
 
 
-def place(name: str, own: dict[str, torch.Tensor], method: str) -> Place:
-    """Where a tensor of the peer, `<module>.adapters|loras.<adapter>.<tensor>`, belongs."""
+def place(name: str, our_tensors: dict[str, torch.Tensor], method: str) -> Place:
+    """Returns the place of the peer's tensor `<module>.adapters|loras.<adapter>.<tensor>`."""
     if name.startswith("shared_parameters"):
-        return Place(tuple(key for key in own if key.endswith("rule")))
+        return Place(tuple(key for key in our_tensors if key.endswith("rule")))
     module, tensor = re.split(rf"\.(?:adapters|loras)\.{THEIRS}\.", name)
     for pattern, site in SITES:
         if re.fullmatch(pattern, module):
@@ -180,7 +180,7 @@ def measure(model: str, method: Method) -> Equality:
     made, call = MODELS[model]()
     base = randomise(made)
     ours, peer = adapt(base, method.ours), in_peer(base, method.theirs)
-    parameters, own = tensors(peer), ours.adapter(OURS).tensors()
+    parameters, our_tensors = tensors(peer), ours.adapter(OURS).tensors()
     return compare(
         model,
         method.name,
@@ -188,7 +188,7 @@ def measure(model: str, method: Method) -> Equality:
         peer=peer,
         parameters=parameters,
         ours=ours,
-        places={name: place(name, own, method.ours.method) for name in parameters},
+        places={name: place(name, our_tensors, method.ours.method) for name in parameters},
         call=call,
     )
 
@@ -202,23 +202,27 @@ def dora() -> Case:
     for name, parameter in bare.named_parameters():
         if name.endswith(("query.bias", "value.bias")):
             nn.init.zeros_(parameter)
-    theirs, own, merged = merge_dora(base, call)
+    theirs, our_change, merged = merge_dora(base, call)
     without, own_without, merged_without = merge_dora(bare, call)
     return Case(
         "Merging DoRA changes the outputs of ViT, whose maps have biases",
         f"by {short(theirs)}; by {short(without)} where the biases are 0",
-        f"by {short(own)}; merged, both libraries differ by {short(merged)}",
-        theirs > 1e-2 and max(without, own, own_without, merged, merged_without) <= LIMIT,
+        f"by {short(our_change)}; merged, both libraries differ by {short(merged)}",
+        theirs > 1e-2 and max(without, our_change, own_without, merged, merged_without) <= LIMIT,
     )
 
 
 @torch.no_grad()
 def merge_dora(base: nn.Module, call: Call) -> tuple[float, float, float]:
-    """How merging one DoRA changes the peer's outputs and ours, and how both differ then."""
+    """Merges one DoRA in both libraries.
+
+    Returns:
+        the change of the peer's outputs, the change of ours, and the difference between both.
+    """
     ours, peer = adapt(base, DoRAConfig()), in_peer(base, adapters.LoRAConfig(use_dora=True))
-    parameters, own = tensors(peer), ours.adapter(OURS).tensors()
+    parameters, our_tensors = tensors(peer), ours.adapter(OURS).tensors()
     perturb(parameters)
-    transfer(parameters, ours, {name: place(name, own, "dora") for name in parameters})
+    transfer(parameters, ours, {name: place(name, our_tensors, "dora") for name in parameters})
     before, own_before = outputs(call, peer), outputs(call, ours)
     peer.merge_adapter(THEIRS)
     ours.merge_adapter(OURS)
@@ -237,12 +241,12 @@ def frozen() -> Case:
     ours.add_adapter(OURS, SeqBnConfig())
     ours.set_active_adapters(OURS)
     left = [n for n, p in peer.named_parameters() if p.requires_grad and f".{THEIRS}." not in n]
-    own = [n for n, p in ours.backbone.named_parameters() if p.requires_grad]
+    trainable = [n for n, p in ours.backbone.named_parameters() if p.requires_grad]
     return Case(
         "An adapter that was added and activated leaves the encoder trainable",
         f"{len(left)} tensors of the encoder take gradients",
-        f"{len(own)} tensors",
-        len(left) > 0 and not own,
+        f"{len(trainable)} tensors",
+        len(left) > 0 and not trainable,
     )
 
 
@@ -266,7 +270,7 @@ SPEECH = adapters.AdapterModelInterface(
 
 
 def interface() -> Case:
-    """On post-norm wav2vec2, for which the peer has no code but its generic interface."""
+    """Compares post-norm wav2vec2, which the peer supports by its generic interface only."""
     torch.manual_seed(0)
     config = Wav2Vec2Config(
         **SIZES,
@@ -285,18 +289,18 @@ def interface() -> Case:
 
     @torch.no_grad()
     def change(model: nn.Module) -> float:
-        """Of the first block's output when the last block's LayerNorm doubles."""
+        """Doubles the last block's LayerNorm; returns the change of the first block's output."""
         before = model(x, output_hidden_states=True).hidden_states[1]
         model.encoder.layers[-1].final_layer_norm.weight.mul_(2)
         return distance([before], [model(x, output_hidden_states=True).hidden_states[1]])
 
-    theirs, own = change(peer), change(ours)
+    theirs, our_change = change(peer), change(ours)
     return Case(
         "The last block's LayerNorm changes what the first block of wav2vec2 gives (SeqBn by the "
         "generic interface: every adapter reads the last block's norm)",
         f"by {short(theirs)}",
-        f"by {short(own)}",
-        theirs > 1e-2 and own <= LIMIT,
+        f"by {short(our_change)}",
+        theirs > 1e-2 and our_change <= LIMIT,
     )
 
 

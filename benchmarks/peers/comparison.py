@@ -1,7 +1,7 @@
-"""What the peer scripts share: one measured line, and how to measure it.
+"""Measures one method on one model in a peer and in ours, for the scripts of the peers.
 
-Both libraries adapt copies of one randomly weighted model; the peer's adapter gets random values,
-which are copied into ours tensor by tensor, none left out on either side.
+Both libraries adapt copies of one model with random weights. The peer's adapter gets random values,
+and each of its tensors is copied into ours.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ Call = Callable[[nn.Module], Any]
 class Equality:
     """One method on one model, in the peer and in ours.
 
-    parameters: how many adapter parameters were copied.
-    effect: the largest change of any output by the adapter, so that equality means something.
-    difference: the largest difference between the peer's outputs and ours.
-    relative: the same over the largest output.
-    gradient: the largest difference between gradients of adapter parameters over the largest one.
+    Attributes:
+        parameters: number of adapter parameters that were copied.
+        effect: largest change of an output by the adapter; it shows that the adapter is active.
+        difference: largest difference between the peer's outputs and ours.
+        relative: `difference` divided by the largest output.
+        gradient: largest difference of adapter gradients divided by the largest gradient.
     """
 
     model: str
@@ -48,7 +49,13 @@ class Equality:
 
 @dataclass(frozen=True)
 class Case:
-    """What a peer does on one module and what we do; `holds`: as `title` claims, for both."""
+    """The behaviour of a peer and of ours on one module.
+
+    Attributes:
+        title: the claim.
+        peer, ours: the measured behaviour in words.
+        holds: whether both behave as the title claims.
+    """
 
     title: str
     peer: str
@@ -58,14 +65,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor of the peer belongs in ours: its rows shared out, or copied to each key."""
+    """The place of one tensor of the peer in ours.
+
+    Attributes:
+        keys: names of our tensors.
+        split: whether the rows are divided among the keys; otherwise each key gets a copy.
+    """
 
     keys: tuple[str, ...]
     split: bool = False
 
 
 def write(equalities: list[Equality], cases: list[Case], packages: tuple[str, ...]) -> None:
-    """Writes what was measured as JSON to the file named on the command line."""
+    """Writes the measurements as JSON to the file named on the command line."""
     report = {
         "versions": {package: version(package) for package in packages},
         "equalities": [asdict(equality) for equality in equalities],
@@ -93,7 +105,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def perturb(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Moves adapter parameters far from where they start, matrices by their number of columns."""
+    """Moves adapter parameters far from their initial values; matrices by their column count."""
     for parameter in parameters.values():
         scale = 0.2 if parameter.dim() != 2 else 0.5 * parameter.shape[-1] ** -0.5
         parameter.add_(scale * torch.randn_like(parameter))
@@ -105,7 +117,7 @@ def called_with(*args: Any, **kwargs: Any) -> Call:
 
 
 def outputs(call: Call, model: nn.Module) -> list[Tensor]:
-    """Every floating tensor that the model gives, in order."""
+    """Returns all floating-point tensors in a model's output, in order."""
     return list(_tensors(call(model)))
 
 
@@ -122,29 +134,29 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest absolute difference; not a number if any is."""
+    """Returns the largest absolute difference, or NaN if any is NaN."""
     pairs = zip(one, other, strict=True)
     return size([a.detach().double() - b.detach().double() for a, b in pairs])
 
 
 @torch.no_grad()
 def deviation(reference: nn.Module, adapted: nn.Module, call: Call) -> float:
-    """The largest difference between the outputs of two models."""
+    """Returns the largest difference between the outputs of two models."""
     return distance(outputs(call, reference), outputs(call, adapted))
 
 
 def short(value: float) -> str:
-    """A number for a table: two digits, and a plain 0."""
+    """Formats a number for a table with two digits."""
     return f"{value:.2g}"
 
 
 def size(tensors: list[Tensor]) -> float:
-    """The largest absolute value; not a number if any is."""
+    """Returns the largest absolute value, or NaN if any is NaN."""
     return torch.stack([tensor.abs().max().double() for tensor in tensors]).max().item()
 
 
 def adapt(backbone: nn.Module, config: MethodConfig, **options: Any) -> AdapterModel:
-    """Our side, on a copy of the model: one adapter, active and trainable, in eval mode."""
+    """Adapts a copy of the model with ours: one active, trainable adapter, in eval mode."""
     model = mmadapters.init(copy.deepcopy(backbone), **options)
     model.add_adapter(OURS, config)
     model.train_adapter(OURS)
@@ -159,16 +171,16 @@ def transfer(
     Raises:
         ValueError: a tensor of either side has no counterpart.
     """
-    own = model.adapter(OURS).tensors()
+    tensors = model.adapter(OURS).tensors()
     filled = {key for place in places.values() for key in place.keys}
-    if filled != own.keys() or places.keys() != peer.keys():
-        raise ValueError(f"without a counterpart: {sorted(filled ^ own.keys())}")
+    if filled != tensors.keys() or places.keys() != peer.keys():
+        raise ValueError(f"without a counterpart: {sorted(filled ^ tensors.keys())}")
     with torch.no_grad():
         for name, place in places.items():
             value = peer[name]
             pieces = value.chunk(len(place.keys)) if place.split else [value] * len(place.keys)
             for key, piece in zip(place.keys, pieces, strict=True):
-                own[key].copy_(piece.reshape(own[key].shape))
+                tensors[key].copy_(piece.reshape(tensors[key].shape))
 
 
 def compare(
@@ -182,7 +194,11 @@ def compare(
     places: Mapping[str, Place],
     call: Call,
 ) -> Equality:
-    """Measures one line; `parameters` are the peer's adapter tensors, perturbed here."""
+    """Perturbs the peer's adapter, copies it into ours and measures both.
+
+    Args:
+        parameters: adapter tensors of the peer.
+    """
     perturb(parameters)
     transfer(parameters, ours, places)
     with torch.no_grad():
@@ -191,10 +207,10 @@ def compare(
     for tensors in (theirs, our_outputs):
         torch.manual_seed(0)
         sum((tensor * torch.randn_like(tensor)).sum() for tensor in tensors).backward()
-    own = ours.adapter(OURS).tensors()
+    our_tensors = ours.adapter(OURS).tensors()
     pairs = []
     for name, place in places.items():
-        gradients = [own[key].grad for key in place.keys]
+        gradients = [our_tensors[key].grad for key in place.keys]
         joined = torch.cat(gradients) if place.split else torch.stack(gradients).sum(0)
         pairs.append((parameters[name].grad, joined.reshape(parameters[name].shape)))
     return Equality(

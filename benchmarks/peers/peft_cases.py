@@ -1,4 +1,4 @@
-"""peft beside ours, on timm's and transformers' ViT and on wav2vec2 with the same weights."""
+"""Compares peft with ours, on ViTs of timm and transformers and on wav2vec2 of the same weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,16 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Model:
-    """How to make a model and call it; `linears`: its linear maps by the roles that they serve.
+    """A model, its inputs and its linear maps.
 
-    peft knows a fused projection as one map. Its A is then that of each part, its B has their rows.
+    peft adapts a fused projection as one map: each part has its A, and its B has the rows of all.
+
+    Attributes:
+        make: builds the model.
+        inputs: shape of the input.
+        tower: name of the tower in our sites.
+        blocks: path of the blocks.
+        linears: roles of each linear map by its path in a block.
     """
 
     make: Callable[[], nn.Module]
@@ -143,7 +150,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A config of ours and how to make peft's for given module names."""
+    """A config of ours, and a function that makes peft's for a model."""
 
     name: str
     ours: MethodConfig

@@ -1,7 +1,7 @@
-"""Modules on which peft's adapters do nothing, act wrongly or change frozen weights, beside ours.
+"""Modules on which peft's adapters have no effect, a wrong one, or change frozen weights; and ours.
 
-Each case is measured on one randomly weighted model. What LoRA should give is known without either
-library: the model with c B A added to its weights by hand.
+Each case is measured on one model with random weights. The reference for LoRA needs neither
+library: it is the model with c B A added to its weights by hand.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ STEPS = 200
 
 @dataclass(frozen=True)
 class Effect:
-    """What an adapter with random values does: it changes the output, under `no_grad`, by `change`,
-    and the largest gradient that arrives at it is `gradient`."""
+    """The effect of an adapter with random values.
+
+    Attributes:
+        change: largest change of an output, without gradients.
+        gradient: largest gradient of an adapter parameter.
+    """
 
     change: float
     gradient: float
@@ -54,7 +58,7 @@ class Effect:
 
     @property
     def inert(self) -> bool:
-        """No gradient, and no change beyond rounding (copies of a model may differ by that)."""
+        """Tells whether there is no gradient and no change except rounding."""
         return self.change <= LIMIT and self.gradient == 0.0
 
     @property
@@ -70,15 +74,19 @@ def effect(base: nn.Module, adapted: nn.Module, call: Call, *, train: bool = Fal
     gradients = [0.0]
     if loss.requires_grad:
         trained = [p for p in adapted.parameters() if p.requires_grad]
-        found = torch.autograd.grad(loss, trained, allow_unused=True)
-        gradients += [g.abs().max().item() for g in found if g is not None]
+        of_trained = torch.autograd.grad(loss, trained, allow_unused=True)
+        gradients += [g.abs().max().item() for g in of_trained if g is not None]
     return Effect(change, max(gradients))
 
 
 def in_peft(
     base: nn.Module, targets: list[str], *, fresh: bool = False, **options: Any
 ) -> tuple[nn.Module, int]:
-    """The model with an adapter by peft, perturbed or fresh, and how many warnings it took."""
+    """Adapts a copy of the model by peft; returns it and the number of warnings.
+
+    Args:
+        fresh: keep the adapter's initial values.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, **options)
@@ -100,7 +108,11 @@ def in_ours(base: nn.Module, config: LoRAConfig, **options: Any) -> AdapterModel
 
 @torch.no_grad()
 def by_hand(base: nn.Module, ours: AdapterModel, weights: Mapping[str, str]) -> nn.Module:
-    """The model with B A added to its weights. `weights`: parameter, or a third of one, by role."""
+    """Adds B A to the weights of a copy of the model.
+
+    Args:
+        weights: the parameter of each role, or a third of one ("name@0").
+    """
     model = copy.deepcopy(base)
     tensors = ours.adapter(OURS).tensors()
     for key, a in tensors.items():
@@ -145,13 +157,13 @@ def out_proj() -> Case:
     base, call = clip(), image_features()
     theirs, warned = in_peft(base, ["out_proj"])
     ours = in_ours(base, LoRAConfig(targets=("o",), sites=("vision",)))
-    peer, own = effect(base, theirs, call), effect(base, ours, call)
+    peer, our_effect = effect(base, theirs, call), effect(base, ours, call)
     off = deviation(by_hand(base, ours, CLIP_WEIGHTS), ours, call)
     return Case(
         "LoRA on `out_proj` of open_clip's attention is inert, without a warning",
         f"{peer}, {warned} warnings",
-        f"{own}, off the changed weights by {short(off)}",
-        peer.inert and not warned and own.acts and off <= LIMIT,
+        f"{our_effect}, off the changed weights by {short(off)}",
+        peer.inert and not warned and our_effect.acts and off <= LIMIT,
     )
 
 
@@ -174,12 +186,12 @@ def merge_of_out_proj() -> Case:
 
 @torch.no_grad()
 def whole_attention() -> Case:
-    """peft's q, k and v share one A here; ours gets the same values and so the same weights."""
+    """Copies peft's A, which its q, k and v share, into each of ours."""
     base, call = clip(), image_features()
     theirs, _ = in_peft(base, ["attn"])
     ours = in_ours(base, LoRAConfig(targets=("q", "k", "v", "o"), sites=("vision",)))
-    own, peer = ours.adapter(OURS).tensors(), dict(lora_tensors(theirs))
-    for key, tensor in own.items():
+    our_tensors, peer = ours.adapter(OURS).tensors(), dict(lora_tensors(theirs))
+    for key, tensor in our_tensors.items():
         site, _, what = key.partition("#lora/")
         block, role = site.split(".")[2], site.split(".")[-1]
         inside = "attn.base_layer.out_proj" if role == "o" else "attn"
@@ -197,7 +209,7 @@ def whole_attention() -> Case:
 
 
 def counted(theirs: nn.Module) -> float:
-    """By how many B A the output weight of the first attention differs when merged."""
+    """Returns how often merging adds B A to the output weight of the first attention."""
     layer = copy.deepcopy(theirs).base_model.model.visual.transformer.resblocks[0].attn
     out = layer.base_layer.out_proj
     frozen, delta = out.get_base_layer().weight.clone(), out.get_delta_weight("default")
@@ -211,17 +223,17 @@ def training_drift() -> Case:
     theirs, _ = in_peft(base, ["attn"], fresh=True)
     ours = adapt(base, LoRAConfig(targets=("q", "k", "v", "o"), sites=("vision",)))
     drift = trained_drift(theirs, call, lambda name: name.replace(".base_layer.", "."))
-    own = trained_drift(ours, call, lambda name: name)
+    our_drift = trained_drift(ours, call, lambda name: name)
     return Case(
         f"Frozen bf16 weights of `nn.MultiheadAttention` drift in {STEPS} steps of training LoRA",
         f"by {short(100 * drift)} %",
-        f"by {short(100 * own)} %",
-        drift > 1e-3 and own == 0.0,
+        f"by {short(100 * our_drift)} %",
+        drift > 1e-3 and our_drift == 0.0,
     )
 
 
 def trained_drift(model: nn.Module, call: Call, plain: Callable[[str], str]) -> float:
-    """The largest relative change of a frozen weight matrix of an attention."""
+    """Trains; returns the largest relative change of a frozen weight matrix of an attention."""
 
     def frozen() -> dict[str, torch.Tensor]:
         return {
@@ -292,14 +304,14 @@ def fast_path(title: str, targets: list[str], roles: tuple[str, ...]) -> Case:
     call = called_with(x)
     theirs, _ = in_peft(base, targets)
     ours = in_ours(base, LoRAConfig(targets=roles), sites=ENCODER, example_inputs=(x[:1],))
-    peer, own = effect(base, theirs, call), effect(base, ours, call)
+    peer, our_effect = effect(base, theirs, call), effect(base, ours, call)
     off = deviation(by_hand(base, ours, ENCODER_WEIGHTS), ours, call)
     trained = effect(base, theirs, call, train=True)
     return Case(
         title,
         f"{peer}; in training {trained}",
-        f"{own}, off the changed weights by {short(off)}",
-        peer.inert and trained.acts and own.acts and off <= LIMIT,
+        f"{our_effect}, off the changed weights by {short(off)}",
+        peer.inert and trained.acts and our_effect.acts and off <= LIMIT,
     )
 
 
@@ -354,13 +366,13 @@ def inert_weights(
 ) -> Case:
     theirs, warned = in_peft(base, targets)
     ours = in_ours(base, LoRAConfig(targets=roles))
-    peer, own = effect(base, theirs, call), effect(base, ours, call)
+    peer, our_effect = effect(base, theirs, call), effect(base, ours, call)
     off = deviation(by_hand(base, ours, weights), ours, call)
     return Case(
         title,
         f"{peer}, {warned} warnings",
-        f"{own}, off the changed weights by {short(off)}",
-        peer.inert and not warned and own.acts and off <= LIMIT,
+        f"{our_effect}, off the changed weights by {short(off)}",
+        peer.inert and not warned and our_effect.acts and off <= LIMIT,
     )
 
 
@@ -379,7 +391,7 @@ def dora_on_attention() -> Case:
                 rows = weight.chunk(3)[int(third)] if third else weight
                 rows *= (magnitude / rows.norm(dim=1))[:, None]
     off = deviation(reference, ours, call)
-    own = effect(base, ours, call)
+    our_effect = effect(base, ours, call)
     try:
         in_peft(base, ["attn"], use_dora=True)
         said = ""
@@ -388,8 +400,8 @@ def dora_on_attention() -> Case:
     return Case(
         "DoRA on `nn.MultiheadAttention` (open_clip) is refused",
         f"raises “{said.partition(',')[0]}”" if said else "accepted",
-        f"{own}, off the changed weights by {short(off)}",
-        bool(said) and own.acts and off <= LIMIT,
+        f"{our_effect}, off the changed weights by {short(off)}",
+        bool(said) and our_effect.acts and off <= LIMIT,
     )
 
 
@@ -439,12 +451,12 @@ def unmerged(dtype: torch.dtype) -> Case:
         for name, p in theirs.named_parameters()
         if "lora_" not in name
     }
-    changed, own = changed_bits(before, after), changed_bits(before, backbone_of(ours))
+    changed, our_changes = changed_bits(before, after), changed_bits(before, backbone_of(ours))
     return Case(
         f"Merging LoRA and undoing it leaves {str(dtype).removeprefix('torch.')} weights changed",
         changed[1],
-        own[1],
-        changed[0] > 0 and own[0] == 0,
+        our_changes[1],
+        changed[0] > 0 and our_changes[0] == 0,
     )
 
 
@@ -455,7 +467,7 @@ def backbone_of(model: AdapterModel) -> dict[str, nn.Parameter]:
 def changed_bits(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
 ) -> tuple[int, str]:
-    """How many elements differ, and the same in words with the largest difference."""
+    """Returns the number of elements that differ, and words with the largest difference."""
     differences = [(after[name] - tensor).abs() for name, tensor in before.items()]
     count = sum(int((d > 0).sum()) for d in differences)
     largest = max(d.max().item() for d in differences)

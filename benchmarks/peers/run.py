@@ -26,9 +26,13 @@ LIMIT = 1e-5
 
 @dataclass(frozen=True)
 class Environment:
-    """A peer's own environment and the scripts that run in it.
+    """The environment of a peer and the scripts that run in it.
 
-    `pinned`: the peer's release; `shared`: packages in the version that this interpreter has.
+    Attributes:
+        peer: name of the peer's package.
+        pinned: requirement of the peer.
+        shared: packages that are installed in the version of this interpreter.
+        scripts: files in this folder.
     """
 
     peer: str
@@ -45,7 +49,7 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def make(self, uv: str) -> None:
-        """Creates the environment, or brings an existing one up to date."""
+        """Creates or updates the environment."""
         same = [f"{name}=={version(name)}" for name in (*self.shared, "safetensors")]
         create = [uv, "venv", "-q", "--allow-existing", "-p", sys.executable, str(self.folder)]
         install = [uv, "pip", "install", "-q", "-p", str(self.python), self.pinned, *same]
@@ -53,7 +57,7 @@ class Environment:
             subprocess.run(command, check=True)
 
 
-# adapters pins transformers to 4.57 and takes its torchvision for stochastic depth.
+# adapters pins transformers to 4.57 and needs torchvision for stochastic depth.
 ENVIRONMENTS = (
     Environment(
         peer="adapters",
@@ -72,7 +76,7 @@ ENVIRONMENTS = (
 
 @dataclass
 class Report:
-    """All that was measured in one peer's environment; see `comparison.py` for the fields."""
+    """The measurements in one peer's environment; `comparison.py` describes the fields."""
 
     peer: str
     versions: dict[str, str] = field(default_factory=dict)
@@ -88,7 +92,7 @@ def measure(environment: Environment) -> Report:
     """Runs the scripts of one environment.
 
     Raises:
-        SystemExit: a script fails; its own words are shown.
+        SystemExit: a script failed; its errors are shown.
     """
     report = Report(environment.peer)
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -100,15 +104,15 @@ def measure(environment: Environment) -> Report:
             done = subprocess.run(command, env=variables, stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(f"{script} failed\n{done.stderr}")
-            found = json.loads(measured.read_text())
-        report.versions |= found["versions"]
-        report.equalities += found["equalities"]
-        report.cases += found["cases"]
+            content = json.loads(measured.read_text())
+        report.versions |= content["versions"]
+        report.equalities += content["equalities"]
+        report.cases += content["cases"]
     return report
 
 
 def machine() -> str:
-    """The processor and the number of cores that may be used."""
+    """Returns the processor and the number of cores."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -123,21 +127,21 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def failures(reports: list[Report]) -> list[str]:
-    """One line for each equality or case that does not hold."""
-    found = []
+    """Returns a line for each equality or case that does not hold."""
+    lines = []
     for report in reports:
         for line in report.equalities:
             for what in ("difference", "gradient"):
                 if not line[what] <= LIMIT:
-                    found.append(
+                    lines.append(
                         f"{report.peer}, {line['model']}, {line['method']}: {what} {line[what]:.2g}"
                     )
-        found += [f"{report.peer}: {case['title']}" for case in report.cases if not case["holds"]]
-    return found
+        lines += [f"{report.peer}: {case['title']}" for case in report.cases if not case["holds"]]
+    return lines
 
 
 def written(reports: list[Report], failed: list[str]) -> str:
-    """The results as Markdown."""
+    """Formats the results as Markdown."""
     equalities = [(report, line) for report in reports for line in report.equalities]
     largest = max(line["difference"] for _, line in equalities)
     cases = sum(len(report.cases) for report in reports)
@@ -152,16 +156,17 @@ def written(reports: list[Report], failed: list[str]) -> str:
         for report in reports
     ]
     parts = [
-        "# Beside its peers",
+        "# Compared with its peers",
         f"Written by `make peers` on {datetime.date.today()}; {machine()}; "
         f"Python {platform.python_version()}. Everything here was measured in that run.",
         verdict,
         table(("environment", "versions"), environments),
         "## The same numbers",
-        "One randomly weighted model, copied for each library; the peer's adapter, given random "
-        "values, is copied into ours. Effect: the largest change of any output by the adapter. "
-        "Difference: the largest between the outputs of the two libraries. Relative: the same over "
-        "the largest output. Gradients: the largest difference over the largest gradient.",
+        "Each library adapts a copy of one model with random weights. The peer's adapter gets "
+        "random values, which are copied into ours. Effect is the largest change of an output by "
+        "the adapter. Difference is the largest difference between the outputs of the two "
+        "libraries; relative is the same divided by the largest output. Gradients is the largest "
+        "difference of gradients divided by the largest gradient.",
         table(
             (
                 "peer",

@@ -1,7 +1,8 @@
-"""Times several adapters on one encoder, ours and peft's, in one process; prints JSON.
+"""Times several adapters on one encoder, ours and peft's, in one process; writes JSON.
 
-ViT-S/16 of timm at 224 pixels with random weights, a batch of 32. Every round runs each case once,
-so that what else the machine does falls on all; figures are medians over the rounds.
+The encoder is timm's ViT-S/16 at 224 pixels with random weights, the batch size 32. Every round
+runs each case once, so that other load on the machine affects all cases. Figures are medians over
+the rounds.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def peft_model() -> torch.nn.Module:
 
 @torch.no_grad()
 def rounds(cases: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each case; the first round warms up and does not count."""
+    """Returns the median seconds of each case; the first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(ROUNDS + 1):
         for name, run in cases.items():
@@ -99,28 +100,28 @@ def rounds(cases: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def switching(model: mmadapters.AdapterModel) -> float:
-    """Milliseconds of a change of the active adapter (24 sites), median of 1000."""
-    found = []
+    """Returns the milliseconds of a switch of the active adapter (24 sites), median of 1000."""
+    seconds = []
     for number in range(1000):
         name = NAMES[number % 2]
         start = time.perf_counter()
         model.set_active_adapters(name)
-        found.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(found)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds)
 
 
 def loading(model: mmadapters.AdapterModel) -> tuple[float, int]:
-    """Milliseconds of load_adapter, median of 20, and the bytes of the file."""
+    """Returns the milliseconds of load_adapter, median of 20, and the bytes of the files."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "a0"
         model.save_adapter(directory, "a0")
         size = sum(file.stat().st_size for file in directory.iterdir())
-        found = []
+        seconds = []
         for number in range(20):
             start = time.perf_counter()
             model.load_adapter(directory, f"loaded {number}")
-            found.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(found), size
+            seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds), size
 
 
 if __name__ == "__main__":

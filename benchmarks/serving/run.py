@@ -1,6 +1,6 @@
 """Runs `measure.py` in peft's environment and writes RESULTS.md.
 
-Exits with an error where a figure misses what it is held to.
+Exits with an error if a figure misses its limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RESULTS = HERE / "RESULTS.md"
 
 
 def peers() -> Any:
-    """The module that makes the peers' environments."""
+    """Imports the module that makes the peers' environments."""
     spec = importlib.util.spec_from_file_location("peers", HERE.parent / "peers" / "run.py")
     assert spec is not None
     assert spec.loader is not None
@@ -42,13 +42,13 @@ def main() -> None:
             env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "HF_HUB_OFFLINE": "1"},
             check=True,
         )
-        found = json.loads(measured.read_text())
-    seconds = found["seconds"]
+        figures = json.loads(measured.read_text())
+    seconds = figures["seconds"]
 
     def ratio(case: str, base: str) -> float:
         return seconds[case] / seconds[base]
 
-    milliseconds, size = found["load_ms"]
+    milliseconds, size = figures["load_ms"]
     limits = [
         (
             f"{key}: 8 adapters in a batch of 32, over one",
@@ -62,15 +62,15 @@ def main() -> None:
         for key in ("seq_bn", "double_seq_bn")
     ]
     limits += [
-        ("switch between adapters of 24 sites, ms", found["switch_ms"], 0.1),
+        ("switch between adapters of 24 sites, ms", figures["switch_ms"], 0.1),
         (f"load_adapter of {size / 1e6:.1f} MB, ms", milliseconds, 20.0),
     ]
     peer = ratio("peft lora, mixed batch of 8", "peft lora, one")
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
     parts = [
         "# Several adapters on one encoder",
         f"Written by `make serving` on {datetime.date.today()}; {made.machine()}; {versions}; "
-        f"{found['threads']} threads. ViT-S/16, 224 pixels, batch 32, fp32, medians of one run.",
+        f"{figures['threads']} threads. ViT-S/16, 224 pixels, batch 32, fp32, medians of one run.",
         made.table(
             ("what", "measured", "at most"),
             [(what, f"{value:.3g}", f"{limit:g}") for what, value, limit in limits]

@@ -1,12 +1,12 @@
-"""Times training steps with and without kept states of the frozen part, and prints a table.
+"""Times training steps with and without cached states of the frozen trunk, and prints a table.
 
-    python benchmarks/prefix/measure.py [vision] [speech]
+    python benchmarks/trunk/measure.py [vision] [speech]
 
-ViT-S/16 (timm, 224 pixels, batches of 16 JPEG pictures) and an encoder of wav2vec 2.0 base's size
-(transformers, batches of 4 recordings of 10 s), with random weights; on a GPU in bf16. A step reads
-its batch, runs forward and backward and updates. Every round takes one step of each case, so that
-what else the machine does falls on all; figures are medians over the rounds, and the ratio is to
-full fine-tuning's.
+It measures ViT-S/16 (timm, 224 pixels, batches of 16 JPEG pictures) and an encoder of the size of
+wav2vec 2.0 base (transformers, batches of 4 recordings of 10 s) with random weights, on a GPU in
+bf16. A step reads its batch, runs forward and backward and updates. Every round takes one step of
+each case, so that other work of the machine slows all cases alike. Figures are medians over the
+rounds; ratios are relative to full fine-tuning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from PIL import Image
 from mmadapters.tasks.asr.config import ASRConfig
 from mmadapters.tasks.classification.config import ClassificationConfig
 from mmadapters.tasks.config.schema import JobConfig
-from mmadapters.tasks.jobs.run import make_model
+from mmadapters.tasks.jobs.model import make_model
 from mmadapters.tasks.training.cache.cache import prepare
 from mmadapters.tasks.training.trainer import TaskTrainer
 
@@ -40,6 +40,7 @@ Make = Callable[..., JobConfig]
 
 
 def pictures() -> datasets.Dataset:
+    """Returns 32 labelled JPEG pictures of 500 x 375 pixels."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(32):
@@ -52,6 +53,7 @@ def pictures() -> datasets.Dataset:
 
 
 def recordings() -> datasets.Dataset:
+    """Returns 8 recordings of about 10 s at 16 kHz with a transcript each."""
     rows = []
     for number in range(8):
         noise = 0.1 * np.random.default_rng(number).standard_normal(160_000 - 800 * number)
@@ -62,6 +64,7 @@ def recordings() -> datasets.Dataset:
 
 
 def vision(**sections: Any) -> JobConfig:
+    """Returns a job that classifies pictures; `sections` are added to its config."""
     return ClassificationConfig(
         task="classification",
         backbone={"name": "timm/vit_small_patch16_224"},
@@ -71,6 +74,7 @@ def vision(**sections: Any) -> JobConfig:
 
 
 def speech(**sections: Any) -> JobConfig:
+    """Returns a job that transcribes recordings; `sections` are added to its config."""
     options = {"mask_time_prob": 0.0, "layerdrop": 0.0}
     return ASRConfig(
         task="asr",
@@ -81,23 +85,25 @@ def speech(**sections: Any) -> JobConfig:
 
 
 def with_trainer(batch: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sections with a trainer's options for batches of `batch` records."""
     trainer = {"batch_size": batch, "epochs": 1000, "tensorboard": False}
     trainer["precision"] = "bf16" if torch.cuda.is_available() else "fp32"
     return {**sections, "trainer": {**trainer, **sections.get("trainer", {})}}
 
 
 def cases(make: Make, tower: str) -> dict[str, JobConfig]:
-    """Full fine-tuning, and a head alone and adapters in the upper half, each in both ways."""
+    """Returns the jobs by name: full fine-tuning, and adapters in the upper half and a head alone,
+    each with and without kept states."""
     upper = {"method": "double_seq_bn", "sites": [f"{tower}.blocks.[6-9]", f"{tower}.blocks.1[01]"]}
-    found = {"full fine-tuning": make(trainer={"mode": "full", "cache_trunk": "off"})}
+    jobs = {"full fine-tuning": make(trainer={"mode": "full", "cache_trunk": "off"})}
     for kept, name in (("off", ""), ("memory", ", kept states")):
-        found[f"upper half{name}"] = make(adapter=upper, trainer={"cache_trunk": kept})
-        found[f"head alone{name}"] = make(trainer={"mode": "head", "cache_trunk": kept})
-    return found
+        jobs[f"upper half{name}"] = make(adapter=upper, trainer={"cache_trunk": kept})
+        jobs[f"head alone{name}"] = make(trainer={"mode": "head", "cache_trunk": kept})
+    return jobs
 
 
 def steps(config: JobConfig, rows: Any, folder: Path) -> Iterator[None]:
-    """One training step after the other."""
+    """Runs one training step after the other, without end."""
     task, model = make_model(config, rows)
     trainer = TaskTrainer(task, model, train=rows, validation=None, folder=folder, quiet=True)
     model.to(trainer.args.device)
@@ -118,7 +124,7 @@ def steps(config: JobConfig, rows: Any, folder: Path) -> Iterator[None]:
 
 
 def measured(make: Make, tower: str, rows: Any) -> dict[str, float]:
-    """Median seconds of a step by case."""
+    """Returns the median seconds of a step by case."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {
             name: steps(config, rows, Path(folder) / str(number))
@@ -130,7 +136,7 @@ def measured(make: Make, tower: str, rows: Any) -> dict[str, float]:
                 started = time.perf_counter()
                 next(run)
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(own[1:]) for name, own in seconds.items()}
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 ENCODERS: dict[str, tuple[Make, str, Callable[[], Any]]] = {
@@ -140,12 +146,13 @@ ENCODERS: dict[str, tuple[Make, str, Callable[[], Any]]] = {
 
 
 def main(names: list[str]) -> None:
+    """Measures the named encoders, or all of them, and prints a table for each."""
     for name in names or list(ENCODERS):
         make, tower, rows = ENCODERS[name]
-        found = measured(make, tower, rows())
-        full = found["full fine-tuning"]
+        medians = measured(make, tower, rows())
+        full = medians["full fine-tuning"]
         print(f"\n| {name} | ms a step | of full fine-tuning |\n|---|---|---|")
-        for case, seconds in found.items():
+        for case, seconds in medians.items():
             print(f"| {case} | {1000 * seconds:,.0f} | {seconds / full:.3f} |")
 
 

@@ -1,4 +1,4 @@
-"""`Adapter`: all the modules inserted under one name, and the names of their tensors in files."""
+"""`Adapter` and `Fusion`: all modules inserted under one name, and how files name their tensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..injectors.installer import Kind, Plan
-from ..methods import AdapterModule, Branch, Delta, MethodConfig, Prefix, Readout
+from ..composition import Fuse
+from ..injectors.plan import Kind, Plan
+from ..methods import AdapterModule, Branch, Delta, FusionConfig, MethodConfig, Prefix, Readout
 
 _KINDS: tuple[tuple[type, Kind], ...] = (
     (Branch, "branch"),
@@ -20,7 +21,13 @@ _KINDS: tuple[tuple[type, Kind], ...] = (
 
 
 class Adapter(nn.Module):
-    """All modules inserted under one name. Keys are `<site>#<method>` with `/` for `.`."""
+    """All modules that are inserted under one name.
+
+    Their names in this module are `<site>#<method>` with `/` for `.`.
+
+    Attributes:
+        config: the config that it was made from.
+    """
 
     def __init__(self, config: MethodConfig, parts: dict[str, AdapterModule]) -> None:
         super().__init__()
@@ -29,62 +36,85 @@ class Adapter(nn.Module):
             self.add_module(key.replace(".", "/"), module)
 
     def entries(self) -> Iterator[tuple[str, AdapterModule]]:
-        """(site, module) in the order in which they act."""
+        """Yields (site, module) in the order in which the modules act."""
         for key, module in self._modules.items():
             assert module is not None
             yield key.split("#")[0].replace("/", "."), module  # type: ignore[misc]
 
     @property
     def reads(self) -> set[str]:
-        """What its branches read beside what they change."""
+        """The names of the inputs that its branches read besides the states that they change."""
         modules = self._modules.values()
         return {read for module in modules for read in getattr(module, "reads", ())}
 
     def plan(self) -> Plan:
+        """Makes a plan in which this adapter acts alone."""
         plan = Plan()
         for site, module in self.entries():
             plan.add(kind_of(module), site, module)
         return plan
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers under the names that files use, shared ones under their first."""
-        found: dict[str, Tensor] = {}
+        """Returns parameters and buffers by the names that files use: `<site>#<method>/<tensor>`.
+
+        A tensor that occurs several times is given under its first name alone.
+        """
+        named: dict[str, Tensor] = {}
         seen: set[int] = set()
         for key, module in self._modules.items():
             assert module is not None
             for name, tensor in module.state_dict(keep_vars=True).items():
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    found[f"{key.replace('/', '.')}/{name}"] = tensor
-        return found
+                    named[f"{key.replace('/', '.')}/{name}"] = tensor
+        return named
 
     def load(self, tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:
-        """Copies values in, by the names of `tensors()`; all are checked before any is copied.
+        """Copies values into the adapter. All are checked before any is copied.
+
+        Args:
+            tensors: the values by the names of `tensors()`.
+            source: says in errors where they come from.
 
         Raises:
-            ValueError: a tensor is missing, left over, of another shape or not floating; names
-                `source`.
+            ValueError: a tensor is missing, has no place, has another shape or holds no
+                floating-point numbers.
         """
-        own = self.tensors()
-        absent, surplus = sorted(own.keys() - tensors), sorted(tensors.keys() - own)
+        targets = self.tensors()
+        absent, surplus = sorted(targets.keys() - tensors), sorted(tensors.keys() - targets)
         if absent or surplus:
             raise ValueError(
                 f"{source} does not fit this encoder: {len(absent)} tensors are missing and "
                 f"{len(surplus)} have no place, first {(absent or surplus)[0]!r}"
             )
         for key, tensor in sorted(tensors.items()):
-            if tensor.shape != own[key].shape:
+            if tensor.shape != targets[key].shape:
                 raise ValueError(
                     f"{source}: {key} has shape {tuple(tensor.shape)}, this encoder needs "
-                    f"{tuple(own[key].shape)}"
+                    f"{tuple(targets[key].shape)}"
                 )
             if not tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 raise ValueError(f"{source}: {key} holds {dtype}, not floating-point numbers")
         with torch.no_grad():
             for key, tensor in tensors.items():
-                own[key].copy_(tensor)
+                targets[key].copy_(tensor)
+
+
+class Fusion(Adapter):
+    """All attention modules of one AdapterFusion.
+
+    Attributes:
+        members: the adapters that it fuses.
+    """
+
+    def __init__(
+        self, members: Fuse, config: FusionConfig, parts: dict[str, AdapterModule]
+    ) -> None:
+        super().__init__(config, parts)
+        self.members = members
 
 
 def kind_of(module: nn.Module) -> Kind:
+    """Returns the table of a `Plan` in which a module of an adapter stands."""
     return next((kind for cls, kind in _KINDS if isinstance(module, cls)), "prompt")

@@ -1,25 +1,25 @@
-"""Sums and averages of adapters by their parameters: one adapter that stands for several.
+"""Sums and averages of the parameters of adapters, which make one adapter of several.
 
     linear   p = p_0 + sum_i w_i (p_i - p_0)            every parameter of any method
     concat   B = [w_1 c_1 B_1, w_2 c_2 B_2, ...], A = [A_1; A_2; ...]           LoRA
     svd      the rank-r matrix nearest to sum_i w_i c_i B_i A_i                 LoRA
 
-p_0 is the constant at which a parameter starts: 1 for the scales of IA3 and SSF, for the gain of a
-LayerNorm before a bottleneck and of a batch norm and for the running variance of the latter, the
-config's `scale` for a learned scale, else 0. So a weight scales an adapter's *task vector*
-(Ilharco et al. 2023): [1, 1] adds two, [1, -1] subtracts one.
+p_0 is the constant at which a parameter starts. It is 1 for the scales of IA3 and SSF, for the gain
+of a LayerNorm before a bottleneck, and for the gain and the running variance of a batch norm. It is
+the config's `scale` for a learned scale, and 0 for all else. So a weight scales an adapter's *task
+vector* (Ilharco et al. 2023): [1, 1] adds two, [1, -1] subtracts one.
 
-What `linear` means depends on the method:
+The meaning of `linear` depends on the method:
 
     IA3, SSF, BitFit          the encoder's weights and biases change by exactly the weighted sum
     bottlenecks, Compacter,   a plain sum where the start is random (down-projections, tokens,
-    convolutions, prefixes,   convolutions), so an average is of use for adapters that started from
-    prompts, gates            the same values, as in model soups (Wortsman et al. 2022)
-    LoRA                      sums A and B, not B A, so that weights must sum to 1: those of [-1]
-                              would turn both signs and change nothing
-    RepAdapter, FacT          likewise: the factors, not their product
-    DoRA                      likewise; and magnitudes start at ||W||, which adapters do not know
-    Conformer adapters        means and variances too, so that no weight may be negative
+    convolutions, prefixes,   convolutions), so that an average is useful for adapters that started
+    prompts, gates            from the same values, as in model soups (Wortsman et al. 2022)
+    LoRA                      A and B are summed, not B A, so that weights must sum to 1: the weight
+                              -1 alone would turn both signs and change nothing
+    RepAdapter, FacT          the same: the factors are summed, not their product
+    DoRA                      the same; and magnitudes start at ||W||, which adapters do not know
+    Conformer adapters        means and variances are summed too, so that no weight may be negative
 
 `concat` and `svd` sum B A itself, for any weights.
 """
@@ -48,14 +48,14 @@ from ..methods import (
     RepAdapterConfig,
     SSFConfig,
 )
-from ..methods.base import check_choice, check_count, check_number
 from ..methods.lora import LoRA
+from ..methods.select import check_choice, check_count, check_number
 from ..methods.union import Gated
 from .adapter import Adapter
 
 How = Literal["linear", "concat", "svd"]
 HOWS: tuple[How, ...] = ("linear", "concat", "svd")
-# They act in training alone, so that adapters trained with different ones may be summed.
+# Options that act in training alone, so that adapters with different values may be summed.
 _TRAINING_ONLY = ("dropout", "drop_path")
 
 
@@ -68,26 +68,26 @@ def combined(
     how: How = "linear",
     rank: int | None = None,
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
-    """Config and tensors, by the keys of `Adapter.tensors`, of sum_i w_i adapter_i.
+    """Returns the config and the tensors, by the keys of `Adapter.tensors`, of sum_i w_i adapter_i.
 
-    The head of this file has the formulas. Sums are in float32 or wider and given in the dtype and
-    on the device of the first adapter's tensors, which they share no memory with. Dropout and drop
-    path are the first adapter's.
+    The head of this file has the formulas. Sums are computed in float32 or wider. They have the
+    dtype and the device of the first adapter's tensors and share no memory with them. Dropout and
+    drop path are the first adapter's.
 
     Args:
-        names: of the adapters, for messages.
-        weights: one for each adapter, of any sign.
-        how: "linear" for adapters of equal structure. "concat" for LoRAs whose rank, alpha and
-            rslora may differ: exact, of the sum of their ranks, and c = 1; a linear map that only
-            some have counts as unchanged in the others. "svd" for the same at a given rank: no
-            matrix of that rank is nearer in the Frobenius or the spectral norm (Eckart and Young
-            1936, Mirsky 1960); the error is the singular values left out. Each singular value is
-            split evenly, as its root, between A and B.
-        rank: of "svd"; by default the largest of the members'.
+        names: the adapters' names, for messages.
+        weights: one number for each adapter, of any sign.
+        how: "linear" is for adapters of equal structure. "concat" is for LoRAs whose rank, alpha
+            and rslora may differ: the result is exact, its rank is the sum of their ranks, and
+            c = 1; a linear map that only some have counts as unchanged in the others. "svd" does
+            the same at a given rank: no matrix of that rank is nearer in the Frobenius or the
+            spectral norm (Eckart and Young 1936, Mirsky 1960); the error is the singular values
+            left out. Each singular value is split evenly, as its root, between A and B.
+        rank: the rank for "svd", at least 1; by default the largest of the members' ranks.
 
     Raises:
-        ValueError: the adapters cannot be combined in this way; names two of them, the first thing
-            in which they differ, and what would do. Or a weight or a parameter is not finite.
+        ValueError: the adapters cannot be combined in this way; the message names two of them, the
+            first difference, and a way out. Or a weight or a parameter is not finite.
     """
     check_choice("how", how, HOWS)
     if not adapters:
@@ -138,7 +138,12 @@ def _linear(
 
 
 def _start(parts: dict[str, MethodConfig], key: str) -> float:
-    """The constant at which the parameter under a key of `Adapter.tensors` starts, 0 for none."""
+    """Returns the constant at which a parameter starts, 0 if it has none.
+
+    Args:
+        parts: the configs of the adapter's methods, by the name that stands behind `#` in keys.
+        key: the parameter's key in `Adapter.tensors`.
+    """
     part, parameter = key.split("#")[1].rsplit("/", 1)
     config, parameter = _ungated(parts[part]), parameter.removeprefix("inner.")
     if isinstance(config, (IA3Config, SSFConfig)) and parameter == "scale":
@@ -164,7 +169,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _check_any_weights(config: MethodConfig, total: float) -> None:
-    """Raises ValueError for methods whose sums mean something for weights of sum 1 alone."""
+    """Raises ValueError for methods whose weights must sum to 1."""
     for _, part in config.parts():
         method = _ungated(part)
         if isinstance(method, DoRAConfig):
@@ -186,16 +191,16 @@ def _check_any_weights(config: MethodConfig, total: float) -> None:
 
 
 def _check_variances(config: MethodConfig, weights: Sequence[float]) -> None:
-    """Raises ValueError where a sum could make a variance negative."""
+    """Raises ValueError if a negative weight could make a variance negative."""
     if min(weights) < 0 and any(isinstance(p, ConformerAdapterConfig) for _, p in config.parts()):
         raise ValueError(
             f"a weight is {min(weights):g}, but must be at least 0 for a Conformer adapter, whose "
-            "batch norm holds variances, which cannot be taken away from one another"
+            "batch norm holds variances, which cannot be subtracted from one another"
         )
 
 
 def _check_equal_structure(first: Adapter, other: Adapter, name: str, other_name: str) -> None:
-    """Raises ValueError unless all that bears on shapes and meaning is the same in both."""
+    """Raises ValueError unless both have the same method, options and shapes."""
     different = _difference(first.config, other.config)
     if different is not None:
         option, here, there = different
@@ -219,7 +224,7 @@ def _refuse_other_encoder(name: str, other_name: str, where: str) -> NoReturn:
 
 
 def _difference(first: MethodConfig, other: MethodConfig) -> tuple[str, object, object] | None:
-    """The first option that differs, and its value in each; None if there is none."""
+    """Returns the first option that differs and its two values, or None if all are equal."""
     if first.method != other.method:
         return "method", first.method, other.method
     parts, other_parts = dict(first.parts()), dict(other.parts())
@@ -235,7 +240,11 @@ def _difference(first: MethodConfig, other: MethodConfig) -> tuple[str, object, 
 
 
 def _options(config: MethodConfig) -> dict[str, object]:
-    """What bears on shapes and meaning: sets in order, and LoRA's c for what it is made of."""
+    """Returns the options that bear on the shapes or the meaning of parameters.
+
+    Sites and targets are sorted, as their order does not matter. LoRA's factor c stands for the
+    options that it is computed from.
+    """
     options = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -301,10 +310,10 @@ def _loras(adapter: Adapter) -> dict[str, LoRA]:
 def _covering(
     configs: Sequence[LoRAConfig], members: Sequence[dict[str, LoRA]], names: Sequence[str]
 ) -> LoRAConfig:
-    """The first config, with targets and sites that cover just the linear maps of all members.
+    """Returns the first config with targets and sites that cover the linear maps of all members.
 
     Raises:
-        ValueError: no config covers those and no others.
+        ValueError: no config covers these linear maps and no others.
     """
     first = configs[0]
     for name, config, loras in zip(names[1:], configs[1:], members[1:], strict=True):
@@ -338,7 +347,10 @@ def _stacked(
     weights: Sequence[float],
     names: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
-    """A (R, in) and B (out, R) of the weighted sum at one linear map, R the sum of the ranks."""
+    """Returns A (R, in) and B (out, R) of the weighted sum at one linear map.
+
+    R is the sum of the ranks.
+    """
     like, like_name = next(
         (loras[site], name) for loras, name in zip(members, names, strict=True) if site in loras
     )
@@ -357,7 +369,9 @@ def _stacked(
 
 
 def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) whose product is nearest to that of a (R, in), b (out, R).
+    """Returns A (rank, in) and B (out, rank) whose product is nearest to b a.
+
+    The given ones are a (R, in) and b (out, R).
 
     With b = Q_b R_b and a^T = Q_a R_a, the singular values of b a are those of the small R_b R_a^T;
     no (out, in) matrix is made.

@@ -8,7 +8,8 @@ becomes more channels of that part where both read n and have the same activatio
 
     [W_2 U] act([W_1; D] n + [b_1; b_D]) + b_2 + b_U.
 
-Where the part ends in a LayerScale g, g (W_2 ... + b_2), that is so with U / g and b_U / g.
+Where the part ends in a LayerScale g, as in g (W_2 ... + b_2), U / g and b_U / g take the place of
+U and b_U.
 """
 
 from __future__ import annotations
@@ -28,23 +29,29 @@ Changes = list[tuple[Parameter, Tensor]]
 
 
 @dataclass(eq=False)
-class Merged:
-    """One merged adapter: the tensors that it changed, as they were, and the leaves that have other
-    sizes since."""
+class MergedAdapter:
+    """An adapter that is merged into the encoder's weights.
+
+    Attributes:
+        name: the adapter's name.
+        originals: the tensors that it changed, with the values that they had.
+        widened: the linear maps that have got more channels.
+    """
 
     name: str
     originals: Changes
     widened: list[Leaf]
 
     @classmethod
-    def into_weights(cls, name: str, changes: Changes, sites: SiteMap) -> Merged:
-        """Writes the changed tensors into the encoder."""
+    def into_weights(cls, name: str, changes: Changes, sites: SiteMap) -> MergedAdapter:
+        """Writes the changed tensors into the encoder and keeps the old ones."""
         originals = [(place, place.tensor.detach().clone()) for place, _ in changes]
         merged = cls(name, originals, widened_leaves(changes, sites))
         merged._write(changes)
         return merged
 
     def undo(self) -> None:
+        """Writes the old tensors back."""
         self._write(self.originals)
 
     def _write(self, changes: Changes) -> None:
@@ -62,12 +69,12 @@ class Merged:
 
 @contextlib.contextmanager
 def while_merged(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[None]:
-    """Inside the block the adapter is folded in.
+    """Keeps the adapter merged into the encoder's weights inside the block.
 
     Raises:
-        ValueError: as `merged_tensors`.
+        ValueError: see `merged_tensors`.
     """
-    folded = Merged.into_weights(name, merged_tensors(name, adapter, sites), sites)
+    folded = MergedAdapter.into_weights(name, merged_tensors(name, adapter, sites), sites)
     try:
         yield
     finally:
@@ -75,17 +82,17 @@ def while_merged(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[None]:
 
 
 def widened_leaves(changes: Changes, sites: SiteMap) -> list[Leaf]:
-    """Those whose weight gets another shape."""
+    """Returns the linear maps whose weight gets another shape."""
     grown = {id(place.whole) for place, new in changes if new.shape != place.tensor.shape}
     return [leaf for leaf in sites.leaves() if leaf.weight is not None and id(leaf.weight) in grown]
 
 
 @torch.no_grad()
 def merged_tensors(name: str, adapter: Adapter, sites: SiteMap) -> Changes:
-    """The weights and biases that compute the same as the encoder with `adapter` acting.
+    """Returns the weights and biases with which the encoder computes the same as with `adapter`.
 
     Raises:
-        ValueError: a site has no bias or weight to hold what the adapter adds there, or a
+        ValueError: a site has no bias or weight that could hold the adapter's change, or a
             feed-forward part cannot get more channels.
     """
     changes = [*_changed_leaves(name, adapter, sites), *_more_channels(name, adapter, sites)]
@@ -98,6 +105,7 @@ def merged_tensors(name: str, adapter: Adapter, sites: SiteMap) -> Changes:
 
 
 def _changed_leaves(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[tuple]:
+    """Yields (place, tensor) for the linear maps whose weight or bias the adapter changes."""
     leaves = {leaf.name: leaf for leaf in sites.leaves()}
     for site, deltas in adapter.plan().delta.items():
         leaf = leaves[site]
@@ -116,6 +124,7 @@ def _changed_leaves(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[tup
 
 
 def _more_channels(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[tuple]:
+    """Yields (place, tensor) for the feed-forward parts whose channels the adapter becomes."""
     sublayers = {sublayer.name: sublayer for sublayer in sites.sublayers()}
     blocks = {part.name: block for block in sites.blocks() for part in block.sublayers.values()}
     users: dict[int, int] = {}
@@ -133,8 +142,8 @@ def _more_channels(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[tupl
             or any(not _can_grow(leaf) or users[id(leaf.weight)] > 1 for leaf in (first, second))
         ):
             raise ValueError(
-                f"adapter {name!r} cannot be merged: {site} is no two linear maps of its own "
-                "that could get more channels"
+                f"adapter {name!r} cannot be merged: {site} is not made of two linear maps of its "
+                "own that could get more channels"
             )
         downs, down_biases, ups, up_biases = zip(*given, strict=True)  # type: ignore[arg-type]
         if first.bias_at is None and any(bias.any() for bias in down_biases):
@@ -159,12 +168,14 @@ def _more_channels(name: str, adapter: Adapter, sites: SiteMap) -> Iterator[tupl
 
 
 def _layer_scale(sublayer: Sublayer, block: Block) -> Tensor | None:
-    """(D,), by which the part is multiplied at its end, if it is."""
-    own: list = list(sublayer.output.parameters())
-    if not own:  # of a DropPath behind it, in timm
+    """Returns the factors (D,) by which the part's output is multiplied, or None without any."""
+    scales: list = list(sublayer.output.parameters())
+    if not scales:  # In timm the output is a DropPath behind the LayerScale.
         scale = getattr(block.module, "ls2", None)
-        own = [block.module._parameters.get("gamma_2")] if scale is None else [*scale.parameters()]
-    single = own[0] if len(own) == 1 else None
+        scales = (
+            [block.module._parameters.get("gamma_2")] if scale is None else [*scale.parameters()]
+        )
+    single = scales[0] if len(scales) == 1 else None
     return single if single is not None and single.shape == (sublayer.width,) else None
 
 
@@ -180,6 +191,7 @@ def _can_grow(leaf: Leaf) -> bool:
 
 
 def _joined(parts: list, dim: int) -> Tensor:
+    """Concatenates tensors in the dtype of the first."""
     return torch.cat([part.detach().to(parts[0].dtype) for part in parts], dim=dim)
 
 

@@ -1,9 +1,10 @@
 """Adapter directories: `adapter.safetensors` and `adapter.json`, nothing else, never a pickle.
 
-The JSON names the format, the method's config, the sites, the encoder's identity, the head's
-description and whatever a task adds (label map, vocabulary, preprocessing, metrics). The identity
-is that of each tower the adapter acts on: width, depth and a hash of its weights in float32 under
-canonical names, so that it is the same for the same weights in any library.
+The JSON holds the format, the adapter's name, the method's config, the encoder's identity, the
+checksum of the weights, and the metadata that a task adds (label map, vocabulary, preprocessing,
+metrics). The identity describes each tower that the adapter acts on by its width, its depth and a
+hash of its weights in float32 under canonical names. So it is the same for the same weights in any
+library.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from ..files import replacing_directory
 from ..sites.sitemap import Leaf, Tower
 
 FORMAT = 1
@@ -33,33 +33,37 @@ _HEAD = "head/"
 
 @dataclass(kw_only=True)
 class Stored:
-    """What an adapter directory holds. `tensors` by `<site>#<method>/<parameter>`."""
+    """The contents of an adapter directory."""
 
+    # The adapter's name.
     name: str
+    # Its config as plain data, with its method's name under "method".
     config: dict[str, Any]
+    # The identity of the encoder that it was made for: {library, architecture, towers}.
     backbone: dict[str, Any]
+    # The adapter's tensors by `<site>#<method>/<parameter>`.
     tensors: dict[str, Tensor]
+    # The state dict of a task's head, empty without one.
     head: dict[str, Tensor] = field(default_factory=dict)
+    # The task's data, which JSON can hold.
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def write(directory: str | os.PathLike, stored: Stored) -> None:
-    """Writes the directory whole under a temporary name beside it, then renames it.
+    """Writes an adapter directory whole or not at all.
 
-    A directory of that name that holds an adapter, and nothing else, is replaced; any other is
-    refused.
+    It replaces a directory that holds an adapter and nothing else.
 
     Raises:
         ValueError: the path exists and is not an adapter directory, or a value is not finite.
     """
     target = Path(directory)
     _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {**stored.tensors, **{_HEAD + key: value for key, value in stored.head.items()}}
     damaged = _not_finite(tensors)
     if damaged is not None:
         raise ValueError(f"{damaged} holds values that are not finite, so {target} was not written")
-    # Copies, as safetensors takes no two tensors that share memory (tied weights of a head).
+    # Copied, as safetensors refuses tensors that share memory (tied weights of a head).
     data = save_tensors(
         {
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -75,17 +79,14 @@ def write(directory: str | os.PathLike, stored: Stored) -> None:
         "metadata": stored.metadata,
     }
     text = json.dumps(description, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replacing_directory(target) as fresh:
         fresh.chmod(0o755)
         _write_synced(fresh / WEIGHTS_FILE, data)
         _write_synced(fresh / JSON_FILE, text.encode())
-        _swap(fresh, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _check_replaceable(target: Path) -> None:
+    """Raises ValueError unless `target` is free or holds an adapter and nothing else."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -100,8 +101,10 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first that holds a value that is not finite. All of a kind are looked at in one pass:
-    an adapter has many small tensors."""
+    """Returns the name of the first tensor with a value that is not finite, or None.
+
+    Tensors of one dtype and device are checked at once, as an adapter has many small ones.
+    """
     flat: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors.values():
         if tensor.is_floating_point():
@@ -112,33 +115,19 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
+    """Writes a file and waits until it is on the disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _swap(fresh: Path, target: Path) -> None:
-    if not target.exists():
-        fresh.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    old.rmdir()
-    target.rename(old)
-    try:
-        fresh.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def read(directory: str | os.PathLike) -> Stored:
-    """Reads and checks a directory; tensors are on the CPU, in the dtype they were saved in.
+    """Reads and checks a directory. Tensors are on the CPU, in the dtype they were saved in.
 
     Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: an unknown format, a truncated or changed file, or a value that is not finite.
+        FileNotFoundError: the directory holds no adapter.
+        ValueError: the format is unknown, a file is truncated or changed, or a value is not finite.
     """
     path = Path(directory)
     for name in (JSON_FILE, WEIGHTS_FILE):
@@ -186,7 +175,7 @@ def read(directory: str | os.PathLike) -> Stored:
 
 
 def _check_description(path: Path, description: dict[str, Any]) -> None:
-    """Refuses a backbone or metadata that `write` would not have written."""
+    """Raises ValueError for a backbone or metadata that `write` would not have written."""
     backbone = description["backbone"]
     towers = backbone.get("towers") if isinstance(backbone, dict) else None
     if not isinstance(towers, dict) or not towers:
@@ -202,7 +191,10 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
 
 
 def tower_identity(tower: Tower) -> dict[str, Any]:
-    """Width, depth and the SHA-256 of all weights (not biases: libraries differ in zero ones)."""
+    """Returns the width, the depth and the SHA-256 of all weights of a tower.
+
+    Biases are left out, as some libraries have zero biases where others have none.
+    """
     digest = hashlib.sha256()
     for block in tower.blocks:
         for sublayer in block.sublayers.values():
@@ -222,23 +214,28 @@ def _update(digest: Any, leaf: Leaf) -> None:
 def check_backbone(
     stored: Mapping[str, Any], present: Mapping[str, Any], *, allow_different_weights: bool
 ) -> None:
-    """Refuses an adapter of another encoder. Both: `{library, architecture, towers}`.
+    """Checks that an adapter was made for an encoder like this one.
+
+    Args:
+        stored: the identity of the adapter's encoder, `{library, architecture, towers}`.
+        present: the identity of this encoder, of the same form.
+        allow_different_weights: compare width and depth alone.
 
     Raises:
         ValueError: a tower is missing, has another width or depth, or other weights.
     """
     for name, tower in stored.get("towers", {}).items():
-        own = present["towers"].get(name)
+        here = present["towers"].get(name)
         what = f"this adapter was made for {stored.get('architecture')} ({stored.get('library')})"
-        if own is None:
+        if here is None:
             raise ValueError(f"{what}, tower {name!r}, which {present['architecture']} lacks")
         for key in ("width", "depth"):
-            if tower.get(key) != own[key]:
+            if tower.get(key) != here[key]:
                 raise ValueError(
                     f"{what} of {key} {tower.get(key)} in tower {name!r}; this "
-                    f"{present['architecture']} has {own[key]}"
+                    f"{present['architecture']} has {here[key]}"
                 )
-        if tower.get("weights") != own["weights"] and not allow_different_weights:
+        if tower.get("weights") != here["weights"] and not allow_different_weights:
             raise ValueError(
                 f"{what} with other weights in tower {name!r}; load the same pretrained weights, "
                 "or pass allow_different_weights=True if the difference is meant"

@@ -1,4 +1,4 @@
-"""What `AdapterModel.adapter_summary` prints."""
+"""The table that `AdapterModel.adapter_summary` prints."""
 
 from __future__ import annotations
 
@@ -7,22 +7,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One line of `adapter_summary`. `share`: parameters over the encoder's own, in percent;
-    `shares`: the adapters that have parameters in common with this one."""
+    """One line of `adapter_summary`."""
 
     name: str
+    # The name of its method, such as "lora".
     method: str
+    # The number of sites at which it acts.
     sites: int
+    # The number of its parameters, shared ones included.
     parameters: int
+    # Its parameters over those of the encoder, in percent.
     share: float
+    # Whether it acts now, whether it is trainable, and whether it is merged into the weights.
     active: bool
     trainable: bool
     merged: bool
+    # The other adapters that have parameters in common with this one.
     shares: tuple[str, ...] = ()
 
 
-def summary_table(architecture: str, base: int, rows: list[AdapterRow], total: int) -> str:
-    """The adapters as aligned text; `total`: their parameters, shared ones once."""
+def summary_table(architecture: str, base: int, rows: list[AdapterRow], *, total: int) -> str:
+    """Returns the adapters as aligned text.
+
+    Args:
+        architecture: the name of the encoder.
+        base: the number of the encoder's parameters.
+        total: the number of parameters of all adapters, shared ones counted once.
+    """
     head = ("adapter", "method", "sites", "parameters", "% of backbone", "state")
     lines = [head]
     for row in rows:

@@ -1,1 +1,1 @@
-"""How adapters act on the modules of a running encoder: hooks, computed weights, interception."""
+"""Injectors let adapters act on the modules of a running encoder: hooks and computed weights."""

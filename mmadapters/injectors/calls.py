@@ -1,4 +1,7 @@
-"""The tensor that a module's call is about, whatever the library packs it in."""
+"""Functions that read and replace the main tensor in a module's arguments or output.
+
+Libraries pass it by position or by keyword, and return it alone or in a tuple, a list or an object.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 
 def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor that a module reads first, given by position or by keyword."""
+    """Returns the tensor that a module reads first, given by position or by keyword."""
     if args:
         return args[0]
     if "hidden_states" in kwargs:
@@ -19,7 +22,7 @@ def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def with_first_input(args: tuple, kwargs: dict[str, Any], value: Tensor) -> tuple[tuple, dict]:
-    """The arguments with `value` in the place of what `first_input` gives."""
+    """Returns the arguments with `value` in the place of the tensor that `first_input` returns."""
     if args:
         return (value, *args[1:]), kwargs
     name = "hidden_states"
@@ -29,11 +32,12 @@ def with_first_input(args: tuple, kwargs: dict[str, Any], value: Tensor) -> tupl
 
 
 def first_output(output: Any) -> Tensor:
+    """Returns the output itself if it is a tensor, else its first member."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a model gives, whatever its type."""
+    """Yields the tensors in the output of a model, whatever its type."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -48,7 +52,7 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 def with_first(output: Any, value: Tensor) -> Any:
-    """`output` with its first tensor replaced, in the same type."""
+    """Returns `output` with its first tensor replaced by `value`, in the same type."""
     if isinstance(output, Tensor):
         return value
     if isinstance(output, Mapping):  # an output of transformers

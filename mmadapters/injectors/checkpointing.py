@@ -1,7 +1,7 @@
 """Gradient checkpointing of a tower's blocks, the same for every library.
 
-The libraries' own checkpoints only in train mode (transformers), where a frozen trunk is not, or
-re-entrantly (transformers 4), which gives a frozen trunk's adapters no gradient at all.
+The libraries' own checkpointing works in train mode only (transformers), in which a frozen encoder
+is not, or is re-entrant (transformers 4), which gives adapters on a frozen encoder no gradient.
 """
 
 from __future__ import annotations
@@ -15,48 +15,52 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .installer import Runtime
-from .intercept import stand_for, stands_for
+from .intercept import forward_override, override_forward
+from .state import State
 
 
 @dataclass(eq=False)
 class Checkpointed:
-    """Stands for a block's `forward`: keeps its inputs and computes the rest anew for backward.
+    """Replaces a block's `forward`: keeps its inputs and computes the rest anew in backward.
 
     The adapters that acted act again then, whatever is active by that time, also in the thread of
     its own in which autograd runs on a GPU.
     """
 
-    runtime: Runtime
+    state: State
     block: nn.Module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = functools.partial(type(self.block).forward, self.block)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        plan, grids = self.runtime.plan(), self.runtime.grids()
+        plan, grids = self.state.plan(), self.state.grids()
         args = tuple(_unless_cache(value) for value in args)
         kwargs = {name: _unless_cache(value) for name, value in kwargs.items()}
 
         def again(*args: Any, **kwargs: Any) -> Any:
-            with self.runtime.pinned(plan), self.runtime.seeing(grids):
+            with self.state.pinned(plan), self.state.seeing(grids):
                 return forward(*args, **kwargs)
 
         return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
 
 def _unless_cache(value: Any) -> Any:
-    """None for a decoder's cache of keys and values, to which a second run would add again."""
+    """Returns None for a decoder's cache of keys and values, and any other value unchanged.
+
+    A second run would add to the cache again.
+    """
     return None if hasattr(value, "get_seq_length") else value
 
 
 def enable(runtime: Runtime) -> None:
     """Checkpoints every block of every tower."""
     for block in runtime.sites.blocks():
-        stand_for(block.module, Checkpointed(runtime, block.module))
+        override_forward(block.module, Checkpointed(runtime.state, block.module))
 
 
 def disable(runtime: Runtime) -> None:
     """Gives every block its own `forward` back."""
     for block in runtime.sites.blocks():
-        if isinstance(stands_for(block.module), Checkpointed):
-            stand_for(block.module, None)
+        if isinstance(forward_override(block.module), Checkpointed):
+            override_forward(block.module, None)

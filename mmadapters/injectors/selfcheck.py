@@ -1,12 +1,12 @@
-"""The self-check at injection: no adapter is ever silently inert.
+"""The self-check when adapters are inserted: no adapter is ever silently inert.
 
-Every new module is perturbed. Then, on the smallest input that the encoder takes,
+Every new module is perturbed. Then the encoder runs on the smallest input that it takes:
 
-    eval, no gradients    each module is called, and the output changes
-    eval, gradients       a gradient arrives at each module
-    train, gradients      the same
+    eval, no gradients    each module must be called, and the output must change
+    eval, gradients       a gradient must arrive at each module
+    train, gradients      a gradient must arrive at each module
 
-Afterwards parameters, buffers, modes and random state are as they were.
+Afterwards parameters, buffers, modes and random state are as they were before.
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from .calls import first_output, tensors_in
-from .installer import NOTHING, Plan, Runtime
+from .installer import Runtime
+from .plan import NOTHING, Plan
 
 _TRIES = 12
-# How large a change is beside the output, and what of it rounding in float32 may be: 1e-6, while
-# the exact GELU and its tanh form are 1e-4 apart.
+# The size of a change relative to the output, and the part of it that may come from rounding.
+# Rounding in float32 makes about 1e-6, while the exact GELU and its tanh form differ by 1e-4.
 _STRONG, _ALIKE = 0.3, 1e-5
 
 
 class InertAdapterError(RuntimeError):
-    """An adapter was put where it cannot act."""
+    """An adapter was put at a site at which it cannot act."""
 
 
 def check(model: nn.Module, runtime: Runtime, plan: Plan, example: tuple[tuple, dict]) -> None:
-    """Runs the check for all modules of `plan` on `model`, whose hooks are installed.
+    """Checks that all modules of `plan` act on `model`, whose hooks are installed.
+
+    Args:
+        example: the arguments and keyword arguments of a call of `model`.
 
     Raises:
         InertAdapterError: a site at which a module is not called, changes nothing or gets no
@@ -45,8 +49,8 @@ def check(model: nn.Module, runtime: Runtime, plan: Plan, example: tuple[tuple, 
     def output(with_plan: Plan) -> list[Tensor]:
         runtime.local.plan = with_plan
         args, kwargs = _like_parameters(model, example)
-        found = tensors_in(model(*args, **kwargs))
-        return [tensor for tensor in found if tensor.is_floating_point()]
+        tensors = tensors_in(model(*args, **kwargs))
+        return [tensor for tensor in tensors if tensor.is_floating_point()]
 
     with _untouched(model, runtime, modules):
         model.eval()
@@ -69,8 +73,11 @@ def check(model: nn.Module, runtime: Runtime, plan: Plan, example: tuple[tuple, 
 
 
 def _check_gradients(entries: list, output: Callable[[], list[Tensor]], mode: str) -> None:
-    """Dropout and stochastic depth may hide a site from one pass, and all of a small module's ReLUs
-    be closed to one example, never in a dozen."""
+    """Raises `InertAdapterError` if no gradient arrives at a module in a dozen passes.
+
+    In a single pass dropout and stochastic depth may hide a site, and all ReLUs of a small module
+    may be closed.
+    """
     waiting = {id(module): site for _, site, module in entries}
     for _ in range(_TRIES):
         for _, _, module in entries:
@@ -104,7 +111,7 @@ def _inert(site: str, mode: str, what: str) -> InertAdapterError:
 
 
 class _Spy:
-    """Stands for a module in a plan and notes that it was used."""
+    """Replaces a module in a plan and records that it was used."""
 
     def __init__(self, module: nn.Module, called: set[str], name: str) -> None:
         self.module, self.called, self.name = module, called, name
@@ -127,19 +134,20 @@ def agrees(
     watched: Iterable[nn.Module],
     folded: Callable[[], contextlib.AbstractContextManager],
 ) -> bool:
-    """Whether `watched` modules give the same with `plan` acting as inside `folded()` without it.
+    """Says whether `watched` modules have the same outputs with `plan` active as without it inside
+    `folded()`.
 
-    Its modules are perturbed for that, and half precision is lifted to float32.
+    Meanwhile the plan's modules are perturbed, and half precision becomes float32.
     """
     with _untouched(model, runtime, [module for _, _, module in plan.entries()]), _float32(model):
 
         def output(with_plan: Plan) -> list[Tensor]:
             runtime.local.plan = with_plan
             args, kwargs = _like_parameters(model, example)
-            found: list[Tensor] = []
-            # Behind the runtime's own, whose change they see.
+            outputs: list[Tensor] = []
+            # They run after the runtime's hooks, and so see their changes.
             hooks = [
-                module.register_forward_hook(lambda *given: found.append(first_output(given[-1])))
+                module.register_forward_hook(lambda *given: outputs.append(first_output(given[-1])))
                 for module in watched
             ]
             try:
@@ -147,14 +155,14 @@ def agrees(
             finally:
                 for hook in hooks:
                     hook.remove()
-            return [tensor.float() for tensor in found]
+            return [tensor.float() for tensor in outputs]
 
         model.eval()
         for _, _, module in plan.entries():
             _perturb(module)
         with torch.no_grad():
             off, on = output(NOTHING), output(plan)
-            # Made so strong that rounding of all else hides no other activation.
+            # The change is made so strong that rounding elsewhere cannot hide another activation.
             weak = _STRONG * _distance(off) / max(_distance(on, off), 1e-30)
             if weak > 1:
                 for _, _, module in plan.entries():
@@ -163,21 +171,21 @@ def agrees(
                 on = output(plan)
             try:
                 with folded():
-                    found = output(NOTHING)
-            except RuntimeError:  # other parts of the encoder know the shapes
+                    merged = output(NOTHING)
+            except RuntimeError:  # other parts of the encoder rely on the shapes
                 return False
-        return _distance(on, found) <= _ALIKE * _distance(on, off)
+        return _distance(on, merged) <= _ALIKE * _distance(on, off)
 
 
 def _distance(some: list[Tensor], others: list[Tensor] | None = None) -> float:
-    """The Euclidean norm of the difference, or of some alone."""
+    """Returns the Euclidean norm of the difference, or that of `some` if there are no others."""
     differences = some if others is None else map(torch.sub, some, others)
     return math.sqrt(sum(float(tensor.square().sum()) for tensor in differences))
 
 
 @contextlib.contextmanager
 def _float32(model: nn.Module) -> Iterator[bool]:
-    """Inside the block half precision is float32; gives whether there was any."""
+    """Inside the block tensors of half precision are float32; yields whether there are any."""
     half = [
         (tensor, tensor.data)
         for tensor in (*model.parameters(), *model.buffers())
@@ -194,7 +202,7 @@ def _float32(model: nn.Module) -> Iterator[bool]:
 
 @torch.no_grad()
 def _equal_in_float32(model: nn.Module, output: Callable[[Plan], list], plan: Plan) -> bool:
-    """Whether nothing changes in float32 either: half precision rounds a small change away."""
+    """Says whether no output changes in float32 either: half precision may round a change away."""
     with _float32(model) as lifted:
         return not lifted or all(map(torch.equal, output(NOTHING), output(plan)))
 
@@ -208,6 +216,7 @@ def _perturb(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module, runtime: Runtime, modules: list[nn.Module]) -> Iterator[None]:
+    """Restores parameters of `modules`, buffers, modes and random state after the block."""
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
     kept = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in parameters]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -230,11 +239,11 @@ def _untouched(model: nn.Module, runtime: Runtime, modules: list[nn.Module]) -> 
 
 
 def _like_parameters(model: nn.Module, example: Any) -> Any:
-    """The example with its half-precision tensors in float32 while the model's are."""
+    """Returns the example with its half-precision tensors in float32 if the model is in float32."""
     if isinstance(example, Tensor):
-        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
-        lifted = own == torch.float32 and example.is_floating_point() and example.dtype.itemsize < 4
-        return example.float() if lifted else example
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
+        half = example.is_floating_point() and example.dtype.itemsize < 4
+        return example.float() if half and dtype == torch.float32 else example
     if isinstance(example, dict):
         return {key: _like_parameters(model, value) for key, value in example.items()}
     if isinstance(example, tuple):

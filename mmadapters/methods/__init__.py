@@ -1,4 +1,4 @@
-"""All methods, by name, and their configs as plain data."""
+"""All methods by name, and their configs as plain data."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ _PLACEMENTS = {"sequential": SequentialPlacement, "parallel": ParallelPlacement}
 
 
 def method_named(name: str) -> type[MethodConfig]:
-    """The config class of a method.
+    """Returns the config class of a method.
 
     Raises:
-        ValueError: there is none of that name; names the nearest.
+        ValueError: no method has that name; the message names the nearest one.
     """
     if name not in METHODS:
         raise ValueError(
@@ -93,7 +93,7 @@ def method_named(name: str) -> type[MethodConfig]:
 
 
 def to_dict(config: MethodConfig) -> dict[str, Any]:
-    """A config as JSON-ready data that `from_dict` reads."""
+    """Returns a config as JSON-ready data that `from_dict` reads."""
     data: dict[str, Any] = {"method": config.method}
     if isinstance(config, ConfigUnion):
         data["configs"] = [to_dict(part) for part in config.configs]
@@ -109,10 +109,10 @@ def to_dict(config: MethodConfig) -> dict[str, Any]:
 
 
 def from_dict(data: Mapping[str, Any]) -> MethodConfig:
-    """The config that `to_dict` wrote.
+    """Returns the config that `to_dict` wrote.
 
     Raises:
-        ValueError: an unknown method or option; names the nearest.
+        ValueError: an unknown method or option; the message names the nearest one.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"a config must be a mapping, not {data!r}")

@@ -1,64 +1,79 @@
-"""What a method is: a frozen config that builds small modules for the sites it wants.
+"""The base classes of methods: a frozen config, and the modules that it builds for its sites.
 
-There are five kinds of module, one for each way of acting on an encoder. An injector knows how to
-run each kind at a site; a method only picks sites and computes.
+There are five kinds of module, one for each way of acting on an encoder. A method picks sites and
+computes; an injector calls each kind at its sites, as `mmadapters.sites.acting` describes.
 
     Branch   on the output of a sublayer, before the residual is added
     Delta    on a linear map or a LayerNorm, as activations or as a changed weight
     Prefix   on the keys and values of an attention
     Prompt   on the tokens that enter a block
-    Readout  on what a tower gives last, from what all its blocks gave
+    Readout  on the last output of a tower, with the outputs of all its blocks
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..low_rank import Factors
+from ..sites.acting import ActsOnBranch, Context, Read
 from ..sites.sitemap import Leaf, SiteMap
-from ..suggest import nearest
-
-Read = Literal["residual", "input", "mask", "grid", "query", "attended", "image"]
-
-
-def wanted(module: Any, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what was captured beside residual and input, what a module, or what stands for several,
-    reads."""
-    return {name: value for name, value in more.items() if name in module.reads}
 
 
 class Branch(nn.Module):
-    """Acts on the branch u of `x + u`. `reads` says which other tensors it wants, if any.
+    """Adds `change` to the branch u of `x + u`.
 
-    A module that reads "mask" takes it as one more keyword: (B, N), True where a token is no
-    padding; None where none is. So it is with "grid": how an image's patches lie among the tokens;
-    None where no image has been embedded. Beside a feed-forward part, "query" is the residual
-    stream (B, N, D) that entered the block's cross-attention, None where the block did not cross in
-    this call, and "attended" what the block's self-attention read.
+    `reads` names the fields of the `Context` that it needs, if any; `Context` says what they hold.
+    Fields that it does not name may be set all the same, for another adapter at this site.
 
-    At a block's own site the branch is what enters the block, and there are no residual and input;
-    "image" (B, N, D) is there what the image tower gave in the same call.
+    At a block's own site the branch is the input of the block, and only "image" can be read.
     """
 
     reads: frozenset[Read] = frozenset()
 
-    def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        """All of shape (B, N, D): the branch, the residual stream x, the sublayer's own input."""
-        raise TypeError(f"{type(self).__name__} does not say what it computes")
+    def forward(self, branch: Tensor, context: Context) -> Tensor:
+        """branch: (B, N, D), the output of the sublayer -> the new branch, of the same shape."""
+        return branch + self.change(branch, context)
 
-    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        """What `forward` adds to the branch."""
-        return self(branch, residual=residual, input=input) - branch
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        """Returns what `forward` adds to the branch, (B, N, D), in the dtype of the branch."""
+        raise TypeError(f"{type(self).__name__} does not say what it adds")
 
     def channels(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """D (r, D), b_D (r,), U (D, r) and b_U (D,) where, with nothing drawn, U act(D n + b_D) +
-        b_U of the sublayer's own input n is what is added; else None."""
+        """Returns D (r, D), b_D (r,), U (D, r) and b_U (D,) if the change without dropout is
+        U act(D n + b_D) + b_U for the sublayer's own input n, else None."""
         return None
+
+
+class CombinedBranch:
+    """Several branches at a site that act as one, for example the members of a composition.
+
+    A subclass writes `__call__` or `change`: the other one follows from it. It is no `nn.Module`,
+    because the modules that it calls belong to their adapters.
+    """
+
+    reads: frozenset[Read] = frozenset()
+
+    def __call__(self, branch: Tensor, context: Context) -> Tensor:
+        """branch: (B, N, D) -> the new branch, of the same shape."""
+        return branch + self.change(branch, context)
+
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        """Returns what a call adds to the branch, (B, N, D)."""
+        return self(branch, context) - branch
+
+    def channels(self) -> None:
+        """Returns None: several branches are not merged as one."""
+        return None
+
+
+def reads_of(members: Iterable[ActsOnBranch]) -> frozenset[Read]:
+    """Returns the fields of `Context` that some of the members need."""
+    return frozenset().union(*(member.reads for member in members))
 
 
 class Delta(nn.Module):
@@ -71,24 +86,26 @@ class Delta(nn.Module):
 
     @property
     def as_weight(self) -> bool:
-        """Whether `effective` says all that `forward` does now (no active dropout, no gate)."""
+        """Whether `effective` says now all that `forward` does (no active dropout, no gate)."""
         return True
 
     def enter(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) -> what enters the linear map instead, of the same shape."""
         return x
 
-    def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """A (r, in), B (out, r) and c where `forward` is y + c B A x now; else None."""
+    def factors(self) -> Factors | None:
+        """Returns A (r, in), B (out, r) and c if `forward` now is y + c B A x, else None."""
         return None
 
     def forward(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
-        """y: (..., out_features) of the frozen leaf, x: (..., in_features) that entered it."""
+        """y: (..., out_features) of the frozen leaf, x: (..., in_features) that entered it -> the
+        new y, of the same shape."""
         return y
 
     def effective(
         self, weight: Tensor, bias: Tensor | None, leaf: Leaf
     ) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias that compute the same without this module; new tensors.
+        """Returns the weight and bias that compute the same without this module, as new tensors.
 
         `weight` and `bias` are those of the frozen leaf as earlier modules have changed them.
         """
@@ -96,39 +113,42 @@ class Delta(nn.Module):
 
 
 class Prefix(nn.Module):
-    """Gives keys and values to be put before those of an attention."""
+    """Gives keys and values that are put before those of an attention."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x: (B, N, D), the attention's input -> keys and values, (P, D) each, and what is added
-        to their scores, (B, N) by query or None."""
+        """x: (B, N, D), the input of the attention -> keys and values, (P, D) each, and what is
+        added to their scores: (B, N), one number for each query, or None."""
         raise TypeError(f"{type(self).__name__} does not say what it prepends")
 
 
 class Prompt(nn.Module):
-    """Gives tokens to be appended to a block's input.
+    """Gives tokens that are appended to the input of a block.
 
-    `count`: how many; `replaces`: they are removed after this block (deep prompts), else only
-    after the tower's last one.
+    `count`: how many. `replaces`: they are removed behind this block (deep prompts); else behind
+    the last block of the tower.
     """
 
     count: int
     replaces: bool = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, N, D), the block's input -> (B, P, D)."""
+        """x: (B, N, D), the input of the block -> (B, P, D)."""
         raise TypeError(f"{type(self).__name__} does not say what it appends")
 
 
 class Readout(nn.Module):
-    """Acts on what a tower gives last, and sees what each of its blocks gave.
+    """Acts on the last output of a tower and sees the outputs of all its blocks.
 
-    At the name of the tower that is its last hidden state, behind its norm where it has one; at
-    the name of its last block, what that block gives.
+    At the tower's own name it acts on the last hidden state, behind the tower's norm if there is
+    one. At the name of the last block it acts on the output of that block.
     """
 
     def forward(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
-        """last: (B, N, D); states: (B, N, D) by block, without those that LayerDrop left out; -1
-        is what entered the first block, for readouts at a block -> (B, N, D)."""
+        """last: (B, N, D); states: (B, N, D) by the number of the block -> (B, N, D).
+
+        Blocks that LayerDrop left out are missing in `states`. For a readout at a block, -1 is the
+        input of the first block.
+        """
         raise TypeError(f"{type(self).__name__} does not say what it computes")
 
 
@@ -137,14 +157,15 @@ AdapterModule = Branch | Delta | Prefix | Prompt | Readout
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(ABC):
-    """Base of all configs. `sites`: glob patterns over canonical names that bound where it acts.
+    """Base of all configs.
 
     Class attributes:
-        method: the name that files and run configs use.
-        identity: a fresh adapter leaves every output bit for bit as it was.
-        mergeable: the adapter can be folded into the frozen weights; else the reason why not.
+        method: the name in files and run configs.
+        identity: True if a fresh adapter leaves every output bit for bit as it was.
+        mergeable: True if the adapter can be folded into the frozen weights; else the reason.
     """
 
+    # Glob patterns over canonical site names, at least one; the method acts only under these.
     sites: tuple[str, ...] = ("*",)
 
     method: ClassVar[str]
@@ -163,81 +184,25 @@ class MethodConfig(ABC):
 
     @abstractmethod
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
-        """New modules by canonical site name.
+        """Returns new modules by canonical site name.
 
         Raises:
             ValueError: this backbone has no site for the method, or a size does not fit.
         """
 
     def parts(self) -> Iterable[tuple[str, MethodConfig]]:
-        """The single methods under this config, each with a key that is unique among them."""
+        """Yields the single methods under this config, each with a key that is unique in it."""
         return ((self.method, self),)
 
 
-class Changing:
-    """Stands for several branches at a site and says what they add: a call adds it."""
-
-    def __call__(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        return branch + self.change(branch, residual=residual, input=input, **more)
-
-    def change(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        raise TypeError(f"{type(self).__name__} does not say what it adds")
-
-
-class Replacing:
-    """Stands for several branches at a site and says what they make of it: `change` is the rest."""
-
-    def __call__(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        raise TypeError(f"{type(self).__name__} does not say what it computes")
-
-    def change(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        """What a call adds to the branch."""
-        return self(branch, residual=residual, input=input, **more) - branch
-
-
-def reads_of(members: Iterable[Any]) -> frozenset[Read]:
-    """What several modules read together."""
-    return frozenset().union(*(member.reads for member in members))
-
-
-def check_choice(what: str, value: object, choices: Iterable[str | None]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    choices = list(choices)
-    if value not in choices:
-        hint = nearest(value, filter(None, choices)) if isinstance(value, str) else ""
-        raise ValueError(
-            f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}"
-        )
-
-
-def check_count(what: str, value: int) -> None:
-    """Raises ValueError unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
-
-
-def check_number(what: str, value: float) -> None:
-    """Raises ValueError unless `value` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, not {value!r}")
-
-
-def check_rate(what: str, value: float) -> None:
-    """Raises ValueError unless `value` is a probability below 1."""
-    if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{what} must be at least 0 and below 1, not {value!r}")
-
-
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): drops x (B, ...) per sample and rescales the rest."""
+    """Drops whole samples of x (B, ...) and scales up the others: stochastic depth.
+
+    Args:
+        rate: the probability that a sample is dropped, from 0 to below 1; only in training.
+
+    Source: Huang et al. 2016.
+    """
     if not training or rate == 0.0:
         return x
     keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1.0 - rate)

@@ -3,10 +3,10 @@
     y' = y + d,  d = 0 at the start
 
 for every linear map and LayerNorm of the blocks (and the final norm) that has a bias. Ben Zaken et
-al. 2022. A difference, not the bias itself, so that the frozen encoder is never touched and several
-such adapters can be held at once. The biases of keys are left out: softmax(q (k + d)) shifts all
-scores of a query by the same q d, so that they change nothing (save behind normed or rotated keys,
-where they are left out too).
+al. 2022. It learns a difference, not the bias itself, so that the frozen encoder is never touched
+and can hold several such adapters at once. The biases of keys are left out: they change nothing,
+because softmax(q (k + d)) shifts all scores of a query by the same q d. With normed or rotated keys
+they would change something; they are left out there too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .base import AdapterModule, Delta, MethodConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BitFitConfig(MethodConfig):
-    """All biases under `sites` but those of keys; leaves without a bias are passed over."""
+    """All biases under `sites` but those of keys. It has no options of its own."""
 
     method: ClassVar[str] = "bitfit"
 
@@ -40,7 +40,7 @@ class BitFitConfig(MethodConfig):
 
 
 class BiasDelta(Delta):
-    """Parameter `bias` (out,)."""
+    """Adds a difference to the bias of a leaf. Parameter `bias` (out,)."""
 
     def __init__(self, leaf: Leaf) -> None:
         super().__init__()

@@ -4,41 +4,42 @@ For a sublayer with residual stream x and branch u, whose sum is the stream's ne
 
     u' = u + s * DropPath(Norm(U Dropout(act(D Norm(h) + b_D)) + b_U))
 
-where h is, by the placement,
+where the placement says what h is:
 
     SequentialPlacement(residual="before")   u        Houlsby et al. 2019
     SequentialPlacement(residual="after")    x + u    Pfeiffer et al. 2021
     ParallelPlacement(input="residual")      x        He et al. 2022; AdaptFormer, Chen et al. 2022
-    ParallelPlacement(input="normed")        what the sublayer itself reads
+    ParallelPlacement(input="normed")        the sublayer's own input
 
-D (r, D) starts as nn.Linear does and U (D, r) at zero, so that a fresh adapter is the identity;
-never both at zero, or neither would ever learn. Houlsby's near-zero start of both differs by that.
-With a LayerNorm after U it is the norm's gain that starts at zero instead.
+D (r, D) starts as nn.Linear does and U (D, r) at zero, so that a fresh adapter is the identity.
+Both at zero would never learn. Houlsby et al. start both near zero instead. With a LayerNorm after
+U, the gain of the norm starts at zero, and U as nn.Linear does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeGuard
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import SiteMap, Sublayer
-from .base import (
-    AdapterModule,
-    Branch,
-    MethodConfig,
-    check_choice,
-    check_count,
-    check_number,
-    check_rate,
-    drop_path,
-)
+from .base import AdapterModule, Branch, MethodConfig, drop_path
 from .init import linear, zero_linear
 from .kernels import fused
+from .kernels.linear import is_plain, mapped
+from .select import (
+    bottleneck_size,
+    check_choice,
+    check_rate,
+    check_scale,
+    check_size,
+    chosen_sublayers,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -56,9 +57,11 @@ SUBLAYERS = ("attn", "cross", "ffn")
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialPlacement:
-    """After the named sublayers, on the branch (`before` the residual add) or on the sum."""
+    """Behind the named sublayers: the adapter reads the branch, or its sum with the residual."""
 
+    # Kinds of sublayer, one or more of "attn", "cross" and "ffn".
     at: tuple[str, ...] = SUBLAYERS
+    # "before": h is the branch u, before the residual is added; "after": h is the sum x + u.
     residual: Literal["before", "after"] = "before"
 
     def __post_init__(self) -> None:
@@ -68,9 +71,11 @@ class SequentialPlacement:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlacement:
-    """Beside the named sublayers, reading the un-normed residual stream or the sublayer's input."""
+    """Beside the named sublayers: the adapter reads the residual stream or the sublayer's input."""
 
+    # Kinds of sublayer, one or more of "attn", "cross" and "ffn".
     at: tuple[str, ...] = ("ffn",)
+    # "residual": h is the stream x, not normed; "normed": h is the sublayer's own input.
     input: Literal["residual", "normed"] = "residual"
 
     def __post_init__(self) -> None:
@@ -93,28 +98,34 @@ def _check_at(placement: Placement) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig(MethodConfig):
-    """Any bottleneck adapter. Give `size` or `reduction_factor`, or neither for `standard`.
+    """Any bottleneck adapter. Give `size` or `reduction_factor`, or neither for `standard`."""
 
-    norm: LayerNorm before the down-projection, or after the up-projection, or none.
-    scale: factor on the result; `learn_scale` makes it a parameter, one or one per channel.
-    """
-
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(default_factory=SequentialPlacement)
+    # r, the width of the bottleneck in channels, at least 1.
     size: int | None = None
+    # The sublayer's width over r: above 0, at most the width. r is rounded down.
     reduction_factor: float | None = None
+    # The function between both projections, a name in `ACTIVATIONS`.
     activation: str = "relu"
+    # A LayerNorm "before" the down-projection or "after" the up-projection; None: neither.
     norm: Literal["before", "after"] | None = None
+    # s, a factor on the result, not 0; the initial value if it is learned.
     scale: float = 1.0
+    # Makes s a parameter: one number ("scalar") or one for each channel ("channel").
     learn_scale: Literal["scalar", "channel"] | None = None
+    # Probability that an element of the bottleneck is zeroed in training, 0 to below 1.
     dropout: float = 0.0
+    # Probability that the result is left out for a whole sample in training, 0 to below 1.
     drop_path: float = 0.0
 
     method: ClassVar[str] = "bottleneck"
+    # The option that is set, and its value, where neither size nor factor is given.
     standard: ClassVar[tuple[Literal["size", "reduction_factor"], int]] = ("reduction_factor", 16)
 
     @property
     def mergeable(self) -> bool | str:  # type: ignore[override]
-        """True where it is a few more channels of the feed-forward part that it stands beside."""
+        """True if it equals more channels of the feed-forward part that it stands beside."""
         placement = self.placement
         if (
             isinstance(placement, ParallelPlacement)
@@ -139,11 +150,7 @@ class BottleneckConfig(MethodConfig):
         check_choice("learn_scale", self.learn_scale, ("scalar", "channel", None))
         check_rate("dropout", self.dropout)
         check_rate("drop_path", self.drop_path)
-        check_number("scale", self.scale)
-        if self.scale == 0:
-            raise ValueError(
-                "scale must not be 0: with the up-projection at zero nothing would learn"
-            )
+        check_scale(self.scale)
         if self.size is None and self.reduction_factor is None:
             object.__setattr__(self, *self.standard)
         check_size(self.size, self.reduction_factor)
@@ -156,7 +163,7 @@ class BottleneckConfig(MethodConfig):
 
 
 class Placed(Branch):
-    """A branch that reads what its placement says."""
+    """A branch whose placement says what it reads."""
 
     def __init__(self, placement: Placement) -> None:
         super().__init__()
@@ -166,20 +173,24 @@ class Placed(Branch):
         elif placement.residual == "after":
             self.reads = frozenset({"residual"})
 
-    def read(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        """h of the formula, (B, N, D), by the placement."""
-        # What it does not read may be given all the same, for another adapter at this site.
+    def read(self, branch: Tensor, context: Context) -> Tensor:
+        """Returns h of the formula, (B, N, D)."""
+        # Not by which fields are set: another adapter may have asked for more.
         if "residual" in self.reads:
-            assert residual is not None
-            return residual if self.parallel else residual + branch
+            assert context.residual is not None
+            return context.residual if self.parallel else context.residual + branch
         if "input" in self.reads:
-            assert input is not None
-            return input
+            assert context.input is not None
+            return context.input
         return branch
 
 
 class Bottleneck(Placed):
-    """One bottleneck at one sublayer; parameters `down`, `up`, and `norm`, `scale` if asked for."""
+    """One bottleneck at one sublayer.
+
+    Parameters of `down` (r, D) and `up` (D, r), with biases; of `norm_before` or `norm_after` (D,)
+    and `scale` () or (D,) if the config asks for them.
+    """
 
     def __init__(
         self,
@@ -188,7 +199,11 @@ class Bottleneck(Placed):
         *,
         project: Callable[[int, int, dict], nn.Module] | None = None,
     ) -> None:
-        """`project(in, out, like)` makes the projections; by default linear maps."""
+        """
+        Args:
+            project: makes a projection of an input width, an output width and the factory keywords
+                dtype and device; by default a linear map.
+        """
         super().__init__(config.placement)
         width, like = sublayer.width, sublayer.like()
         size = bottleneck_size(sublayer, config.size, config.reduction_factor)
@@ -197,8 +212,8 @@ class Bottleneck(Placed):
         self.norm_before = nn.LayerNorm(width, **like) if config.norm == "before" else None
         self.norm_after = nn.LayerNorm(width, **like) if config.norm == "after" else None
         self.down = (project or linear)(width, size, like)
-        # A LayerNorm of zeros would multiply the first gradients by 1/sqrt(eps), some 300: with one
-        # behind the up-projection, it is its gain that starts at zero.
+        # A LayerNorm of zeros would multiply the first gradients by 1/sqrt(eps), some 300. Behind
+        # the up-projection, the gain of the norm starts at zero instead.
         make_up = linear if self.norm_after is not None else zero_linear
         self.up = (project or make_up)(size, width, like)
         if self.norm_after is not None:
@@ -210,149 +225,60 @@ class Bottleneck(Placed):
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
-        """Both projections, of a bottleneck whose projections are plain linear maps."""
+        """Both projections of a bottleneck whose projections are plain linear maps."""
         assert type(self.down) is type(self.up) is nn.Linear
         return self.down, self.up
 
-    def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        maps = None
-        if branch.is_cuda and not torch.compiler.is_compiling():
-            maps = self._maps(branch)
-        if maps is not None:
-            h = self.read(branch, residual=residual, input=input)
-            if h is branch or fused.fits(h, branch, maps, self.activation):
-                scale: float = self.scale  # type: ignore[assignment]
-                return fused.bottleneck(h, branch, maps, activation=self.activation, scale=scale)
-        return branch + self.change(branch, residual=residual, input=input)
+    def forward(self, branch: Tensor, context: Context) -> Tensor:
+        h = self.read(branch, context)
+        total = fused.sum_of(self, h, branch)
+        return branch + self.added(h).to(branch.dtype) if total is None else total
 
-    def _maps(self, branch: Tensor) -> fused.Maps | None:
-        """What one kernel can put on the branch; None where this is not two linear maps, an
-        activation and a fixed scale with nothing drawn, or the kernel does not take the tensors.
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        return self.added(self.read(branch, context)).to(branch.dtype)
 
-        Parts are looked up where nn.Module keeps them: its own attribute access, which searches,
-        would take as long as the launch.
-        """
-        parts = self._modules
-        down, up = parts["down"], parts["up"]
-        if (
-            parts.get("norm_before") is not None
-            or parts.get("norm_after") is not None
-            or "scale" in self._parameters
-            or (self.training and (self.dropout or self.drop_path))
-            or not _is_map(down)
-            or not _is_map(up)
-        ):
-            return None
-        first, second = down._parameters, up._parameters
-        maps: Any = (first["weight"], first["bias"], second["weight"], second["bias"])
-        return maps if fused.fits(branch, branch, maps, self.activation) else None
+    def added(self, h: Tensor) -> Tensor:
+        """Returns s * DropPath(Norm(U Dropout(act(D Norm(h) + b_D)) + b_U)), (B, N, D)."""
+        if self.norm_before is not None:
+            h = self.norm_before(h)
+        h = ACTIVATIONS[self.activation](mapped(self.down, h))
+        h = mapped(self.up, F.dropout(h, self.dropout, self.training))
+        if self.norm_after is not None:
+            h = self.norm_after(h)
+        if isinstance(self.scale, Tensor) or self.scale != 1.0:
+            h = h * self.scale
+        return drop_path(h, self.drop_path, self.training)
 
     def channels(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         if self.reads != {"input"} or self.norm_before is not None or self.norm_after is not None:
             return None
-        if not (_is_map(self.down) and _is_map(self.up)):
+        if not (is_plain(self.down) and is_plain(self.up)):
             return None
         down, up = self.linears
         scale = torch.as_tensor(self.scale, dtype=up.weight.dtype, device=up.weight.device)
         return down.weight, down.bias, up.weight * scale.reshape(-1, 1), up.bias * scale
 
-    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        h = _mapped(self.up, self.inner(branch, residual=residual, input=input))
-        if self.norm_after is not None:
-            h = self.norm_after(h)
-        if isinstance(self.scale, Tensor) or self.scale != 1.0:
-            h = h * self.scale
-        return drop_path(h, self.drop_path, self.training).to(branch.dtype)
-
-    def inner(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        """The bottleneck's state (B, N, r), from which the up-projection makes the change."""
-        h = self.read(branch, residual=residual, input=input)
-        if self.norm_before is not None:
-            h = self.norm_before(h)
-        h = ACTIVATIONS[self.activation](_mapped(self.down, h))
-        return F.dropout(h, self.dropout, self.training)
-
-
-def _is_map(module: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether calling it does what nn.Linear does and no more."""
-    return type(module) is nn.Linear and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _mapped(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x). In a small batch the call of a module takes longer than its product does, so plain
-    maps are not called; compiled code calls nothing in any case."""
-    if torch.compiler.is_compiling() or not _is_map(module):
-        return module(x)
-    own = module._parameters
-    weight = own["weight"]
-    assert weight is not None
-    return F.linear(x, weight, own["bias"])
-
-
-def check_size(size: int | None, reduction_factor: float | None) -> None:
-    """Raises ValueError for a bottleneck that is given twice or is not a positive number."""
-    if size is not None and reduction_factor is not None:
-        raise ValueError(
-            f"give the bottleneck as size={size} or as reduction_factor={reduction_factor}, "
-            "not as both"
-        )
-    if size is not None:
-        check_count("size", size)
-    if reduction_factor is not None:
-        check_number("reduction_factor", reduction_factor)
-        if reduction_factor <= 0:
-            raise ValueError(f"reduction_factor must be above 0, not {reduction_factor}")
-
-
-def bottleneck_size(sublayer: Sublayer, size: int | None, reduction_factor: float | None) -> int:
-    """The bottleneck of one sublayer: as given, or its width over the factor, rounded down."""
-    if size is not None:
-        return size
-    assert reduction_factor is not None
-    if reduction_factor > sublayer.width:
-        raise ValueError(
-            f"reduction_factor {reduction_factor:g} is larger than the width {sublayer.width} of "
-            f"{sublayer.name}: nothing would be left; use at most {sublayer.width} or give size"
-        )
-    return int(sublayer.width / reduction_factor)
-
-
-def chosen_sublayers(
-    config: MethodConfig, sites: SiteMap, kinds: tuple[str, ...]
-) -> list[Sublayer]:
-    """The sublayers of the given kinds under the config's `sites`.
-
-    Raises:
-        ValueError: there is none.
-    """
-    selection = sites.select(config.sites)
-    found = [s for s in sites.sublayers() if s.name in selection and s.kind in kinds]
-    if not found:
-        there = sorted({sublayer.kind for sublayer in sites.sublayers()})
-        raise ValueError(
-            f"{sites.architecture} has no {' or '.join(kinds)} under sites={config.sites!r}; "
-            f"it has {', '.join(there)}"
-        )
-    return found
-
 
 @dataclass(frozen=True, kw_only=True)
 class DoubleSeqBnConfig(BottleneckConfig):
-    """Houlsby et al. 2019: after every sublayer, before its residual is added."""
+    """Houlsby et al. 2019: behind every sublayer, before its residual is added.
 
+    Options are those of `BottleneckConfig`, with a GELU by default.
+    """
+
+    # act, a name in `ACTIVATIONS`.
     activation: str = "gelu"
     method: ClassVar[str] = "double_seq_bn"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeqBnConfig(BottleneckConfig):
-    """Pfeiffer et al. 2021: once per block, after the feed-forward part and its residual."""
+    """Pfeiffer et al. 2021: once in a block, behind the feed-forward part and its residual.
 
+    Options are those of `BottleneckConfig`, with this placement by default.
+    """
+
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(
         default_factory=lambda: SequentialPlacement(at=("ffn",), residual="after")
     )
@@ -361,9 +287,14 @@ class SeqBnConfig(BottleneckConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ParBnConfig(BottleneckConfig):
-    """He et al. 2022: parallel to the feed-forward part, reading the residual stream, scaled."""
+    """He et al. 2022: beside the feed-forward part, reads the residual stream, times 4.
 
+    Options are those of `BottleneckConfig`, with these defaults and half of the width.
+    """
+
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(default_factory=ParallelPlacement)
+    # s, a factor on the result, not 0.
     scale: float = 4.0
     method: ClassVar[str] = "par_bn"
     standard = ("reduction_factor", 2)
@@ -371,10 +302,16 @@ class ParBnConfig(BottleneckConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptFormerConfig(BottleneckConfig):
-    """AdaptFormer, Chen et al. 2022: parallel to the MLP on the un-normed stream, 64 wide, x0.1."""
+    """AdaptFormer, Chen et al. 2022: beside the MLP on the stream, not normed; r = 64, times 0.1.
 
+    Options are those of `BottleneckConfig`, with these defaults.
+    """
+
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(default_factory=ParallelPlacement)
+    # s, a factor on the result, not 0.
     scale: float = 0.1
+    # Probability that an element of the bottleneck is zeroed in training, 0 to below 1.
     dropout: float = 0.1
     method: ClassVar[str] = "adaptformer"
     standard = ("size", 64)
@@ -382,13 +319,20 @@ class AdaptFormerConfig(BottleneckConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlusConfig(BottleneckConfig):
-    """Adapter+, Steitz and Roth 2024: after the MLP's residual, GELU, learned scale per channel."""
+    """Adapter+, Steitz and Roth 2024: behind the MLP's residual, GELU, a learned scale per channel.
 
+    Options are those of `BottleneckConfig`, with these defaults and r = 8.
+    """
+
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(
         default_factory=lambda: SequentialPlacement(at=("ffn",), residual="after")
     )
+    # act, a name in `ACTIVATIONS`.
     activation: str = "gelu"
+    # Makes s a parameter: one number ("scalar") or one for each channel ("channel").
     learn_scale: Literal["scalar", "channel"] | None = "channel"
+    # Probability that the result is left out for a whole sample in training, 0 to below 1.
     drop_path: float = 0.1
     method: ClassVar[str] = "adapter_plus"
     standard = ("size", 8)

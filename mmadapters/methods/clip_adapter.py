@@ -1,4 +1,4 @@
-"""CLIP-Adapter: a bottleneck on the embedding that a tower gives into a shared space.
+"""CLIP-Adapter: a bottleneck on the embedding of a tower in the space shared with another one.
 
 For an embedding f (B, E), projected and not yet of unit length,
 
@@ -15,27 +15,29 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import Embedding, SiteMap, Tower
-from .base import AdapterModule, Branch, MethodConfig, check_count, check_number
+from .base import AdapterModule, Branch, MethodConfig
 from .init import kaiming
+from .select import check_count, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPAdapterConfig(MethodConfig):
     """CLIP-Adapter, Gao et al. 2021 (arXiv 2110.04544), eqs. 1-6: on the image's embedding.
 
-    Both maps start at random, as in the authors' code, so a fresh adapter is not the identity: it
-    begins as another encoder, 1 - a of which is the old one.
+    Both maps start at random, as in the authors' code. So a fresh adapter is not the identity: it
+    mixes a random embedding, with weight a, into the frozen one.
 
-    ratio: a, 0.2 in the paper's code; what the paper searches for each data set.
-    reduction_factor: E over the bottleneck's width.
-    towers: whose embeddings change. The paper found the image's alone to be best.
-
-    Acts where a tower's embedding is asked for; what reads its tokens passes it by.
+    It acts where the embedding of a tower is computed. The tower's tokens are unchanged.
     """
 
+    # a, the weight of the adapted embedding, above 0 to 1: 0.2 in the paper's code. The paper
+    # searches it for each data set.
     ratio: float = 0.2
+    # E over the width of the bottleneck, a whole number from 1 to E.
     reduction_factor: int = 4
+    # The towers whose embeddings change, at least one. The paper found the image's alone best.
     towers: tuple[str, ...] = ("vision",)
 
     method: ClassVar[str] = "clip_adapter"
@@ -89,7 +91,7 @@ def _reason(tower: Tower) -> str:
 
 
 class CLIPAdapter(Branch):
-    """On (B, E) instead of (B, N, D); parameters `down` and `up`."""
+    """Acts on (B, E) instead of (B, N, D). Parameters of `down` (h, E) and `up` (E, h)."""
 
     def __init__(self, config: CLIPAdapterConfig, embedding: Embedding) -> None:
         super().__init__()
@@ -106,9 +108,6 @@ class CLIPAdapter(Branch):
         kaiming(self.down.weight)
         kaiming(self.up.weight)
 
-    def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        return branch + self.change(branch, residual=residual, input=input)
-
-    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+    def change(self, branch: Tensor, context: Context) -> Tensor:
         adapted = F.relu(self.up(F.relu(self.down(branch))))
         return self.ratio * (adapted.to(branch.dtype) - branch)

@@ -3,8 +3,8 @@
     W = sum_i  A_i (x) (s_i t_i^T),   i = 1 .. n
 
 A (n, n, n) is one parameter for all sites; s_i (in/n, rank) and t_i (rank, out/n) belong to each
-projection. Karimi Mahabadi et al. 2021, equations 4 to 6. The up-projection's s starts at zero
-(identity), where the original starts both at small random values.
+projection. Karimi Mahabadi et al. 2021, equations 4 to 6. The s of the up-projection starts at
+zero, for a fresh adapter to be the identity; in the original, s and t start at small random values.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ..sites.sitemap import SiteMap
-from .base import AdapterModule, check_count
-from .bottleneck import Bottleneck, BottleneckConfig, bottleneck_size, chosen_sublayers
+from .base import AdapterModule
+from .bottleneck import Bottleneck, BottleneckConfig
+from .select import bottleneck_size, check_count, chosen_sublayers
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompacterConfig(BottleneckConfig):
-    """`phm_dim`: n above; it must divide the width and the bottleneck. `phm_rank`: of s t^T."""
+    """Compacter. Its other options are those of `BottleneckConfig`, with a GELU by default."""
 
+    # act, a name in `bottleneck.ACTIVATIONS`.
     activation: str = "gelu"
+    # n of the formula, at least 1; it must divide the width and the bottleneck.
     phm_dim: int = 4
+    # The rank of each s_i t_i^T, at least 1.
     phm_rank: int = 1
     method: ClassVar[str] = "compacter"
     standard = ("reduction_factor", 32)
@@ -61,8 +65,11 @@ class CompacterConfig(BottleneckConfig):
 
 
 class KroneckerLinear(nn.Module):
-    """y = x W + b with W (in, out) as above; `rule` (n, n, n), `left` (n, in/n, rank),
-    `right` (n, rank, out/n), `bias` (out,)."""
+    """y = x W + b, W (in, out) the sum of Kronecker products.
+
+    Parameters `rule` A (n, n, n), which is shared, `left` s (n, in/n, rank), `right` t (n, rank,
+    out/n) and `bias` (out,).
+    """
 
     def __init__(
         self, in_features: int, out_features: int, rule: nn.Parameter, *, rank: int, like: dict

@@ -1,6 +1,6 @@
 """Conformer adapters: the convolution module of the Conformer beside a frozen sublayer of speech.
 
-For a sublayer with residual stream x and branch u, and h read as the placement says (see
+For a sublayer with residual stream x and branch u, and h as the placement says (see
 `bottleneck.py`), by default x + u,
 
     u' = u + U Dropout(silu(BN(K * glu(E LN(h)))))
@@ -18,32 +18,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import SiteMap, Sublayer
-from .base import AdapterModule, MethodConfig, check_count, check_rate
+from .base import AdapterModule, MethodConfig
 from .bottleneck import ParallelPlacement, Placed, Placement, SequentialPlacement
 from .init import linear, zero_linear
-from .speech import audio_tower
+from .select import audio_tower, check_count, check_rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConformerAdapterConfig(MethodConfig):
-    """The convolution module of the Conformer (Gulati et al. 2020, section 2.2), `size` = r wide.
+    """The convolution module of the Conformer (Gulati et al. 2020, section 2.2).
 
-    LayerNorm, a 1 x 1 map to 2 r and a GLU, a convolution over `kernel` frames, batch norm, SiLU,
-    dropout, and a 1 x 1 map back. Padding is read off the mask that the block's attention is given:
-    it enters the convolution as zeros and no mean or variance of the batch norm. These are of the
-    batch in training and running ones, saved with the adapter, otherwise; gradient checkpointing,
-    which runs a block twice, moves them twice a step.
+    LayerNorm, a 1 x 1 map to 2 r and a GLU, a convolution over time, batch norm, SiLU, dropout, and
+    a 1 x 1 map back. The mask that the block's attention is given shows which frames are padding.
+    Padding enters the convolution as zeros, and does not count in the mean and variance of the
+    batch norm. In training, these are of the batch; otherwise they are running ones, which are
+    saved with the adapter. Gradient checkpointing runs a block twice, and so moves them twice in a
+    step.
 
-    An encoder without a mask (Whisper; torchaudio's WavLM) has no padding to know of: all its
-    frames count. Masks are `attention_mask` and `key_padding_mask`, given to the attention by name.
+    An encoder without a mask (Whisper; torchaudio's WavLM) knows of no padding: all its frames
+    count. Masks are `attention_mask` and `key_padding_mask`, given to the attention by name.
     """
 
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(
         default_factory=lambda: SequentialPlacement(at=("ffn",), residual="after")
     )
+    # r, the width of the convolution in channels, at least 1.
     size: int = 64
+    # The length of the convolution in frames, an odd number.
     kernel: int = 31
+    # Probability that an element is zeroed in front of U in training, 0 to below 1.
     dropout: float = 0.0
 
     method: ClassVar[str] = "conformer_adapter"
@@ -92,7 +98,11 @@ class ConformerAdapterConfig(MethodConfig):
 
 
 class ConformerAdapter(Placed):
-    """Parameters `norm`, `expand`, `depthwise`, `batch_norm` (with buffers) and `up`."""
+    """One adapter at one sublayer.
+
+    Parameters of `norm` (D,), `expand` (2 r, D), `depthwise` (r, 1, kernel), `batch_norm` (r,),
+    which has buffers too, and `up` (D, r).
+    """
 
     def __init__(self, config: ConformerAdapterConfig, sublayer: Sublayer) -> None:
         super().__init__(config.placement)
@@ -101,7 +111,7 @@ class ConformerAdapter(Placed):
         self.dropout = config.dropout
         self.norm = nn.LayerNorm(width, **like)
         self.expand = linear(width, 2 * size, like)
-        # No bias: the batch norm would take it off again.
+        # No bias: the batch norm would subtract it again.
         self.depthwise = nn.Conv1d(
             *(size, size, config.kernel),
             padding=config.kernel // 2,
@@ -112,26 +122,9 @@ class ConformerAdapter(Placed):
         self.batch_norm = FrameNorm(size, like)
         self.up = zero_linear(size, width, like)
 
-    def forward(
-        self,
-        branch: Tensor,
-        *,
-        residual: Tensor | None,
-        input: Tensor | None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        return branch + self.change(branch, residual=residual, input=input, mask=mask)
-
-    def change(
-        self,
-        branch: Tensor,
-        *,
-        residual: Tensor | None,
-        input: Tensor | None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """mask: (B, N), True for frames that are no padding; None where none is."""
-        h = self.norm(self.read(branch, residual=residual, input=input))
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        mask = context.mask
+        h = self.norm(self.read(branch, context))
         h = F.glu(self.expand(h), dim=-1)
         if mask is not None:
             h = h.masked_fill(~mask[..., None], 0.0)
@@ -143,8 +136,8 @@ class ConformerAdapter(Placed):
 class FrameNorm(nn.Module):
     """Batch norm (Ioffe and Szegedy 2015) over all frames that are no padding.
 
-    Its running mean and variance are kept in float32 at least, and there is no count of batches,
-    the only whole number that an adapter's file would hold.
+    Parameters `weight` and `bias` (r,), buffers `running_mean` and `running_var` (r,) in float32 or
+    wider. It counts no batches: the count would be the only whole number in an adapter's file.
     """
 
     MOMENTUM, EPSILON = 0.1, 1e-5
@@ -160,7 +153,7 @@ class FrameNorm(nn.Module):
         self.running_var: Tensor
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x: (B, N, r); mask: (B, N), True for frames that count, None where all do."""
+        """x: (B, N, r); mask: (B, N), True for frames that count, None if all do -> (B, N, r)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, variance = self.running_mean, self.running_var
         if self.training:
@@ -169,7 +162,7 @@ class FrameNorm(nn.Module):
         return (normed * self.weight + self.bias).to(x.dtype)
 
     def _measured(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and variance (r,) of these frames, after a step of the running ones to them."""
+        """Returns mean and variance (r,) of these frames; moves the running ones towards them."""
         keep = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
         keep, count = keep[..., None], keep.sum()
         mean = (x * keep).sum((0, 1)) / count

@@ -3,15 +3,15 @@
     Convpass   u' = u + s Up Dropout(q(C q(Down n)))                   beside attention and MLP
     Mona       u' = u + Up Dropout(GELU(O(Down(LN(h) g + h g_x))))     on their sums h = x + u
 
-x is the residual stream, u the sublayer's branch, n what the sublayer reads (normed in pre-norm
+x is the residual stream, u the sublayer's branch, n the sublayer's own input (normed in pre-norm
 blocks), q(v) = v sigmoid(1.702 v). C is a 3 x 3 convolution over the grid of patches, padded by 1.
 O(v) = t + P t with t = v + (C_3 v + C_5 v + C_7 v) / 3, C_k depthwise k x k, P 1 x 1. Class and
-register tokens, and prompts behind the patches, are images of one pixel: they meet the centre tap
-alone. Jie and Deng 2022 (Convpass); Yin et al. 2025 (Mona).
+register tokens, and prompts behind the patches, are images of one pixel: only the centre of the
+kernel acts on them. Jie and Deng 2022 (Convpass); Yin et al. 2025 (Mona).
 
-Up starts at zero, so that a fresh adapter is the identity, where Mona's authors start it as
-nn.Linear does. C starts as the identity, as in Convpass's code; g at 1e-6 and g_x at 1. The grid is
-that of the image at hand, of any size and shape.
+Up starts at zero, so that a fresh adapter is the identity; Mona's authors start it as nn.Linear
+does. C starts as the identity, as in Convpass's code; g at 1e-6 and g_x at 1. The grid is that of
+the current image, of any size and shape.
 """
 
 from __future__ import annotations
@@ -25,22 +25,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import Grid, SiteMap, Sublayer
-from .base import AdapterModule, Branch, MethodConfig, check_count, check_number, check_rate
+from .base import AdapterModule, Branch, MethodConfig
 from .bottleneck import ACTIVATIONS
 from .init import linear, zero_linear
+from .select import check_count, check_rate, check_scale, image_sublayers
 
 Apply = Callable[[nn.Conv2d, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridConfig(MethodConfig):
-    """Base of the methods that convolve over patches. `size`: the bottleneck.
+    """Base of the methods that convolve over patches.
 
-    Raises at add_adapter for towers that read no image.
+    `add_adapter` raises ValueError for towers that read no image.
     """
 
+    # The width of the bottleneck in channels, at least 1.
     size: int
+    # Probability that an element of the bottleneck is zeroed in training, 0 to below 1.
     dropout: float = 0.1
 
     mergeable: ClassVar[bool | str] = (
@@ -54,7 +58,7 @@ class GridConfig(MethodConfig):
 
     @abstractmethod
     def module(self, sublayer: Sublayer, *, batch_first: bool) -> AdapterModule:
-        """The new module of one sublayer."""
+        """Returns the new module of one sublayer."""
 
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
         return {
@@ -65,20 +69,18 @@ class GridConfig(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvpassConfig(GridConfig):
-    """`size`: h, the bottleneck. `sites=("*.attn",)` is the paper's Convpass-attn."""
+    """Convpass, Jie and Deng 2022. `sites=("*.attn",)` is the paper's Convpass-attn."""
 
+    # h, the width of the bottleneck in channels, at least 1.
     size: int = 8
+    # s, a factor on the result, not 0.
     scale: float = 1.0
 
     method: ClassVar[str] = "convpass"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("scale", self.scale)
-        if self.scale == 0:
-            raise ValueError(
-                "scale must not be 0: with the up-projection at zero nothing would learn"
-            )
+        check_scale(self.scale)
 
     def module(self, sublayer: Sublayer, *, batch_first: bool) -> AdapterModule:
         return Convpass(self, sublayer, batch_first=batch_first)
@@ -86,8 +88,9 @@ class ConvpassConfig(GridConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MonaConfig(GridConfig):
-    """`size`: the bottleneck."""
+    """Mona, Yin et al. 2025."""
 
+    # r, the width of the bottleneck in channels, at least 1.
     size: int = 64
 
     method: ClassVar[str] = "mona"
@@ -96,62 +99,26 @@ class MonaConfig(GridConfig):
         return Mona(self, sublayer, batch_first=batch_first)
 
 
-def image_sublayers(config: MethodConfig, sites: SiteMap) -> list[tuple[Sublayer, bool]]:
-    """The attention and feed-forward parts under the config's `sites`, with whether the batch comes
-    first there.
-
-    Raises:
-        ValueError: there is none, or one lies in a tower whose tokens are no patches of an image.
-    """
-    selection = sites.select(config.sites)
-    found = []
-    for tower in sites.towers.values():
-        every = [part for block in tower.blocks for part in block.sublayers.values()]
-        chosen = [part for part in every if part.name in selection and part.kind != "cross"]
-        if chosen and tower.patches is None:
-            able = [name for name, other in sites.towers.items() if other.patches is not None]
-            hint = f"; name sites=({able[0]!r},)" if able else "; image encoders can take it"
-            raise ValueError(
-                f"{config.method} reads the grid of an image's patches, which tower "
-                f"{tower.name!r} of {sites.architecture} does not have{hint}"
-            )
-        found += [(part, tower.batch_first) for part in chosen]
-    if not found:
-        raise ValueError(f"{sites.architecture} has no attn or ffn under sites={config.sites!r}")
-    return found
-
-
 class GridBranch(Branch):
-    """Adds `change`, which takes the grid too."""
+    """A branch that convolves over the grid of an image's patches.
+
+    `batch_first`: tokens are (B, N, D), not (N, B, D).
+    """
 
     batch_first: bool
-
-    def forward(
-        self,
-        branch: Tensor,
-        *,
-        residual: Tensor | None,
-        input: Tensor | None,
-        grid: Grid | None = None,
-    ) -> Tensor:
-        return branch + self.change(branch, residual=residual, input=input, grid=grid)
-
-    def change(
-        self,
-        branch: Tensor,
-        *,
-        residual: Tensor | None,
-        input: Tensor | None,
-        grid: Grid | None = None,
-    ) -> Tensor:
-        raise TypeError(f"{type(self).__name__} does not say what it adds")
 
     def over_grid(
         self, step: Callable[[Tensor, Apply], Tensor], z: Tensor, grid: Grid | None
     ) -> Tensor:
-        """`step` on the patches as a map (B, r, H, W), and on all other tokens (B, n, r) alone.
+        """Applies `step` to the patches as a map (B, r, H, W), and to each other token alone.
 
-        z: (B, N, r), or (N, B, r) where tokens come first.
+        Args:
+            step: gets the map, or the other tokens (B, n, r), and a function that convolves them.
+            z: (B, N, r), or (N, B, r) if tokens come first.
+            grid: how the patches lie among the tokens.
+
+        Returns:
+            The same shape as z.
 
         Raises:
             ValueError: no image has been embedded, or some of its patches are missing.
@@ -162,20 +129,20 @@ class GridBranch(Branch):
                 "embedding: call the encoder itself, not its blocks"
             )
         z = z if self.batch_first else z.transpose(0, 1)
-        prefix, height, width = grid
-        behind = z.shape[1] - prefix - height * width
+        first, height, width = grid
+        behind = z.shape[1] - first - height * width
         if behind < 0:
             raise ValueError(
-                f"an image of {height} x {width} patches came with {z.shape[1] - prefix} of them: "
+                f"an image of {height} x {width} patches came with {z.shape[1] - first} of them: "
                 "a convolution needs all, so switch the encoder's patch dropout off"
             )
-        before, patches, after = z.split([prefix, height * width, behind], dim=1)
-        seen = step(patches.transpose(1, 2).unflatten(2, (height, width)), _on_map)
-        seen = seen.flatten(2).transpose(1, 2)
-        if prefix or behind:
+        before, patches, after = z.split([first, height * width, behind], dim=1)
+        mixed = step(patches.transpose(1, 2).unflatten(2, (height, width)), _on_map)
+        mixed = mixed.flatten(2).transpose(1, 2)
+        if first or behind:
             alone = step(torch.cat([before, after], dim=1), _on_token)
-            seen = torch.cat([alone[:, :prefix], seen, alone[:, prefix:]], dim=1)
-        return seen if self.batch_first else seen.transpose(0, 1)
+            mixed = torch.cat([alone[:, :first], mixed, alone[:, first:]], dim=1)
+        return mixed if self.batch_first else mixed.transpose(0, 1)
 
 
 def _on_map(convolution: nn.Conv2d, x: Tensor) -> Tensor:
@@ -183,7 +150,7 @@ def _on_map(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _on_token(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution of an image of one pixel, for each token x (B, n, r)."""
+    """Convolves each token of x (B, n, r) as an image of one pixel."""
     height, width = convolution.kernel_size
     taps = convolution.weight[:, :, height // 2, width // 2]
     if convolution.groups == 1:
@@ -193,7 +160,10 @@ def _on_token(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Convpass(GridBranch):
-    """Parameters of `down` (h, D), `conv` (h, h, 3, 3) and `up` (D, h), with biases."""
+    """Convpass at one sublayer.
+
+    Parameters of `down` (h, D), `conv` (h, h, 3, 3) and `up` (D, h), with biases.
+    """
 
     reads = frozenset({"input", "grid"})
 
@@ -209,25 +179,21 @@ class Convpass(GridBranch):
         nn.init.zeros_(self.conv.bias)
         self.up = zero_linear(size, width, like)
 
-    def change(
-        self,
-        branch: Tensor,
-        *,
-        residual: Tensor | None,
-        input: Tensor | None,
-        grid: Grid | None = None,
-    ) -> Tensor:
-        assert input is not None
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        assert context.input is not None
         quick_gelu = ACTIVATIONS["quick_gelu"]
-        z = quick_gelu(self.down(input))
-        z = quick_gelu(self.over_grid(lambda v, apply: apply(self.conv, v), z, grid))
+        z = quick_gelu(self.down(context.input))
+        z = quick_gelu(self.over_grid(lambda v, apply: apply(self.conv, v), z, context.grid))
         z = F.dropout(z, self.dropout, self.training)
         return (self.scale * self.up(z)).to(branch.dtype)
 
 
 class Mona(GridBranch):
-    """Parameters of `norm` (D,), `gain` and `gain_x` (D,), `down` (r, D), `conv3`, `conv5` and
-    `conv7` (r, 1, k, k), `mix` (r, r, 1, 1) and `up` (D, r), with biases."""
+    """Mona at one sublayer.
+
+    Parameters of `norm` (D,), `gain` and `gain_x` (D,), `down` (r, D), `conv3`, `conv5` and `conv7`
+    (r, 1, k, k), `mix` (r, r, 1, 1) and `up` (D, r), with biases.
+    """
 
     reads = frozenset({"residual", "grid"})
 
@@ -245,24 +211,17 @@ class Mona(GridBranch):
         self.mix = nn.Conv2d(size, size, 1, **like)
         self.up = zero_linear(size, width, like)
 
-    def change(
-        self,
-        branch: Tensor,
-        *,
-        residual: Tensor | None,
-        input: Tensor | None,
-        grid: Grid | None = None,
-    ) -> Tensor:
-        assert residual is not None
-        h = residual + branch
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        assert context.residual is not None
+        h = context.residual + branch
         z = self.over_grid(
-            self.operator, self.down(self.norm(h) * self.gain + h * self.gain_x), grid
+            self.operator, self.down(self.norm(h) * self.gain + h * self.gain_x), context.grid
         )
         z = F.dropout(F.gelu(z), self.dropout, self.training)
         return self.up(z).to(branch.dtype)
 
     def operator(self, v: Tensor, apply: Apply) -> Tensor:
-        """O(v) of the formula."""
+        """Returns O(v) of the formula, of the shape of v."""
         convolved = apply(self.conv3, v) + apply(self.conv5, v) + apply(self.conv7, v)
         t = v + convolved / 3
         return t + apply(self.mix, t)

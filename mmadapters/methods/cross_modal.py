@@ -1,40 +1,45 @@
-"""Adapters inside cross-attention, on what has been fetched and the query that asked for it.
+"""Adapters inside cross-attention, on its output and on the query that asked for it.
 
     u' = u + s U act(D [LN_x(x); LN_u(u)] + b)
 
-u is what a layer's cross-attention gives, x the residual stream that it asked with: BLIP's text
-before it looks at the image, CoCa's caption. A bottleneck after cross-attention (Houlsby et al.
-2019) reads u alone, and so cannot change what it makes of an image by what was asked. Each has a
-LayerNorm of its own, as a residual stream is much larger than a branch. U, which has a bias, starts
-at zero, so that a fresh adapter is the identity.
+u is the output of a layer's cross-attention. x is the residual stream that gave the queries:
+BLIP's text before its cross-attention to the image, CoCa's caption. A bottleneck behind the
+cross-attention (Houlsby et al. 2019) reads u alone, and so its change cannot depend on the query.
+x and u have a LayerNorm each, because a residual stream is much larger than a branch. U, which has
+a bias, starts at zero, so that a fresh adapter is the identity.
 
-No paper that we know of has this form: VL-Adapter (Sung et al. 2022) puts a bottleneck on u alone,
+We know of no paper with this form. VL-Adapter (Sung et al. 2022) puts a bottleneck on u alone,
 UniAdapter (Lu et al. 2024) one beside the feed-forward part.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import SiteMap, Sublayer
-from .adding import Adding
-from .base import AdapterModule, MethodConfig, check_choice, check_count, check_number, check_rate
-from .bottleneck import ACTIVATIONS, chosen_sublayers
+from .base import AdapterModule, Branch, MethodConfig
+from .bottleneck import ACTIVATIONS
 from .init import linear, zero_linear
+from .select import check_choice, check_count, check_rate, check_scale, chosen_sublayers
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossModalConfig(MethodConfig):
-    """`size`: r; `scale`: s; `activation`: act; `dropout`: behind it."""
+    """A bottleneck inside every cross-attention under `sites`."""
 
+    # r, the width of the bottleneck in channels, at least 1.
     size: int = 64
+    # act, a name in `bottleneck.ACTIVATIONS`.
     activation: str = "gelu"
+    # s, a factor on the result, not 0.
     scale: float = 1.0
+    # Probability that an element is zeroed behind act in training, 0 to below 1.
     dropout: float = 0.0
 
     method: ClassVar[str] = "cross_modal"
@@ -46,11 +51,7 @@ class CrossModalConfig(MethodConfig):
         super().__post_init__()
         check_count("size", self.size)
         check_choice("activation", self.activation, ACTIVATIONS)
-        check_number("scale", self.scale)
-        if self.scale == 0:
-            raise ValueError(
-                "scale must not be 0: with the up-projection at zero nothing would learn"
-            )
+        check_scale(self.scale)
         check_rate("dropout", self.dropout)
 
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
@@ -64,9 +65,12 @@ class CrossModalConfig(MethodConfig):
         return {sublayer.name: CrossModal(self, sublayer) for sublayer in chosen}
 
 
-class CrossModal(Adding):
-    """Parameters of `norm_query` and `norm_fetched` (D,), `down` (r, 2 D) and `up` (D, r), with
-    biases."""
+class CrossModal(Branch):
+    """One adapter in one cross-attention.
+
+    Parameters of `norm_query` and `norm_fetched` (D,), `down` (r, 2 D) and `up` (D, r), with
+    biases.
+    """
 
     reads = frozenset({"residual"})
 
@@ -79,11 +83,9 @@ class CrossModal(Adding):
         self.down = linear(2 * width, config.size, like)
         self.up = zero_linear(config.size, width, like)
 
-    def change(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        assert residual is not None
-        both = torch.cat([self.norm_query(residual), self.norm_fetched(branch)], dim=-1)
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        assert context.residual is not None
+        both = torch.cat([self.norm_query(context.residual), self.norm_fetched(branch)], dim=-1)
         inner = ACTIVATIONS[self.activation](self.down(both))
         inner = F.dropout(inner, self.dropout, self.training)
         return (self.scale * self.up(inner)).to(branch.dtype)

@@ -2,15 +2,15 @@
 
     y' = (W_l + s V C_l U) x + b      U (r, in) and V (out, r) for all layers, C_l (r, r) for each
 
-V = 0 at the start. Jie and Deng 2023, FacT-TT: the transpose of their s U C_l V^T, as their W acts
-from the right. With `core` k (FacT-TK) the C_l are themselves combinations of k matrices that all
-layers share:
+V = 0 at the start. Jie and Deng 2023, FacT-TT: the transpose of their s U C_l V^T, because their W
+acts from the right. With `core` k (FacT-TK), the C_l are combinations of k matrices that all layers
+share:
 
     C_l = sum_j p_lj K_j,    K (k, r, r), p_l (k,)
 
 The paper cuts the feed-forward part's maps into squares of the width, which share U and V with
-attention. Here maps of any shape share U with those that read as many features, V with those that
-give as many. Their code drops out C_l's result in training; nothing is dropped here.
+attention. Here maps of any shape share U with the maps that read as many features, and V with the
+maps that give as many. Their code applies dropout to the result of C_l in training; ours does not.
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites.sitemap import Leaf, SiteMap
-from .base import AdapterModule, Delta, MethodConfig, check_count, check_number
+from .base import AdapterModule, Delta, MethodConfig
 from .init import kaiming
-from .lora import TARGETS, check_targets, chosen_leaves
+from .select import check_count, check_scale, check_targets, chosen_leaves
 
 
 @dataclass(frozen=True, kw_only=True)
 class FacTConfig(MethodConfig):
-    """`rank`: r above; `core`: k of FacT-TK, None for FacT-TT; `scale`: s."""
+    """FacT-TT, or FacT-TK with `core`."""
 
+    # r, at least 1, at most the width of each target.
     rank: int = 16
+    # k of FacT-TK, at least 1; None: FacT-TT.
     core: int | None = None
+    # s, a factor on the change, not 0.
     scale: float = 1.0
+    # The linear maps that change, one or more of q, k, v, o, up, gate and down.
     targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down")
 
     method: ClassVar[str] = "fact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_targets(self, TARGETS)
+        check_targets(self)
         check_count("rank", self.rank)
         if self.core is not None:
             check_count("core", self.core)
-        check_number("scale", self.scale)
-        if self.scale == 0:
-            raise ValueError("scale must not be 0: with V at zero nothing would learn")
+        check_scale(self.scale, zero="V")
 
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
         shared: dict[tuple, nn.Parameter] = {}
@@ -58,7 +60,7 @@ class FacTConfig(MethodConfig):
                     f"rank {self.rank} is larger than {leaf.name} is wide "
                     f"({leaf.in_features} -> {leaf.out_features})"
                 )
-            # Towers are trained apart and may be of one width by chance.
+            # Towers are trained apart; that they are of one width would be a coincidence.
             tower, like = leaf.name.split(".")[0], leaf.like()
             u, v, core = (tower, "u", leaf.in_features), (tower, "v", leaf.out_features), (tower,)
             if u not in shared:
@@ -73,8 +75,11 @@ class FacTConfig(MethodConfig):
 
 
 class FacT(Delta):
-    """Parameters `u` (r, in) and `v` (out, r), which are shared, and `c` (r, r); with `core`, which
-    is shared, `p` (k,) instead."""
+    """The change of one linear map.
+
+    Parameters `u` (r, in) and `v` (out, r), which are shared, and `c` (r, r); for FacT-TK `core`
+    (k, r, r), which is shared, and `p` (k,) instead of `c`.
+    """
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class FacT(Delta):
             self.p = nn.Parameter(torch.empty(len(core), **like).normal_(std=len(core) ** -0.5))
 
     def middle(self) -> Tensor:
-        """s C_l, (r, r)."""
+        """Returns s C_l, (r, r)."""
         if "p" in self._parameters:
             return self.scale * torch.einsum("k,kij->ij", self.p, self.core)
         return self.scale * self.c

@@ -1,4 +1,4 @@
-"""Gated cross-attention: a frozen text tower that looks at the tokens of an image.
+"""Gated cross-attention: lets a frozen text tower read the tokens of an image.
 
 Before a block of the text tower, with x the tokens that enter it and z the image's,
 
@@ -6,39 +6,43 @@ Before a block of the text tower, with x the tokens that enter it and z the imag
     x'' = x' + tanh(g') F2 GELU(F1 LN(x'))                       with `feed_forward`
 
 g = g' = 0 at the start, for a fresh adapter to be the identity; Q, K, V, O, F1 and F2 have no bias.
-Alayrac et al. 2022 (Flamingo), section 3.1.2 and figure 4. z is what the image tower's last block
-gives, before any norm of the tower's; there it is what a Perceiver resampler makes of it, already
-normed, which is why ours has a LayerNorm of z. Theirs always has the feed-forward part, four times
-as wide as the tower, and masks all images but the last before a text token: here a text has one.
+Alayrac et al. 2022 (Flamingo), section 3.1.2 and figure 4. Here z is the output of the image
+tower's last block, before any norm of the tower. Theirs is the output of a Perceiver resampler,
+already normed; this is why ours has a LayerNorm of z. Theirs always has the feed-forward part, four
+times as wide as the tower, and masks all images but the last one before a text token: here a text
+has one image.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import Block, SiteMap, Tower
-from .adding import Adding
-from .base import AdapterModule, MethodConfig, check_count, check_rate
+from .base import AdapterModule, Branch, MethodConfig
 from .init import linear
+from .select import check_count, check_rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatedCrossAttentionConfig(MethodConfig):
-    """`size`: the width of all heads together; `every`: before blocks 0, n, 2n, ...
+    """Gated cross-attention before blocks of the text tower."""
 
-    feed_forward: the inner width of F1 and F2 over the tower's; 0 leaves that part out.
-    dropout: on the attention weights and inside the feed-forward part.
-    """
-
+    # w, the width of all heads together in channels, a multiple of `heads`.
     size: int = 256
+    # The number of attention heads, at least 1.
     heads: int = 4
+    # n: acts before blocks 0, n, 2n and so on; at least 1.
     every: int = 1
+    # The inner width of F1 and F2 over the tower's width, a whole number; 0 leaves that part out.
     feed_forward: int = 0
+    # Probability that an attention weight, or an element inside the feed-forward part, is zeroed in
+    # training, 0 to below 1.
     dropout: float = 0.0
 
     method: ClassVar[str] = "gated_cross_attention"
@@ -84,9 +88,11 @@ def _towers(sites: SiteMap) -> tuple[Tower, Tower]:
     return vision, text
 
 
-class GatedCrossAttention(Adding):
-    """Parameters of `norm` (D,) and `norm_image` (E,), `query` (w, D), `key` and `value` (w, E),
-    `out` (D, w) and `gate` (); with `feed_forward` those of `inner`. E: width of the image tower.
+class GatedCrossAttention(Branch):
+    """The cross-attention before one block. E: the width of the image tower.
+
+    Parameters of `norm` (D,) and `norm_image` (E,), `query` (w, D), `key` and `value` (w, E),
+    `out` (D, w) and `gate` (); with `feed_forward` those of `inner`.
     """
 
     reads = frozenset({"image"})
@@ -106,24 +112,16 @@ class GatedCrossAttention(Adding):
         hidden = config.feed_forward * width
         self.inner = _FeedForward(width, hidden, config.dropout, like) if hidden else None
 
-    def change(
-        self,
-        branch: Tensor,
-        *,
-        residual: Tensor | None,
-        input: Tensor | None,
-        image: Tensor | None = None,
-        **more: Any,
-    ) -> Tensor:
-        """branch: (B, L, D), what enters the block; image: (B, N, E)."""
-        assert image is not None
-        change = self.gate.tanh() * self.fetched(branch, image)
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        """branch: (B, L, D), the input of the block; the image is (B, N, E) -> (B, L, D)."""
+        assert context.image is not None
+        change = self.gate.tanh() * self.fetched(branch, context.image)
         if self.inner is not None:
             change = change + self.inner(branch + change)
         return change.to(branch.dtype)
 
     def fetched(self, x: Tensor, image: Tensor) -> Tensor:
-        """What the attention gives, (B, L, D), without the gate."""
+        """x: (B, L, D), image: (B, N, E) -> the attention's output without the gate, (B, L, D)."""
         image = self.norm_image(image.to(self.norm_image.weight.dtype))
         q, k, v = (
             states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -135,7 +133,10 @@ class GatedCrossAttention(Adding):
 
 
 class _FeedForward(nn.Module):
-    """The gated feed-forward part: what is added to its input."""
+    """The gated feed-forward part; it returns what is added to its input.
+
+    Parameters of `norm` (D,), `up` (h, D) and `down` (D, h), and `gate` ().
+    """
 
     def __init__(self, width: int, hidden: int, dropout: float, like: dict) -> None:
         super().__init__()

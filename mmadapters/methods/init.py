@@ -1,4 +1,4 @@
-"""How the parts of a method start, unless what they hold is read from a file next."""
+"""The initial values of the parts of a method."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _skip_init: ContextVar[bool] = ContextVar("skip_init", default=False)
 
 @contextmanager
 def skip_init() -> Iterator[None]:
-    """Within it the functions below draw nothing: for modules whose values are copied in next.
+    """Inside the block, the functions of this file leave weights uninitialised.
 
-    Drawing would take a third of the time that loading a small adapter takes, and move the random
-    state.
+    It is for modules whose values are read from a file next. Random values would take a third of
+    the time of loading a small adapter, and move the random state.
     """
     before = _skip_init.set(True)
     try:
@@ -28,12 +28,12 @@ def skip_init() -> Iterator[None]:
 
 @torch.no_grad()
 def kaiming(weight: Tensor) -> Tensor:
-    """The initialisation of nn.Linear and of LoRA's A: uniform within sqrt(1 / fan_in)."""
+    """Fills a weight (out, in) uniformly within sqrt(1 / in), as nn.Linear and LoRA's A start."""
     return weight if _skip_init.get() else nn.init.kaiming_uniform_(weight, a=5**0.5)
 
 
 def linear(in_features: int, out_features: int, like: dict, *, bias: bool = True) -> nn.Linear:
-    """A linear map with nn.Linear's weight and zero bias."""
+    """Returns a linear map whose weight starts as that of nn.Linear, and its bias at zero."""
     if _skip_init.get():
         return _bare(in_features, out_features, like, bias=bias)
     module = nn.Linear(in_features, out_features, bias=bias, **like)
@@ -44,7 +44,7 @@ def linear(in_features: int, out_features: int, like: dict, *, bias: bool = True
 
 
 def zero_linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
-    """A linear map that gives zero until it is trained."""
+    """Returns a linear map whose weight and bias start at zero."""
     if _skip_init.get():
         return _bare(in_features, out_features, like, bias=True)
     module = nn.Linear(in_features, out_features, **like)
@@ -54,6 +54,8 @@ def zero_linear(in_features: int, out_features: int, like: dict) -> nn.Linear:
 
 
 class _BareLinear(nn.Linear):
+    """A linear map that is made without random values."""
+
     def reset_parameters(self) -> None:
         pass
 

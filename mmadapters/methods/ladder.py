@@ -1,14 +1,14 @@
-"""Ladder side-tuning: a small network beside the frozen encoder, which no gradient enters.
+"""Ladder side-tuning: a small network beside the frozen encoder; no gradient enters the encoder.
 
-For what a tower's blocks gave, b_1 .. b_L, and what entered the first of them, b_0, D wide,
+For the outputs of a tower's blocks, b_1 .. b_L, and the input of the first one, b_0, D wide,
 
     h_0 = W_0 b_0
     h_l = f_l(g_l W_l b_l + (1 - g_l) h_(l-1)),  g_l = sigmoid(a_l / T)
     b_L' = b_L + U h_L
 
 The W_l are linear maps to the side network's width, f_l its transformer blocks, T = 0.1, a_l zero
-at the start. All b are cut off from the graph: the backward pass runs through the side network
-alone, whatever else acts in the encoder. U starts at zero: a fresh adapter is the identity.
+at the start. All b are detached: the backward pass runs through the side network alone, whatever
+else acts in the encoder. U starts at zero: a fresh adapter is the identity.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites.sitemap import SiteMap, Tower
-from .base import AdapterModule, MethodConfig, Readout, check_count, check_number, check_rate
-from .bottleneck import bottleneck_size, check_size
+from .base import AdapterModule, MethodConfig, Readout
 from .init import linear, zero_linear
+from .select import bottleneck_size, check_count, check_number, check_rate, check_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class LadderConfig(MethodConfig):
     """Ladder side-tuning, Sung, Cho and Bansal 2022, on the image tower of any encoder.
 
-    The paper's side blocks are the encoder's own, made narrow and pruned from its weights; ours are
-    pre-norm transformer blocks with fresh weights. The result is added to the last block's output,
-    before the tower's last norm, so that all that reads an encoder reads it there.
-
-    size: the side network's width; or `reduction_factor`, 4 by default, of the encoder's.
-    heads: of its attention; they must divide its width.
-    mlp_ratio: width of its feed-forward part over its own.
-    every: one side block for every so many blocks of the encoder, counted from its last one.
-    temperature: T, of the gates.
-    dropout: on what its sublayers give.
+    The paper's side blocks are narrow copies of the encoder's own, pruned from its weights; ours
+    are pre-norm transformer blocks with fresh weights. The result is added to the last block's
+    output, before the tower's last norm, so that every reader of the encoder gets it.
 
     `sites` bounds the blocks that are read: `("vision.blocks.[6-9]",)`.
     """
 
+    # The width of the side network in channels, a multiple of `heads`.
     size: int | None = None
+    # Or the encoder's width over it: above 0, at most the width; 4 if neither is given.
     reduction_factor: float | None = None
+    # The number of heads of its attention, at least 1.
     heads: int = 4
+    # The inner width of its feed-forward parts over its width, above 0.
     mlp_ratio: float = 4.0
+    # One side block for so many blocks of the encoder, counted from the last one; at least 1.
     every: int = 1
+    # T, the temperature of the gates, above 0.
     temperature: float = 0.1
+    # Probability that an element is zeroed behind its sublayers in training, 0 to below 1.
     dropout: float = 0.0
 
     method: ClassVar[str] = "ladder"
@@ -87,7 +87,11 @@ class LadderConfig(MethodConfig):
 
 
 class Ladder(Readout):
-    """Parameters `entry` (W_0), `downs` and `blocks` by layer, `gates` (layers,) and `up`."""
+    """The side network of one tower, with width r.
+
+    Parameters of `entry` W_0 (r, D), `downs` W_l (r, D) and `blocks` f_l by layer, `gates` a
+    (layers,) and `up` U (D, r).
+    """
 
     def __init__(self, config: LadderConfig, tower: Tower, layers: list[int]) -> None:
         super().__init__()
@@ -110,17 +114,17 @@ class Ladder(Readout):
     def forward(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
         tokens = last.shape[1 if self.batch_first else 0]
         shares = (self.gates / self.temperature).sigmoid()
-        h = self.entry(self._seen(states[-1], tokens))
+        h = self.entry(self._detached(states[-1], tokens))
         for place, layer in enumerate(self.layers):
             if layer not in states:
                 continue
-            own = self.downs[str(layer)](self._seen(states[layer], tokens))
-            h = self.blocks[str(layer)](h + shares[place] * (own - h))
+            down = self.downs[str(layer)](self._detached(states[layer], tokens))
+            h = self.blocks[str(layer)](h + shares[place] * (down - h))
         change = self.up(h).to(last.dtype)
         return last + (change if self.batch_first else change.transpose(0, 1))
 
-    def _seen(self, state: Tensor, tokens: int) -> Tensor:
-        """(B, N, D) out of the graph, without prompts, which are appended inside the blocks."""
+    def _detached(self, state: Tensor, tokens: int) -> Tensor:
+        """Returns the state (B, N, D) without its graph, and without prompts behind its tokens."""
         state = state.detach() if self.batch_first else state.detach().transpose(0, 1)
         return state[:, :tokens]
 
@@ -137,7 +141,7 @@ class SideBlock(nn.Module):
         self.fc1, self.fc2 = linear(size, hidden, like), linear(hidden, size, like)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, size) -> (B, N, size)."""
+        """x: (B, N, size) -> (B, N, size)."""
         batch, tokens, size = x.shape
         parts = self.qkv(self.norm_1(x)).view(batch, tokens, 3, self.heads, size // self.heads)
         attended = F.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4))

@@ -3,8 +3,8 @@
     LoRA   y' = (W + c B A) x + b,           A (r, in), B (out, r), B = 0 at the start
     DoRA   y' = m * (V x / ||V||) + b,       V = W + c B A, ||.|| per output row, m (out,)
 
-c = alpha / r, or alpha / sqrt(r) with rsLoRA. Hu et al. 2022; Kalajdzievski 2023; Liu et al. 2024,
-whose section 4.3 takes no gradient through ||V||: so does this one.
+c = alpha / r, or alpha / sqrt(r) with rsLoRA. Hu et al. 2022 (LoRA); Kalajdzievski 2023 (rsLoRA);
+Liu et al. 2024 (DoRA). As in DoRA's section 4.3, no gradient goes through ||V||.
 """
 
 from __future__ import annotations
@@ -18,39 +18,37 @@ from torch import Tensor, nn
 
 from ..low_rank import plus_low_rank
 from ..sites.sitemap import ATTENTION_LEAVES, FFN_LEAVES, Leaf, SiteMap
-from .base import (
-    AdapterModule,
-    Delta,
-    MethodConfig,
-    check_choice,
-    check_count,
-    check_number,
-    check_rate,
-)
+from .base import AdapterModule, Delta, MethodConfig
 from .init import kaiming
+from .select import check_count, check_number, check_rate, check_targets, chosen_leaves
 
 TARGETS = (*ATTENTION_LEAVES, *FFN_LEAVES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(MethodConfig):
-    """`targets`: any of q, k, v, o, up, gate, down. `alpha` defaults to the rank (c = 1).
+    """LoRA, Hu et al. 2022.
 
-    Dropout acts on x before A; it needs a linear map that is really called or
-    `nn.MultiheadAttention`, and add_adapter says where that is not so.
+    Dropout needs a linear map that the library calls as a module, or `nn.MultiheadAttention`;
+    `add_adapter` raises ValueError elsewhere.
     """
 
+    # r, at least 1, at most the width of each target.
     rank: int = 8
+    # alpha of the formula, above 0; None: the rank, so that c = 1 without rsLoRA.
     alpha: float | None = None
+    # The linear maps that change, one or more of q, k, v, o, up, gate and down.
     targets: tuple[str, ...] = ("q", "v")
+    # Probability that an element of x is zeroed in front of A in training, 0 to below 1.
     dropout: float = 0.0
+    # Takes c = alpha / sqrt(r), Kalajdzievski 2023, instead of alpha / r.
     rslora: bool = False
 
     method: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_targets(self, TARGETS)
+        check_targets(self)
         check_rate("dropout", self.dropout)
         check_count("rank", self.rank)
         if self.alpha is not None:
@@ -60,6 +58,7 @@ class LoRAConfig(MethodConfig):
 
     @property
     def scaling(self) -> float:
+        """c of the formula."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank**0.5 if self.rslora else self.rank)
 
@@ -80,11 +79,12 @@ class LoRAConfig(MethodConfig):
         return built
 
     def module(self, leaf: Leaf) -> LoRA:
+        """Returns the new module of one leaf."""
         return LoRA(self, leaf)
 
 
 class LoRA(Delta):
-    """Parameters `a` (r, in) and `b` (out, r)."""
+    """LoRA of one linear map. Parameters `a` (r, in) and `b` (out, r)."""
 
     def __init__(self, config: LoRAConfig, leaf: Leaf) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class LoRA(Delta):
         return not (self.training and self.dropout > 0.0)
 
     def low_rank(self, x: Tensor) -> Tensor:
-        """c B A dropout(x): (..., in) -> (..., out)."""
+        """x: (..., in) -> c B A dropout(x), (..., out)."""
         x = F.dropout(x, self.dropout, self.training).to(self.a.dtype)
         return F.linear(F.linear(x, self.a), self.b) * self.scaling
 
@@ -119,7 +119,10 @@ class LoRA(Delta):
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAConfig(LoRAConfig):
-    """LoRA on the direction of every weight row, and a learned length for each."""
+    """DoRA, Liu et al. 2024: LoRA on the direction of every weight row, and a learned length each.
+
+    Its options are those of `LoRAConfig`.
+    """
 
     method: ClassVar[str] = "dora"
 
@@ -128,7 +131,10 @@ class DoRAConfig(LoRAConfig):
 
 
 class DoRA(LoRA):
-    """Parameters of LoRA and `magnitude` (out,), which starts as the row norms of W."""
+    """DoRA of one linear map.
+
+    Parameters of `LoRA` and `magnitude` m (out,), which starts as the row norms of W.
+    """
 
     def factors(self) -> None:
         return None
@@ -139,7 +145,10 @@ class DoRA(LoRA):
         self.magnitude = nn.Parameter(row_norms(leaf.weight.detach()).to(**leaf.like()))
 
     def direction(self, weight: Tensor) -> Tensor:
-        """m / ||W + c B A||, (out,), in the parameters' dtype so that it starts at exactly 1."""
+        """weight: (out, in) -> m / ||weight + c B A||, (out,), in the dtype of the parameters.
+
+        In that dtype it starts at exactly 1.
+        """
         changed = weight.detach() + (self.b @ self.a).detach().to(weight.dtype) * self.scaling
         return self.magnitude / row_norms(changed).to(self.magnitude.dtype)
 
@@ -156,43 +165,12 @@ class DoRA(LoRA):
         changed, _ = super().effective(weight, bias, leaf)
         ratio = self.direction(leaf.weight).to(weight.dtype)
         if bias is not None:
-            # As in forward, all but the frozen bias is turned: also what others have added to it.
+            # As in forward, the ratio scales all but the frozen bias, so also what others added.
             bias = bias * ratio if leaf.bias is None else leaf.bias + ratio * (bias - leaf.bias)
         return changed * ratio[:, None], bias
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """(out, in) -> (out,) in float32, or in float64 where the weight is."""
+    """weight: (out, in) -> the norms of its rows (out,), in float32 or the weight's wider dtype."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
-
-
-def check_targets(config: MethodConfig, choices: tuple[str, ...]) -> None:
-    """Makes `targets` a tuple and refuses names that no leaf has."""
-    targets = config.targets  # type: ignore[attr-defined]
-    if isinstance(targets, str):
-        raise ValueError(f"targets must be a tuple of leaves, e.g. targets=({targets!r},)")
-    object.__setattr__(config, "targets", tuple(targets))
-    if not targets:
-        raise ValueError(f"targets is empty: name at least one of {', '.join(choices)}")
-    for target in targets:
-        check_choice("targets", target, choices)
-
-
-def chosen_leaves(config: MethodConfig, sites: SiteMap, roles: tuple[str, ...]) -> list[Leaf]:
-    """The leaves of the given roles under the config's `sites`.
-
-    Raises:
-        ValueError: a role does not occur there at all.
-    """
-    selection = sites.select(config.sites)
-    found = [leaf for leaf in sites.leaves() if leaf.name in selection and leaf.role in roles]
-    there = {leaf.role for leaf in found}
-    for role in roles:
-        if role not in there:
-            known = sorted({leaf.role for leaf in sites.leaves() if leaf.name in selection})
-            raise ValueError(
-                f"{sites.architecture} has no linear map {role!r} under sites={config.sites!r}; "
-                f"it has {', '.join(known)}"
-            )
-    return found

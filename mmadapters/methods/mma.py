@@ -2,45 +2,48 @@
 
     u' = u + s U ReLU(M ReLU(D n + b) + c)        u: the feed-forward part's branch
 
-n is what the block's self-attention reads, the block's input behind its first LayerNorm; D (r, D)
-and U (D, r) are a block's own, M (r, r) and its bias are shared by one block of each tower: the
-towers' last blocks, those before, and so on. U has a bias. Yang et al. 2024, section 3.2; their
-adapters are in blocks 5 to 12 of ViT-B/16's and its text tower's 12, with s = 0.001.
+n is the input of the block's self-attention: the block's input behind its first LayerNorm. Every
+block has D (r, D) and U (D, r) of its own. M (r, r) and its bias are shared by one block of each
+tower: the towers' last blocks, those before, and so on. U has a bias. Yang et al. 2024, section
+3.2; their adapters are in blocks 5 to 12 of the 12 of ViT-B/16 and of its text tower, with
+s = 0.001.
 
-Where ours differs from the authors' code: U starts at zero, for a fresh adapter to be the identity,
-while they start it as D and M; the gradient of an adapter's parameters has the factor s, which they
-divide out (no step of Adam or AdamW sees it, one of SGD does: multiply its learning rate by 1/s);
-towers of different depth are paired from the top. In a post-norm block (BERT in open_clip, BLIP's
-text) n is the block's input itself, and the result is added before the block's last LayerNorm.
+Where ours differs from the authors' code:
+- U starts at zero, for a fresh adapter to be the identity; they start it as D and M.
+- The gradient of an adapter's parameters has the factor s, which they divide out. Steps of Adam and
+  AdamW are the same with and without it; for SGD, multiply the learning rate by 1/s.
+- Towers of different depth are paired from the top.
+- In a post-norm block (BERT in open_clip, BLIP's text), n is the block's input itself, and the
+  result is added before the block's last LayerNorm.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import SiteMap, Sublayer, Tower
-from .adding import Adding
-from .base import AdapterModule, MethodConfig, check_count, check_number
-from .bottleneck import chosen_sublayers
+from .base import AdapterModule, Branch, MethodConfig
 from .init import zero_linear
+from .select import check_count, check_scale, chosen_sublayers
 
 TOWERS = ("vision", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MMAConfig(MethodConfig):
-    """`size`: r; `scale`: s.
+    """MMA, Yang et al. 2024."""
 
-    lowest: the lowest adapted block, from 0, in the tower that has fewer; in the other as many
-        blocks are adapted. By default a third of the blocks are left out, as in the paper.
-    """
-
+    # r, the width of the bottleneck in channels, at least 1.
     size: int = 32
+    # s, a factor on the result, not 0.
     scale: float = 0.001
+    # The number of the lowest adapted block, from 0, in the tower that has fewer blocks; the other
+    # tower has as many adapted blocks. None leaves out the lower third, as in the paper.
     lowest: int | None = None
 
     method: ClassVar[str] = "mma"
@@ -51,11 +54,7 @@ class MMAConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("size", self.size)
-        check_number("scale", self.scale)
-        if self.scale == 0:
-            raise ValueError(
-                "scale must not be 0: with the up-projection at zero nothing would learn"
-            )
+        check_scale(self.scale)
         lowest = self.lowest
         if lowest is not None and (
             isinstance(lowest, bool) or not isinstance(lowest, int) or lowest < 0
@@ -84,7 +83,7 @@ class MMAConfig(MethodConfig):
         return built
 
     def _count(self, towers: list[Tower]) -> int:
-        """How many blocks of each tower are adapted."""
+        """Returns the number of adapted blocks in each tower."""
         depth = min(len(tower.blocks) for tower in towers)
         lowest = depth // 3 if self.lowest is None else self.lowest
         if lowest >= depth:
@@ -107,15 +106,17 @@ def _both(sites: SiteMap) -> list[Tower]:
 
 
 def _started(linear: nn.Linear) -> nn.Linear:
-    """As the authors start their maps."""
+    """Fills a linear map as the authors do, and returns it."""
     nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
     nn.init.zeros_(linear.bias)
     return linear
 
 
-class MMA(Adding):
-    """One block's part: parameters of `down` (r, D), `middle` (r, r), which is shared, and `up`
-    (D, r), with biases."""
+class MMA(Branch):
+    """The adapter of one block.
+
+    Parameters of `down` (r, D), `middle` (r, r), which is shared, and `up` (D, r), with biases.
+    """
 
     reads = frozenset({"attended"})
 
@@ -127,15 +128,7 @@ class MMA(Adding):
         self.middle = middle
         self.up = zero_linear(config.size, sublayer.width, like)
 
-    def change(
-        self,
-        branch: Tensor,
-        *,
-        residual: Tensor | None,
-        input: Tensor | None,
-        attended: Tensor | None = None,
-        **more: Any,
-    ) -> Tensor:
-        assert attended is not None
-        inner = F.relu(self.middle(F.relu(self.down(attended))))
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        assert context.attended is not None
+        inner = F.relu(self.middle(F.relu(self.down(context.attended))))
         return (self.scale * self.up(inner)).to(branch.dtype)

@@ -3,8 +3,8 @@
     softmax(q [P_k; k]^T / sqrt(d)) [P_v; v],   P_k, P_v (P, D) per layer
 
 Li and Liang 2021. With `reparametrise=m`, [P_k, P_v] = W_2 tanh(W_1 E + b_1) + b_2 from E (P, D),
-W_1 (m, D), W_2 (2D, m): the paper's, but one such network for each layer instead of one for all.
-Not the identity at the start: a prefix always takes some attention.
+W_1 (m, D), W_2 (2D, m). The paper has one such network for all layers; here each layer has its own.
+A fresh prefix is not the identity: it always takes some attention.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from ..sites.sitemap import SiteMap, Sublayer
-from .base import AdapterModule, MethodConfig, Prefix, check_count
-from .bottleneck import chosen_sublayers
+from .base import AdapterModule, MethodConfig, Prefix
+from .select import check_count, chosen_sublayers
 
 CAN = "timm ViT and EVA, transformers ViT, DINOv2, CLIP, SigLIP, wav2vec2, HuBERT, BERT, open_clip"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(MethodConfig):
-    """`length`: P, keys and values per layer; `reparametrise`: width m of the network, or None."""
+    """Prefix tuning, Li and Liang 2021."""
 
+    # P, the number of keys and of values in each layer, at least 1.
     length: int = 10
+    # m, the inner width of the network that makes keys and values, at least 1; None: no network.
     reparametrise: int | None = None
 
     method: ClassVar[str] = "prefix"
@@ -52,7 +54,11 @@ class PrefixConfig(MethodConfig):
 
 
 class KeyValuePrefix(Prefix):
-    """Parameters `keys`, `values` (P, D), or `embedding` (P, D), `inner` and `outer`."""
+    """The prefix of one attention.
+
+    Parameters `keys` and `values` (P, D); or, if reparametrised, `embedding` E (P, D) and those of
+    `inner` W_1 and `outer` W_2.
+    """
 
     def __init__(self, config: PrefixConfig, sublayer: Sublayer) -> None:
         super().__init__()

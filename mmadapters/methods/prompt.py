@@ -3,8 +3,9 @@
     shallow   [x, P] enters the first block; P's outputs are removed after the last one
     deep      [x, P_i] enters block i; P_i's outputs are removed after it
 
-Jia et al. 2022. The tokens stand at the end instead of after the class token, which changes nothing
-for attention with absolute positions. Not the identity at the start: every prompt takes attention.
+Jia et al. 2022. Our tokens stand at the end, theirs behind the class token; this changes nothing
+for attention with absolute positions. A fresh prompt is not the identity: it always takes some
+attention.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from ..sites.sitemap import SiteMap, Tower
-from .base import AdapterModule, MethodConfig, Prompt, check_count
+from .base import AdapterModule, MethodConfig, Prompt
+from .select import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig(MethodConfig):
-    """`length`: tokens per block; `deep`: own ones for every block, else one set for the first.
+    """Visual prompt tuning, Jia et al. 2022.
 
-    Raises at add_adapter for towers whose positions or masks fix the length of the sequence.
+    `add_adapter` raises ValueError for towers whose positions or masks fix the sequence's length.
     """
 
+    # P, the number of tokens for a block, at least 1.
     length: int = 10
+    # True: every block has tokens of its own. False: one set of tokens enters the first block.
     deep: bool = True
 
     method: ClassVar[str] = "prompt"
@@ -57,7 +61,7 @@ class PromptConfig(MethodConfig):
 
 
 class Tokens(Prompt):
-    """Parameter `tokens` (P, D)."""
+    """The prompt of one block. Parameter `tokens` (P, D)."""
 
     def __init__(self, config: PromptConfig, tower: Tower) -> None:
         super().__init__()

@@ -1,14 +1,14 @@
-"""RepAdapter: a linear adapter on what linear maps read, which folds into them without a rest.
+"""RepAdapter: a linear adapter on the input of linear maps, which folds into them exactly.
 
     y = W (x + s (B (A x + a) + b)) + b_W      A (r, D), B (D, r) of `groups` blocks, B = b = 0
 
-before q, k and v, which share one adapter, and before the first map of the feed-forward part (up;
-with it the gate, where there is one). As a weight:
+before q, k and v, which share one adapter, and before the first map of the feed-forward part: up,
+and gate if there is one. As a weight:
 
     W' = W (I + s B A),    b_W' = b_W + s W (B a + b)
 
-Luo et al. 2023. Their code drops out A x + a in training; nothing is dropped here. Beside other
-adapters on the same map it adds what the frozen W makes of its change.
+Luo et al. 2023. Their code applies dropout to A x + a in training; ours does not. If other adapters
+act on the same map, its change goes through the frozen W, not through the changed one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites.sitemap import Leaf, SiteMap
-from .base import AdapterModule, Delta, MethodConfig, check_count, check_number
+from .base import AdapterModule, Delta, MethodConfig
 from .init import kaiming
+from .select import check_count, check_scale
 
 # The maps of a sublayer that read the same input.
 READERS = {"attn": ("q", "k", "v"), "ffn": ("up", "gate")}
@@ -30,13 +31,13 @@ READERS = {"attn": ("q", "k", "v"), "ffn": ("up", "gate")}
 
 @dataclass(frozen=True, kw_only=True)
 class RepAdapterConfig(MethodConfig):
-    """`size`: r above; `groups`: blocks of B, which divide r and the width.
+    """RepAdapter, Luo et al. 2023: one adapter in each sublayer, for the maps under `sites`."""
 
-    One adapter for each sublayer: maps that `sites` leaves out stay as they are.
-    """
-
+    # r, the width of the bottleneck in channels, a multiple of `groups`.
     size: int = 8
+    # The number of blocks of B, at least 1; it must divide r and the width.
     groups: int = 2
+    # s, a factor on the change, not 0.
     scale: float = 1.0
 
     method: ClassVar[str] = "repadapter"
@@ -45,9 +46,7 @@ class RepAdapterConfig(MethodConfig):
         super().__post_init__()
         check_count("size", self.size)
         check_count("groups", self.groups)
-        check_number("scale", self.scale)
-        if self.scale == 0:
-            raise ValueError("scale must not be 0: with B and b at zero nothing would learn")
+        check_scale(self.scale, zero="B and b")
         if self.size % self.groups:
             raise ValueError(f"groups {self.groups} does not divide size {self.size}")
 
@@ -84,7 +83,10 @@ class RepAdapterConfig(MethodConfig):
 
 
 class RepAdapter(Delta):
-    """Parameters `down` (r, D), `down_bias` (r,), `up` (D, r/groups) and `up_bias` (D,)."""
+    """One adapter, shared by the maps that read the same input.
+
+    Parameters `down` A (r, D), `down_bias` a (r,), `up` B (D, r/groups) and `up_bias` b (D,).
+    """
 
     def __init__(self, config: RepAdapterConfig, leaf: Leaf) -> None:
         super().__init__()
@@ -96,7 +98,7 @@ class RepAdapter(Delta):
         self.up_bias = nn.Parameter(torch.zeros(width, **like))
 
     def through(self, leaf: Leaf) -> tuple[Tensor, Tensor]:
-        """s W B (out, r) and s W b (out,): what the frozen map makes of both."""
+        """Returns s W B (out, r) and s W b (out,), for the weight W of the frozen leaf."""
         assert leaf.weight is not None
         weight = leaf.weight.to(self.up.dtype)
         columns = weight.unflatten(1, (self.groups, -1))

@@ -1,6 +1,6 @@
 """Methods that scale and shift activations: IA3 and SSF.
 
-    IA3   y' = l * (W x + b)  for q, k, v, o;   y' = W (l * x) + b  for down (the FFN's inner state)
+    IA3   y' = l * (W x + b)  for all maps but down;   y' = W (l * x) + b  for down
     SSF   y' = g * y + t      after every linear map and LayerNorm
 
 Liu et al. 2022 (T-Few), section 3.3; Lian et al. 2022. All l and g start at 1, all t at 0.
@@ -16,20 +16,22 @@ from torch import Tensor, nn
 
 from ..sites.sitemap import Leaf, SiteMap
 from .base import AdapterModule, Delta, MethodConfig
-from .lora import TARGETS, check_targets, chosen_leaves
+from .select import check_targets, chosen_leaves
 
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(MethodConfig):
-    """`targets`: which linear maps are rescaled; the paper's are k, v and down."""
+    """IA3, Liu et al. 2022. For "down", the input is scaled: the inner state of the FFN."""
 
+    # The linear maps that are scaled, one or more of q, k, v, o, up, gate and down; the paper's are
+    # k, v and down.
     targets: tuple[str, ...] = ("k", "v", "down")
 
     method: ClassVar[str] = "ia3"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_targets(self, TARGETS)
+        check_targets(self)
 
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
         built: dict[str, AdapterModule] = {}
@@ -44,7 +46,7 @@ class IA3Config(MethodConfig):
 
 
 class OutputScale(Delta):
-    """Parameter `scale` (out,)."""
+    """Scales the output of a leaf. Parameter `scale` (out,)."""
 
     def __init__(self, leaf: Leaf) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class OutputScale(Delta):
 
 
 class InputScale(Delta):
-    """Parameter `scale` (in,); acts on what enters the linear map."""
+    """Scales the input of a linear map. Parameter `scale` (in,)."""
 
     scales_input = True
 
@@ -81,7 +83,10 @@ class InputScale(Delta):
 
 @dataclass(frozen=True, kw_only=True)
 class SSFConfig(MethodConfig):
-    """Scale and shift after every linear map and LayerNorm of the blocks and the final norm."""
+    """SSF, Lian et al. 2022: scale and shift behind every linear map and LayerNorm under `sites`.
+
+    It has no options of its own.
+    """
 
     method: ClassVar[str] = "ssf"
 
@@ -98,7 +103,7 @@ class SSFConfig(MethodConfig):
 
 
 class ScaleShift(OutputScale):
-    """Parameters `scale` and `shift`, (out,) each."""
+    """Scales and shifts the output of a leaf. Parameters `scale` and `shift`, (out,) each."""
 
     def __init__(self, leaf: Leaf) -> None:
         super().__init__(leaf)

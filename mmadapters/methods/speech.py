@@ -1,4 +1,4 @@
-"""Adapters made for speech encoders: of a block, of a whole tower, and of the convolutions before.
+"""Adapters made for speech encoders: for a block, a whole tower, and the convolutions before it.
 
 For a sublayer with residual stream x and branch u (Conformer adapters are in `conformer.py`),
 
@@ -9,12 +9,12 @@ For the outputs h_1 .. h_L of a tower's blocks and its last hidden state h (h_L,
 
     LAdapterConfig           h' = h + sum_l softmax(w)_l LN_l(gelu(W_l h_l))
 
-For what a convolution of the front end gives, c (C, T),
+For the output of a convolution of the front end, c (C, T),
 
     FrontEndAdapterConfig    c' = c + U gelu(K * (D c))
 
 D, U and W are linear maps at one frame, K * a convolution over time of each channel by itself.
-U, or the gain of a LayerNorm that stands last, starts at zero: a fresh adapter is the identity.
+U, or the gain of a last LayerNorm, starts at zero: a fresh adapter is the identity.
 """
 
 from __future__ import annotations
@@ -27,19 +27,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import FrontLayer, SiteMap, Tower
-from .base import AdapterModule, Branch, MethodConfig, Readout, check_count
+from .base import AdapterModule, Branch, MethodConfig, Readout
 from .bottleneck import BottleneckConfig, Placement, SequentialPlacement
 from .init import linear
+from .select import audio_tower, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
 class EAdapterConfig(BottleneckConfig):
-    """E-adapter, Otake et al. 2023 (ICASSP): after the feed-forward part alone, GELU, a LayerNorm
-    behind the up-projection. `ConfigUnion(EAdapterConfig(), LAdapterConfig())` is their E + L."""
+    """E-adapter, Otake et al. 2023 (ICASSP): behind the feed-forward part, GELU, a last LayerNorm.
 
+    Options are those of `BottleneckConfig`, with these defaults and r = 256.
+    `ConfigUnion(EAdapterConfig(), LAdapterConfig())` is their E + L.
+    """
+
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(default_factory=lambda: SequentialPlacement(at=("ffn",)))
+    # act, a name in `bottleneck.ACTIVATIONS`.
     activation: str = "gelu"
+    # A LayerNorm "before" the down-projection or "after" the up-projection; None: neither.
     norm: Literal["before", "after"] | None = "after"
     method: ClassVar[str] = "e_adapter"
     standard = ("size", 256)
@@ -49,14 +57,17 @@ class EAdapterConfig(BottleneckConfig):
 class MMSAdapterConfig(BottleneckConfig):
     """The attention adapter of MMS, Pratap et al. 2023: LayerNorm, ReLU, at the end of each block.
 
-    In pre-norm blocks it is transformers' `Wav2Vec2AttnAdapterLayer` (`norm`, `linear_1`,
-    `linear_2` are ours `norm_before`, `down`, `up`), which post-norm ones lack: there it acts on
-    the sum that the block's last LayerNorm is about to read.
+    Options are those of `BottleneckConfig`, with these defaults and r = 16. In pre-norm blocks, it
+    is transformers' `Wav2Vec2AttnAdapterLayer`, whose `norm`, `linear_1` and `linear_2` are
+    `norm_before`, `down` and `up` here. In post-norm blocks, where transformers has none, it acts
+    on the sum that the block's last LayerNorm reads.
     """
 
+    # The sublayers that get an adapter, and what it reads there.
     placement: Placement = field(
         default_factory=lambda: SequentialPlacement(at=("ffn",), residual="after")
     )
+    # A LayerNorm "before" the down-projection or "after" the up-projection; None: neither.
     norm: Literal["before", "after"] | None = "before"
     method: ClassVar[str] = "mms_adapter"
     standard = ("size", 16)
@@ -64,19 +75,18 @@ class MMSAdapterConfig(BottleneckConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LAdapterConfig(MethodConfig):
-    """L-adapter, Otake et al. 2023: what all layers gave stands for the tower's last hidden state.
+    """L-adapter, Otake et al. 2023: a mixture of all layers joins the tower's last hidden state.
 
-    Each layer l has a Linear W_l (D x D, as wide as the heads behind expect; the paper's may be
-    narrower), GELU and LayerNorm; softmax(w) weights them, w zero at the start. `sites` bounds the
-    layers: `("audio.blocks.[6-9]",)`.
+    Each layer l has a Linear W_l, GELU and LayerNorm. W_l is D x D, because the heads behind expect
+    that width; the paper's may be narrower. softmax(w) weights the layers, w zero at the start.
+    `sites` bounds the layers: `("audio.blocks.[6-9]",)`.
 
-    residual: the sum is added to the last hidden state, so that a fresh adapter is the identity;
-        False is the paper's form, in which the sum replaces it and a head must be trained with it.
-
-    Acts where the tower is called as a whole; torchaudio's `extract_features`, which lists the
-    blocks' own outputs, has no last hidden state and is as it was.
+    It acts where the tower is called as a whole. torchaudio's `extract_features` gives the blocks'
+    own outputs and no last hidden state: it is unchanged.
     """
 
+    # True: the mixture is added to the last hidden state, so that a fresh adapter is the identity.
+    # False: it replaces that state, as in the paper; then a head must be trained with it.
     residual: bool = True
 
     method: ClassVar[str] = "l_adapter"
@@ -108,7 +118,11 @@ class LAdapterConfig(MethodConfig):
 
 
 class LAdapter(Readout):
-    """Parameters `linears` and `norms` by layer, and `weights` (layers,) of more than one."""
+    """The mixture of one tower's layers.
+
+    Parameters of `linears` W_l (D, D) and `norms` (D,) by layer, and `weights` w (layers,) if there
+    is more than one layer.
+    """
 
     def __init__(self, config: LAdapterConfig, tower: Tower, layers: list[int]) -> None:
         super().__init__()
@@ -123,7 +137,7 @@ class LAdapter(Readout):
         if config.residual:
             for norm in self.norms.values():
                 nn.init.zeros_(norm.weight)  # type: ignore[arg-type]
-        # The weight of a single layer is 1 whatever is learned.
+        # The weight of a single layer is always 1.
         self.weights = nn.Parameter(torch.zeros(len(layers), **like)) if len(layers) > 1 else None
 
     def forward(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
@@ -134,9 +148,9 @@ class LAdapter(Readout):
         mixed = None
         for number, place in enumerate(present):
             key = str(self.layers[place])
-            own = self.norms[key](F.gelu(self.linears[key](states[self.layers[place]])))
-            own = own if shares is None else shares[number] * own
-            mixed = own if mixed is None else mixed + own
+            part = self.norms[key](F.gelu(self.linears[key](states[self.layers[place]])))
+            part = part if shares is None else shares[number] * part
+            mixed = part if mixed is None else mixed + part
         assert mixed is not None
         return last + mixed.to(last.dtype) if self.residual else mixed.to(last.dtype)
 
@@ -145,17 +159,19 @@ class LAdapter(Readout):
 class FrontEndAdapterConfig(MethodConfig):
     """Adapters behind the convolutions that make frames; after CHAPTER, Chen et al. 2023.
 
-    Each layer of the feature extractor gets a bottleneck of `size` channels with a convolution over
-    `kernel` steps of time between its two maps; the number of frames stays. Ours looks back only: a
-    front end is not told where an utterance ends, and what looked ahead would read the padding.
-    `sites=("audio.front.[4-6]",)` takes some layers alone.
+    Each layer of the feature extractor gets a bottleneck with a convolution over time between its
+    two maps. The number of frames stays. Our convolution looks back only: a front end is not told
+    where an utterance ends, so a convolution that looked ahead would read the padding.
+    `sites=("audio.front.[4-6]",)` takes some of the layers.
 
-    The dearest adapter: all else leaves the front end out of the graph, but with this one the
-    backward pass runs through all convolutions from the first adapted layer on, at up to 3,200
+    It is the most expensive adapter. Others leave the front end out of the graph. With this one,
+    the backward pass runs through all convolutions from the first adapted layer on, at up to 3,200
     steps a second, and keeps their outputs. No graph is built below that layer.
     """
 
+    # The width of the bottleneck in channels, at least 1.
     size: int = 32
+    # The length of the convolution in steps of the adapted layer, at least 1.
     kernel: int = 3
 
     method: ClassVar[str] = "conv_front_end"
@@ -185,7 +201,10 @@ class FrontEndAdapterConfig(MethodConfig):
 
 
 class FrontEndAdapter(Branch):
-    """On (B, C, T) instead of (B, N, D); parameters `down`, `depthwise` and `up`."""
+    """Acts on (B, C, T) instead of (B, N, D).
+
+    Parameters of `down` (r, C, 1), `depthwise` (r, 1, kernel) and `up` (C, r, 1), with biases.
+    """
 
     def __init__(self, config: FrontEndAdapterConfig, layer: FrontLayer) -> None:
         super().__init__()
@@ -198,24 +217,6 @@ class FrontEndAdapter(Branch):
             assert zeros is not None
             nn.init.zeros_(zeros)
 
-    def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        return branch + self.change(branch, residual=residual, input=input)
-
-    def change(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
+    def change(self, branch: Tensor, context: Context) -> Tensor:
         h = F.pad(self.down(branch), (self.ahead, 0))
         return self.up(F.gelu(self.depthwise(h))).to(branch.dtype)
-
-
-def audio_tower(config: MethodConfig, sites: SiteMap) -> Tower:
-    """The tower of speech.
-
-    Raises:
-        ValueError: there is none.
-    """
-    tower = sites.towers.get("audio")
-    if tower is None:
-        raise ValueError(
-            f"{config.method} is for speech, and {sites.architecture} has no audio tower; "
-            f"it has {', '.join(sites.towers)}"
-        )
-    return tower

@@ -1,50 +1,54 @@
 """UniAdapter: one adapter per layer for vision, text and fusion, beside the feed-forward part.
 
-    a(x)      ReLU(D LN(x) + b)                                       shared by all that follows
+    a(x)      ReLU(D LN(x) + b)                                       shared by all three
     vision    u' = u + s U_v a(x)
     text      u' = u + s U_t a(x)
     fusion    u' = u + s (U_f a(x) + U_t a(x) + U_t a(q))
 
-x is the residual stream before the feed-forward part and u its branch; q is the stream before the
-layer's cross-attention, whose query it is. BLIP's text layers are in fusion whenever they are given
-an image, and in text mode when they are not: the call at hand decides. Lu et al. 2024, section 3.3
-and figure 2.
+x is the residual stream before the feed-forward part and u its branch. q is the stream before the
+layer's cross-attention, which makes the queries of it. BLIP's text layers are in fusion in a call
+with an image, and in text mode in a call without one. Lu et al. 2024, section 3.3 and figure 2.
 
-LN and D belong to a layer, counted from the top where towers are of different depth; each U has a
-bias. A decoder's layers share theirs among themselves alone. Where towers do not cross (CLIP) there
-is no U_f.
+LN and D belong to a layer, counted from the top if towers are of different depth; each U has a
+bias. The layers of a decoder do not share with those of the encoders. If towers do not cross
+(CLIP), there is no U_f.
 
-Where ours differs from the authors' code: every U starts at zero, so that a fresh adapter is the
-identity, while they leave U_v and U_f random; U_f a(x) + U_t a(x) goes through no LayerNorm, whose
-slope at zero would be 1/sqrt(eps); and in BLIP's post-norm text layers the result is added before
-the layer's last LayerNorm, not behind it.
+Where ours differs from the authors' code:
+- Every U starts at zero, so that a fresh adapter is the identity; they leave U_v and U_f random.
+- U_f a(x) + U_t a(x) goes through no LayerNorm, whose slope at zero would be 1/sqrt(eps).
+- In BLIP's post-norm text layers, the result is added before the layer's last LayerNorm, not
+  behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import Block, SiteMap, Sublayer, Tower
-from .adding import Adding
-from .base import AdapterModule, MethodConfig, check_count, check_number, check_rate
-from .bottleneck import chosen_sublayers
+from .base import AdapterModule, Branch, MethodConfig
 from .init import linear, zero_linear
+from .select import check_count, check_rate, check_scale, chosen_sublayers
 
-# CoCa's cross-attentions stand in blocks of their own, between those of its decoder.
+# Towers that do not share with the encoders. CoCa's cross-attentions stand in blocks of their own,
+# the tower "fusion", between those of its decoder.
 _DECODERS = ("decoder", "fusion")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniAdapterConfig(MethodConfig):
-    """`size`: the bottleneck (the paper's 128 and 512); `scale`: s; `dropout`: behind the ReLU."""
+    """UniAdapter, Lu et al. 2024."""
 
+    # r, the width of the bottleneck in channels, at least 1; 128 and 512 in the paper.
     size: int = 128
+    # s, a factor on the result, not 0.
     scale: float = 0.1
+    # Probability that an element is zeroed behind the ReLU in training, 0 to below 1.
     dropout: float = 0.0
 
     method: ClassVar[str] = "uniadapter"
@@ -56,11 +60,7 @@ class UniAdapterConfig(MethodConfig):
         super().__post_init__()
         check_count("size", self.size)
         check_rate("dropout", self.dropout)
-        check_number("scale", self.scale)
-        if self.scale == 0:
-            raise ValueError(
-                "scale must not be 0: with the up-projections at zero nothing would learn"
-            )
+        check_scale(self.scale, zero="the up-projections")
 
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:
         _check_modalities(sites)
@@ -104,7 +104,7 @@ def _feed_forwards(sites: SiteMap) -> Iterator[tuple[Tower, Block, Sublayer]]:
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the modules of one layer have in common."""
+    """The parts that the modules of one layer share."""
 
     norm: nn.LayerNorm
     down: nn.Linear
@@ -115,9 +115,12 @@ class _Shared:
         return cls(nn.LayerNorm(width, **like), linear(width, size, like))
 
 
-class UniAdapter(Adding):
-    """One tower's part of a layer's adapter: parameters of `norm` (D,) and `down` (r, D), which are
-    shared, of `up` (D, r), its own tower's, and of `fusion` (D, r) where the block can cross."""
+class UniAdapter(Branch):
+    """One tower's part of a layer's adapter.
+
+    Parameters of `norm` (D,) and `down` (r, D), which are shared, of `up` (D, r), which is the
+    tower's own, and of `fusion` (D, r) if the block has cross-attention.
+    """
 
     def __init__(
         self, config: UniAdapterConfig, sublayer: Sublayer, shared: _Shared, *, fused: bool
@@ -130,20 +133,12 @@ class UniAdapter(Adding):
         self.up = zero_linear(config.size, sublayer.width, like)
         self.fusion = zero_linear(config.size, sublayer.width, like) if fused else None
 
-    def change(
-        self,
-        branch: Tensor,
-        *,
-        residual: Tensor | None,
-        input: Tensor | None,
-        query: Tensor | None = None,
-        **more: Any,
-    ) -> Tensor:
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        residual, query = context.residual, context.query
         assert residual is not None
         inner = self.inner(residual)
         change = self.up(inner)
-        if query is not None:
-            assert self.fusion is not None
+        if query is not None and self.fusion is not None:
             if query.shape != residual.shape:
                 raise ValueError(
                     f"uniadapter reads the queries of a layer's cross-attention {_shape(query)} "
@@ -153,7 +148,7 @@ class UniAdapter(Adding):
         return (self.scale * change).to(branch.dtype)
 
     def inner(self, x: Tensor) -> Tensor:
-        """a(x) of the formula, (B, N, D) -> (B, N, r)."""
+        """x: (B, N, D) -> a(x) of the formula, (B, N, r)."""
         return F.dropout(F.relu(self.down(self.norm(x))), self.dropout, self.training)
 
 

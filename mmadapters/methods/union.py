@@ -1,11 +1,12 @@
 """Several methods under one adapter name, plainly or with learned gates.
 
-ConfigUnion   every method acts as it does alone, in the order given
-MAM           prefix tuning and a parallel bottleneck, He et al. 2022
-UniPELT       each method's change is weighted by a gate G = sigmoid(w h + b) of what its
-              site reads, per layer and token. Mao et al. 2022, who scale a prefix's keys and values
-              by the mean of G over the tokens, padding included; here log G is added to the scores
-              of the prefix, so that every query has its own gate and padding none.
+    ConfigUnion   every method acts as it does alone, in the given order
+    MAM           prefix tuning and a parallel bottleneck, He et al. 2022
+    UniPELT       u' = u + G (m(u) - u) for each method m, Mao et al. 2022
+
+G = sigmoid(w h + b) is a gate for each layer and token; h is the input of the site. Mao et al.
+scale the keys and values of a prefix by the mean of G over the tokens, padding included. Here log G
+is added to the scores of the prefix, so that every query has a gate of its own, and padding none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sites.acting import Context
 from ..sites.sitemap import Leaf, SiteMap
 from .base import AdapterModule, Branch, Delta, MethodConfig, Prefix
 from .bottleneck import BottleneckConfig, ParBnConfig, SeqBnConfig
@@ -27,8 +29,9 @@ from .prefix import PrefixConfig
 
 @dataclass(frozen=True)
 class ConfigUnion(MethodConfig):
-    """`ConfigUnion(PrefixConfig(), ParBnConfig())`: each config keeps its own `sites`."""
+    """Several methods as one: `ConfigUnion(PrefixConfig(), ParBnConfig())`."""
 
+    # The methods, two or more, no unions; each keeps its own `sites`. They act in this order.
     configs: tuple[MethodConfig, ...] = ()
 
     method: ClassVar[str] = "union"
@@ -62,7 +65,12 @@ class ConfigUnion(MethodConfig):
 
 
 class MAMConfig(ConfigUnion):
-    """Mix-and-match: a reparametrised prefix and a parallel bottleneck."""
+    """Mix-and-match, He et al. 2022: a reparametrised prefix and a parallel bottleneck.
+
+    Args:
+        prefix: by default of 30 keys and values, from a network 512 wide.
+        bottleneck: by default `ParBnConfig()`.
+    """
 
     method: ClassVar[str] = "mam"
 
@@ -80,7 +88,11 @@ class MAMConfig(ConfigUnion):
 
 
 class UniPELTConfig(ConfigUnion):
-    """Gated prefix, LoRA and bottleneck; pass any configs of these kinds to change the three."""
+    """UniPELT, Mao et al. 2022: prefix tuning, LoRA and a bottleneck, each with gates.
+
+    Args:
+        configs: two or more of these three kinds; by default one of each.
+    """
 
     method: ClassVar[str] = "unipelt"
 
@@ -102,8 +114,9 @@ class UniPELTConfig(ConfigUnion):
 
 @dataclass(frozen=True, kw_only=True)
 class Gated(MethodConfig):
-    """One method whose modules each stand behind a gate; made by UniPELT, not by hand."""
+    """One method whose modules have a gate each; `UniPELTConfig` makes it."""
 
+    # The method, a prefix, a LoRA or a bottleneck.
     config: MethodConfig
 
     method: ClassVar[str] = "gated"
@@ -131,22 +144,24 @@ class Gated(MethodConfig):
 
 
 class GatedBranch(Branch):
-    """branch + G(h) * (inner(branch) - branch), h what the sublayer itself reads."""
+    """branch + G(h) * (inner(branch) - branch), h the sublayer's own input.
+
+    Parameters of `inner` and `gate` (1, D), with a bias.
+    """
 
     def __init__(self, inner: Branch, gate: nn.Linear) -> None:
         super().__init__()
         self.inner, self.gate = inner, gate
         self.reads = inner.reads | {"input"}
 
-    def forward(self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None) -> Tensor:
-        own = input if "input" in self.inner.reads else None
-        change = self.inner(branch, residual=residual, input=own) - branch
-        assert input is not None
-        return branch + (torch.sigmoid(self.gate(input)) * change).to(branch.dtype)
+    def change(self, branch: Tensor, context: Context) -> Tensor:
+        assert context.input is not None
+        inner = self.inner(branch, context) - branch
+        return (torch.sigmoid(self.gate(context.input)) * inner).to(branch.dtype)
 
 
 class GatedDelta(Delta):
-    """y + G(x) * (inner(y, x) - y)."""
+    """y + G(x) * (inner(y, x) - y). Parameters of `inner` and `gate` (1, in), with a bias."""
 
     as_weight = False  # type: ignore[assignment]
 
@@ -160,8 +175,11 @@ class GatedDelta(Delta):
 
 
 class GatedPrefix(Prefix):
-    """log G(x) on the scores of the prefix: each query gives it G times the weight of a plain one,
-    before normalising."""
+    """Adds log G(x) to the scores of the prefix.
+
+    Before the softmax's division, each query gives the prefix G times the weight of a plain one.
+    Parameters of `inner` and `gate` (1, D), with a bias.
+    """
 
     def __init__(self, inner: Prefix, gate: nn.Linear) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""A composition as one directory: its adapters, its fusions and how they act together."""
+"""Saving a composition to one directory, with its adapters and fusions, and loading it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,35 +12,33 @@ from .. import methods
 from ..adapters import storage
 from ..composition import Composition, Fuse, Setup, from_data, parse
 from . import fusion as fusions
-
-if TYPE_CHECKING:
-    from .model import AdapterModel
+from .store import AdapterStore
 
 METHOD = "composition"
 _ADAPTERS, _FUSIONS = "adapters/", "fusions/"
 
 
 def save(
-    model: AdapterModel,
+    store: AdapterStore,
     directory: str | os.PathLike,
-    setup: Setup,
     *,
+    setup: Setup,
     head: nn.Module | None,
     metadata: Mapping[str, Any] | None,
 ) -> None:
     """See `AdapterModel.save_composition`."""
     composition = parse(setup)
     if composition is None:
-        raise ValueError("nothing acts, so that there is no composition to save: name adapters")
+        raise ValueError("there is no composition to save, as nothing acts: name adapters")
     tensors: dict[str, Tensor] = {}
     adapters: dict[str, Any] = {}
     for name in composition.names():
-        adapter = model.adapter(name)
+        adapter = store.adapter(name)
         adapters[name] = methods.to_dict(adapter.config)
         tensors |= {f"{_ADAPTERS}{name}/{key}": t for key, t in adapter.tensors().items()}
     fused: dict[str, Any] = {}
-    for name in sorted(fusions.names_in(composition)):
-        fusion = fusions.of(model, name)
+    for name in sorted(composition.fusion_names()):
+        fusion = store.fusion(name)
         fused[name] = fusions.described(fusion)
         tensors |= {f"{_FUSIONS}{name}/{key}": t for key, t in fusion.tensors().items()}
     stored = storage.Stored(
@@ -51,7 +49,7 @@ def save(
             "adapters": adapters,
             "fusions": fused,
         },
-        backbone=model.identity(),
+        backbone=store.identity(),
         tensors=tensors,
         head={} if head is None else dict(head.state_dict()),
         metadata=dict(metadata or {}),
@@ -60,43 +58,45 @@ def save(
 
 
 def load(
-    model: AdapterModel, directory: str | os.PathLike, *, allow_different_weights: bool
+    store: AdapterStore, directory: str | os.PathLike, *, allow_different_weights: bool
 ) -> tuple[Composition, storage.Stored]:
     """See `AdapterModel.load_composition`."""
     stored = storage.read(directory)
     if stored.config.get("method") != METHOD:
         raise ValueError(f"{directory} holds no composition: use load_adapter")
     storage.check_backbone(
-        stored.backbone, model.identity(), allow_different_weights=allow_different_weights
+        stored.backbone, store.identity(), allow_different_weights=allow_different_weights
     )
     composition = parse(from_data(stored.config["composition"]))
     assert composition is not None
     built = []
     for name, config in stored.config["adapters"].items():
         tensors = _below(stored.tensors, f"{_ADAPTERS}{name}/")
-        built.append((name, model._filled(name, methods.from_dict(config), tensors, directory)))
+        adapter = store.filled(name, methods.from_dict(config), tensors=tensors, source=directory)
+        built.append((name, adapter))
     added: list[str] = []
     loaded: list[str] = []
     try:
         for name, adapter in built:
-            model._insert(name, adapter)
+            store.insert(name, adapter)
             added.append(name)
         for name, description in stored.config["fusions"].items():
             members = from_data(description["composition"])
             if not isinstance(members, Fuse):
                 raise ValueError(f"{directory}: fusion {name!r} names no members")
-            fusion = fusions.build(model, members, fusions.config_of(description))
+            fusion = fusions.build(store, members, fusions.config_of(description))
             fusion.load(_below(stored.tensors, f"{_FUSIONS}{name}/"), directory)
-            model._insert_fusion(members, fusion)
+            store.insert_fusion(fusion)
             loaded.append(name)
     except BaseException:
         for name in loaded:
-            model.delete_adapter_fusion(name)
+            store.remove_fusion(name)
         for name in added:
-            model.delete_adapter(name)
+            store.remove(name)
         raise
     return composition, stored
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with `prefix`, without it."""
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The life of an AdapterFusion in a model: made, recorded, saved with references to its members."""
+"""Making, recording, saving and loading the AdapterFusions of a model."""
 
 from __future__ import annotations
 
@@ -7,41 +7,30 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapters import storage
-from ..adapters.adapter import Adapter, kind_of
+from ..adapters.adapter import Adapter, Fusion, kind_of
 from ..composition import Composition, Fuse, from_data
 from ..methods import FusionConfig
 from ..methods.fusion import FusionAttention
 from ..methods.fusion import recorded as recorded_weights
-from ..suggest import nearest
-
-if TYPE_CHECKING:
-    from .model import AdapterModel
+from .store import AdapterStore
 
 
-class Fusion(Adapter):
-    """The attention modules of one fusion and what it fuses."""
-
-    def __init__(self, members: Fuse, config: FusionConfig, parts: dict[str, Any]) -> None:
-        super().__init__(config, parts)
-        self.members = members
-
-
-def build(model: AdapterModel, members: Fuse, config: FusionConfig) -> Fusion:
-    """New modules at every sublayer where a member acts.
+def build(store: AdapterStore, members: Fuse, config: FusionConfig) -> Fusion:
+    """Makes fresh attention modules for every sublayer where a member acts, without adding them.
 
     Raises:
-        ValueError: a member is not here, or is no bottleneck.
+        ValueError: a member is not here or is not a bottleneck adapter.
     """
     sites: dict[str, None] = {}
-    outside = {point.name for point in (*model.sites.points(), *model.sites.blocks())}
+    outside = {point.name for point in (*store.sites.points(), *store.sites.blocks())}
     for name in members.names():
-        adapter = model.adapter(name)
+        adapter = store.adapter(name)
         for site, module in adapter.entries():
             if kind_of(module) != "branch" or site in outside:
                 raise ValueError(
@@ -50,89 +39,63 @@ def build(model: AdapterModel, members: Fuse, config: FusionConfig) -> Fusion:
                 )
             sites[site] = None
     config = dataclasses.replace(config, sites=tuple(sites))
-    built = config.build(model.sites)
+    built = config.build(store.sites)
     return Fusion(members, config, {f"{site}#fusion": built[site] for site in sites})
 
 
-def of(model: AdapterModel, name: str) -> Fusion:
-    """The fusion of that name.
-
-    Raises:
-        ValueError: there is none; names the nearest.
-    """
-    found = model.fusions._modules.get(name)
-    if found is None:
-        hint = nearest(name, model.fusion_names)
-        raise ValueError(
-            f"there is no AdapterFusion {name!r}{hint}; there are "
-            f"{', '.join(map(repr, model.fusion_names)) or 'none yet'}"
-        )
-    assert isinstance(found, Fusion)
-    return found
-
-
-def names_in(composition: Composition) -> set[str]:
-    """The names of all fusions that take part in a composition."""
-    found = {composition.name} if isinstance(composition, Fuse) else set()
-    for member in composition.members:
-        if isinstance(member, Composition):
-            found |= names_in(member)
-    return found
-
-
-def penalty(model: AdapterModel) -> Tensor:
-    """The sum of the penalties of all trainable attention modules, a scalar."""
+def penalty(store: AdapterStore) -> Tensor:
+    """Returns the sum of the penalties of all trainable attention modules, a scalar."""
     parts = [
         module.penalty()
-        for module in model.fusions.modules()
+        for module in store.fusions.modules()
         if isinstance(module, FusionAttention) and module.value.weight.requires_grad
     ]
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
 @contextlib.contextmanager
-def recorded(model: AdapterModel) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
-    """Gives, by fusion and site, the mean weights (members,) of the calls so far."""
+def recorded(store: AdapterStore) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
+    """Yields a mapping by fusion and site of the mean weights (members,) of the calls so far."""
     with recorded_weights() as table:
-        yield _Record(model, table)
+        yield _Record(store, table)
 
 
 class _Record(Mapping[str, Mapping[str, Tensor]]):
-    """Reads the means off when asked, so that it grows with every call of the model.
+    """The mean weights by fusion and site, computed when they are asked for.
 
-    A member that does not act at a site has NaN there.
+    So every call of the model adds to them. A member that does not act at a site has NaN there.
     """
 
-    def __init__(self, model: AdapterModel, table: dict[FusionAttention, list[Tensor]]) -> None:
-        self._model, self._table = model, table
+    def __init__(self, store: AdapterStore, table: dict[FusionAttention, list[Tensor]]) -> None:
+        self._store, self._table = store, table
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
-        fusion = of(self._model, name)
-        found = {}
+        fusion = self._store.fusion(name)
+        means = {}
         for site, module in fusion.entries():
             assert isinstance(module, FusionAttention)
             if module in self._table:
                 present = torch.tensor(
-                    [_acts(self._model, member, site) for member in fusion.members.members]
+                    [_acts(self._store, member, site) for member in fusion.members.members]
                 )
                 mean = torch.stack(self._table[module]).mean(0).cpu()
-                found[site] = torch.full(present.shape, torch.nan).masked_scatter(present, mean)
-        return found
+                means[site] = torch.full(present.shape, torch.nan).masked_scatter(present, mean)
+        return means
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._model.fusion_names if self[name])
+        return (name for name in self._store.fusion_names if self[name])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
 
-def _acts(model: AdapterModel, member: str | Composition, site: str) -> bool:
+def _acts(store: AdapterStore, member: str | Composition, site: str) -> bool:
     names = (member,) if isinstance(member, str) else tuple(member.names())
-    return any(site == where for name in names for where, _ in model.adapter(name).entries())
+    return any(site == where for name in names for where, _ in store.adapter(name).entries())
 
 
 def fingerprint(adapter: Adapter) -> str:
-    """SHA-256 of an adapter's values in float32 under their canonical names."""
+    """Returns the SHA-256 of an adapter's values in float32 under their canonical names."""
     digest = hashlib.sha256()
     for key, tensor in sorted(adapter.tensors().items()):
         digest.update(key.encode())
@@ -142,7 +105,7 @@ def fingerprint(adapter: Adapter) -> str:
 
 
 def described(fusion: Fusion) -> dict[str, Any]:
-    """What it fuses and its options, as plain data that `config_of` reads."""
+    """Returns the members and options of a fusion as plain data, which `config_of` reads."""
     assert isinstance(fusion.config, FusionConfig)
     return {
         "composition": fusion.members.to_data(),
@@ -152,52 +115,52 @@ def described(fusion: Fusion) -> dict[str, Any]:
 
 
 def config_of(description: Mapping[str, Any]) -> FusionConfig:
-    """The config of a fusion that `described` wrote down."""
+    """Returns the config of a fusion from the data of `described`."""
     return FusionConfig(
         dropout=description["dropout"], regularization=description["regularization"]
     )
 
 
-def save(model: AdapterModel, directory: str | os.PathLike, name: str) -> None:
+def save(store: AdapterStore, directory: str | os.PathLike, name: str) -> None:
     """See `AdapterModel.save_adapter_fusion`."""
-    fusion = of(model, name)
+    fusion = store.fusion(name)
     config = {
         "method": FusionConfig.method,
         "members": {
-            member: fingerprint(model.adapter(member)) for member in fusion.members.names()
+            member: fingerprint(store.adapter(member)) for member in fusion.members.names()
         },
         **described(fusion),
     }
     stored = storage.Stored(
-        name=name, config=config, backbone=model.identity(), tensors=fusion.tensors()
+        name=name, config=config, backbone=store.identity(), tensors=fusion.tensors()
     )
     storage.write(directory, stored)
 
 
-def load(model: AdapterModel, directory: str | os.PathLike) -> str:
+def load(store: AdapterStore, directory: str | os.PathLike) -> str:
     """See `AdapterModel.load_adapter_fusion`."""
     stored = storage.read(directory)
     config = stored.config
     if config.get("method") != FusionConfig.method:
         raise ValueError(f"{directory} holds an adapter, not an AdapterFusion: use load_adapter")
-    storage.check_backbone(stored.backbone, model.identity(), allow_different_weights=False)
+    storage.check_backbone(stored.backbone, store.identity(), allow_different_weights=False)
     members = from_data(config["composition"])
     if not isinstance(members, Fuse) or not isinstance(config.get("members"), dict):
         raise ValueError(f"{directory} names no members to fuse: it was changed by hand")
     for name, value in config["members"].items():
-        if name not in model.adapter_names:
+        if name not in store.adapter_names:
             raise ValueError(
                 f"{directory} fuses adapter {name!r}, which is not here: load it first, under "
                 "that name"
             )
-        if fingerprint(model.adapter(name)) != value:
+        if fingerprint(store.adapter(name)) != value:
             raise ValueError(
                 f"{directory} fuses an adapter {name!r} with other values than the one that is "
                 "here: load the one that the fusion was trained with"
             )
-    if members.name in model.fusion_names:
+    if members.name in store.fusion_names:
         raise ValueError(f"there is an AdapterFusion of {members.name!r} already")
-    fusion = build(model, members, config_of(config))
+    fusion = build(store, members, config_of(config))
     fusion.load(stored.tensors, directory)
-    model._insert_fusion(members, fusion)
+    store.insert_fusion(fusion)
     return members.name

@@ -5,40 +5,37 @@
     half_down   the down-projections are shared, the rest is each task's own
     half_up     the up-projections are shared, the rest is each task's own
 
-Shared parameters are the same `Parameter` objects under the names of several adapters, and nothing
-else records that they are: what has the same parameters shares them. A projection is its weight and
-bias; of LoRA and DoRA the down-projection is A and the up-projection B; norms, convolutions, scales
-and gates between them are no part of either half. Compacter makes both projections of one rule,
-which is therefore shared with either.
+Shared parameters are the same `Parameter` objects under the names of several adapters. Nothing else
+records the sharing. A projection is its weight and bias. The down-projection of LoRA and DoRA is A,
+their up-projection is B. Norms, convolutions, scales and gates between the projections belong to
+neither half. Compacter makes both projections of one rule, which is therefore shared with either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..methods import MethodConfig, method_named
-from ..methods.base import check_choice
 from ..methods.bottleneck import Bottleneck
 from ..methods.conv import Convpass, Mona
 from ..methods.lora import LoRA
 from ..methods.reparam import RepAdapter
+from ..methods.select import check_choice
 from ..methods.speech import FrontEndAdapter
 from ..methods.union import GatedBranch, GatedDelta
-
-if TYPE_CHECKING:
-    from .model import AdapterModel
+from .store import AdapterStore
 
 Sharing = Literal["single", "multiple", "half_down", "half_up"]
 Half = Literal["half_down", "half_up"]
 SHARINGS: tuple[Sharing, ...] = ("single", "multiple", "half_down", "half_up")
 HALVES: tuple[Half, ...] = ("half_down", "half_up")
 
-# The parameters, or modules of them, that are the down- and the up-projection.
+# The names of the parameters, or of modules of them, that are the down- and the up-projection.
 _PROJECTIONS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
     Bottleneck: (("down",), ("up",)),
     Convpass: (("down",), ("up",)),
@@ -50,7 +47,7 @@ _PROJECTIONS: dict[type[nn.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def add(
-    model: AdapterModel,
+    store: AdapterStore,
     names: Iterable[str] | Mapping[str, MethodConfig | str],
     config: MethodConfig | str | None,
     *,
@@ -58,30 +55,30 @@ def add(
     share_with: str | None,
 ) -> None:
     """See `AdapterModel.add_adapters`."""
-    configs = _configs(model, names, config, share_with)
-    group = {} if share_with is None else {share_with: model.adapter(share_with)}
-    kind = _kind_of_group(model, sharing, share_with)
-    fresh = {name: model._build(name, own) for name, own in configs.items()}
+    configs = _configs(store, names, config, share_with)
+    group = {} if share_with is None else {share_with: store.adapter(share_with)}
+    kind = _kind_of_group(store, sharing, share_with)
+    fresh = {name: store.build(name, its_config) for name, its_config in configs.items()}
     tie({**group, **fresh}, kind)
     added: list[str] = []
     try:
         for name, adapter in fresh.items():
-            model._insert(name, adapter)
+            store.insert(name, adapter)
             added.append(name)
     except BaseException:
         for name in added:
-            model.delete_adapter(name)
+            store.remove(name)
         raise
 
 
 def _configs(
-    model: AdapterModel,
+    store: AdapterStore,
     names: Iterable[str] | Mapping[str, MethodConfig | str],
     config: MethodConfig | str | None,
     share_with: str | None,
 ) -> dict[str, MethodConfig]:
     if config is None and share_with is not None:
-        config = model.adapter(share_with).config
+        config = store.adapter(share_with).config
     if isinstance(names, Mapping):
         given = dict(names)
     else:
@@ -99,13 +96,17 @@ def _configs(
     return {n: method_named(c)() if isinstance(c, str) else c for n, c in given.items()}
 
 
-def _kind_of_group(model: AdapterModel, sharing: Sharing | None, share_with: str | None) -> Sharing:
-    """What is asked for; or, for a group that is joined, what its members share already."""
+def _kind_of_group(store: AdapterStore, sharing: Sharing | None, share_with: str | None) -> Sharing:
+    """Returns the sharing that is asked for, or the one of the group that is joined.
+
+    Raises:
+        ValueError: the sharing is unknown, is not given, or is not that of the group.
+    """
     if sharing is not None:
         check_choice("sharing", sharing, SHARINGS)
     if share_with is None:
         return sharing or "multiple"
-    others = shared_with(model, share_with)
+    others = shared_with(store, share_with)
     if not others:
         if sharing is None:
             raise ValueError(
@@ -113,7 +114,7 @@ def _kind_of_group(model: AdapterModel, sharing: Sharing | None, share_with: str
                 f"sharing={' or '.join(map(repr, SHARINGS))}"
             )
         return sharing
-    there = sharing_of(model.adapter(share_with), model.adapter(others[0]))
+    there = sharing_of(store.adapter(share_with), store.adapter(others[0]))
     if sharing not in (None, there):
         raise ValueError(
             f"adapter {share_with!r} shares {there} with {others[0]!r}, and a group shares one "
@@ -122,16 +123,16 @@ def _kind_of_group(model: AdapterModel, sharing: Sharing | None, share_with: str
     return there
 
 
-def share(model: AdapterModel, names: Iterable[str], sharing: Sharing) -> None:
+def share(store: AdapterStore, names: Iterable[str], sharing: Sharing) -> None:
     """See `AdapterModel.share_adapters`."""
     check_choice("sharing", sharing, ("single", *HALVES))
     listed = [] if isinstance(names, str) else list(dict.fromkeys(names))
     if len(listed) < 2:
         raise ValueError(f"names is a list of at least two adapters, not {names!r}")
-    group = {name: model.adapter(name) for name in listed}
+    group = {name: store.adapter(name) for name in listed}
     for name in listed:
-        for other in shared_with(model, name):
-            there = sharing_of(model.adapter(name), model.adapter(other))
+        for other in shared_with(store, name):
+            there = sharing_of(store.adapter(name), store.adapter(other))
             if other not in group or there != sharing:
                 raise ValueError(
                     f"adapter {name!r} shares {there} with {other!r} already: a group shares one "
@@ -139,25 +140,25 @@ def share(model: AdapterModel, names: Iterable[str], sharing: Sharing) -> None:
                 )
     tie(group, sharing, equal=True)
     for name in listed:
-        model._forget(name)
-    model._sync()
+        store.forget(name)
+    store.sync()
 
 
-def shared_with(model: AdapterModel, name: str) -> tuple[str, ...]:
-    """The other adapters that have a parameter of this one."""
-    own = _ids(model.adapter(name))
+def shared_with(store: AdapterStore, name: str) -> tuple[str, ...]:
+    """Returns the names of the other adapters that have a parameter of this one."""
+    ids = _ids(store.adapter(name))
     return tuple(
-        other for other in model.adapter_names if other != name and own & _ids(model.adapter(other))
+        other for other in store.adapter_names if other != name and ids & _ids(store.adapter(other))
     )
 
 
 def sharing_of(adapter: Adapter, other: Adapter) -> Sharing:
-    """What two adapters share."""
-    own = _ids(adapter)
-    common = own & _ids(other)
+    """Returns which parameters two adapters share."""
+    ids = _ids(adapter)
+    common = ids & _ids(other)
     if not common:
         return "multiple"
-    if common == own:
+    if common == ids:
         return "single"
     return next(
         half
@@ -171,14 +172,15 @@ def _ids(adapter: Adapter) -> set[int]:
 
 
 def tie(adapters: Mapping[str, Adapter], sharing: Sharing, *, equal: bool = False) -> None:
-    """Gives the adapters behind the first the parameters of it that are to be shared.
+    """Gives the parameters of the first adapter that are to be shared to the other adapters.
 
     Args:
-        equal: only if what is shared has the same bits in all of them already.
+        adapters: the adapters by name.
+        equal: raise if the parameters to be shared have other bits in one of them.
 
     Raises:
         ValueError: two adapters differ in structure where they are to be shared, a method has no
-            two projections, or values differ where they must not; nothing has changed.
+            two projections, or values differ although `equal` is set. Nothing has changed then.
     """
     if sharing == "multiple":
         return
@@ -192,7 +194,7 @@ def tie(adapters: Mapping[str, Adapter], sharing: Sharing, *, equal: bool = Fals
         _check_alike(first, other, first_name, name, sharing, equal)
     for _, other in rest:
         if sharing == "single":
-            # Modules, as statistics that are no parameters are shared too.
+            # Whole modules, as statistics that are no parameters are shared too.
             other._modules.update(first._modules)
             continue
         theirs = half_parameters(other, sharing)
@@ -238,10 +240,10 @@ def _half(adapter: Adapter, name: str, half: Sharing) -> dict[str, torch.Tensor]
 
 
 def half_parameters(adapter: Adapter, half: Half) -> dict[str, nn.Parameter]:
-    """The parameters of one half by the names that files use.
+    """Returns the parameters of one half by the names that files use.
 
     Raises:
-        ValueError: a module of the adapter has no two projections.
+        ValueError: a module of the adapter has no down- and up-projection.
     """
     return {
         f"{place}/{key}": parameter

@@ -1,1 +1,1 @@
-"""From a composition of adapters to a plan of what acts at every site."""
+"""Makes a plan from a composition: the modules that act at every site."""

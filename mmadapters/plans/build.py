@@ -1,20 +1,18 @@
-"""From a composition to a plan: what acts at every site, as things that injectors can run.
+"""Builds the plan of a composition: the modules that act at every site.
 
-At a site a Stack is its members in order. Every other composition becomes one object that looks to
-an injector like a single `Branch`, `Delta` or `Prefix` of `mmadapters.methods.base`.
+At a site, a Stack is its members in order. Every other composition becomes one object that an
+injector calls like a single module (`mixed.py`, `routed.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.adapter import Adapter, kind_of
 from ..composition import (
@@ -28,10 +26,20 @@ from ..composition import (
     Split,
     Stack,
 )
-from ..injectors.installer import Kind, Plan
-from ..methods.base import Changing, Read, Replacing, reads_of, wanted
+from ..injectors.plan import Kind, Plan
+from ..methods.base import reads_of
 from ..methods.fusion import Fused, FusionAttention
+from ..sites.acting import Acting
 from ..sites.sitemap import Leaf, SiteMap, Tower
+from .mixed import (
+    AveragedBranch,
+    AveragedDelta,
+    AveragedReadout,
+    BranchChain,
+    DeltaChain,
+    SplitBranch,
+    SplitDelta,
+)
 from .routed import Index, RoutedBranch, RoutedDelta, RoutedPrefix, RoutedReadout
 
 Point = tuple[Kind, str]
@@ -47,12 +55,15 @@ def plan_of(
     *,
     drop: int = 0,
 ) -> Plan:
-    """What acts where. `adapter` and `fusion` give what the model holds, or raise ValueError.
+    """Builds the plan of a composition.
 
-    `drop`: nothing acts in the lowest `drop` blocks of each tower (AdapterDrop).
+    Args:
+        adapter: gives the adapter of a name, or raises ValueError.
+        fusion: gives the fusion that a Fuse names, or raises ValueError.
+        drop: nothing acts in the lowest `drop` blocks of each tower (AdapterDrop).
 
     Raises:
-        ValueError: a method that cannot take part in the composition, with its site.
+        ValueError: a method cannot take part in the composition; names the site.
     """
     modules: dict[str, dict[Point, list[Any]]] = {}
     for name in composition.names():
@@ -74,25 +85,30 @@ def plan_of(
 
 
 def block_of(site: str) -> float:
-    """The index of the block that a site lies in; 0 for what stands before all blocks, infinite for
-    what stands behind them."""
+    """Returns the number of the block that a site lies in.
+
+    It is 0 for a site before all blocks, and infinite for a site behind them.
+    """
     if _FRONT.search(site):
         return 0.0
-    found = _BLOCK.search(site)
-    return float("inf") if found is None else int(found[1])
+    match = _BLOCK.search(site)
+    return float("inf") if match is None else int(match[1])
 
 
 def _starts(sites: SiteMap, used: set[str], drop: int) -> dict[str, int]:
-    """Where in each tower the batch is multiplied: its first adapted block, or its first block if
-    it looks at another tower whose batch is. Where nothing acts at all, the last block of each."""
+    """Returns the block of each tower in which the batch is multiplied.
+
+    It is the tower's first adapted block, or its first block if it looks at another tower whose
+    batch is multiplied. If nothing acts at all, it is the last block of each tower.
+    """
     starts: dict[str, int] = {}
     for tower in sites.towers.values():
         names = set(tower.site_names())
-        own = [max(drop, block_of(site)) for site in used if site in names]
+        adapted = [max(drop, block_of(site)) for site in used if site in names]
         if tower.crossed and starts:
             starts[tower.name] = 0
-        elif own or not used:
-            starts[tower.name] = int(min([*own, len(tower.blocks) - 1]))
+        elif adapted or not used:
+            starts[tower.name] = int(min([*adapted, len(tower.blocks) - 1]))
         if tower.name in starts and tower.copies is not None:
             raise ValueError(
                 f"Parallel cannot multiply the batch inside tower {tower.name!r} of "
@@ -104,6 +120,12 @@ def _starts(sites: SiteMap, used: set[str], drop: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Builder:
+    """Makes the acting objects of a composition, site by site.
+
+    `modules`: by adapter and point, its modules in order. What they are follows from the kind of
+    the point, which the type checker cannot see: hence `Any`.
+    """
+
     sites: SiteMap
     modules: dict[str, dict[Point, list[Any]]]
     adapter: Callable[[str], Adapter]
@@ -129,7 +151,7 @@ class _Builder:
         return {name for tower in towers for name in tower.site_names()}
 
     def distinct(self, node: Composition) -> Sequence[str | Composition]:
-        """The members; of a Route each once, however many samples it has."""
+        """Returns the members; those of a Route once each, however many samples they have."""
         if not isinstance(node, Route):
             return node.members
         if node not in self._distinct:
@@ -137,19 +159,21 @@ class _Builder:
         return self._distinct[node]
 
     def owners(self, node: Route) -> list[int]:
-        """For every sample of a Route the place of its member in `distinct`."""
+        """Returns, for every sample of a Route, the place of its member in `distinct`."""
         if node not in self._owners:
             place = {member: number for number, member in enumerate(self.distinct(node))}
             self._owners[node] = [place[member] for member in node.members]
         return self._owners[node]
 
-    def acting(self, node: str | Composition, kind: Kind, site: str) -> list[Any]:
-        """What acts for `node` at a site, in order; nothing for "base"."""
+    def acting(self, node: str | Composition, kind: Kind, site: str) -> list[Acting]:
+        """Returns the objects that act for `node` at a site, in order; none for "base"."""
         if isinstance(node, str):
             return [] if node == BASE else self.modules[node].get((kind, site), [])
         if isinstance(node, Stack):
             return [act for member in node.members for act in self.acting(member, kind, site)]
-        members = [self.acting(member, kind, site) for member in self.distinct(node)]
+        members: list[list[Any]] = [
+            [*self.acting(member, kind, site)] for member in self.distinct(node)
+        ]
         if not any(members):
             return []
         point = (kind, site)
@@ -175,19 +199,19 @@ class _Builder:
         if isinstance(node, Average):
             shares = zip(node.shares(), members, strict=True)
             if kind == "branch":
-                return [AveragedBranch([(w, Chain(m)) for w, m in shares if m])]
+                return [AveragedBranch([(w, BranchChain(m)) for w, m in shares if m])]
             if kind == "readout":
                 return [AveragedReadout([(w, m) for w, m in shares if m])]
             return [AveragedDelta([(w, DeltaChain(m)) for w, m in shares])]
         assert isinstance(node, Split)
         if kind == "branch":
             self._check_whole(node, members)
-            return [SplitBranch(site, node.splits, [Chain(member) for member in members])]
+            return [SplitBranch(site, node.splits, [BranchChain(member) for member in members])]
         self._check_called(node, site)
         return [SplitDelta(site, node.splits, [DeltaChain(member) for member in members])]
 
     def _culprit(self, node: Composition, point: Point) -> str:
-        """The first adapter of `node` that acts at `point`."""
+        """Returns the name of the first adapter in `node` that acts at `point`."""
         return next(name for name in node.names() if point in self.modules[name])
 
     def _fused(self, node: Fuse, kind: Kind, site: str, members: list[list[Any]]) -> Fused:
@@ -199,10 +223,10 @@ class _Builder:
             )
         attention = dict(self.fusion(node).entries())[site]
         assert isinstance(attention, FusionAttention)
-        present = [m[0] if len(m) == 1 else Chain(m) for m in members if m]
+        present = [m[0] if len(m) == 1 else BranchChain(m) for m in members if m]
         return Fused(attention, present)
 
-    def _routed(self, node: Composition, kind: Kind, site: str, members: list[list[Any]]) -> Any:
+    def _routed(self, node: Composition, kind: Kind, site: str, members: list[list[Any]]) -> Acting:
         if isinstance(node, Route):
             index: Index = _Listed(site, self.owners(node), "Route")
         elif isinstance(node, BatchSplit):
@@ -272,7 +296,7 @@ class _Builder:
 
 @dataclass(frozen=True)
 class _Listed:
-    """The owners of samples as they were written."""
+    """Gives each sample the member that the composition lists for it."""
 
     site: str
     owners: list[int]
@@ -289,220 +313,10 @@ class _Listed:
 
 @dataclass(frozen=True)
 class _Even:
-    """The same number of samples for each of `count` members, one member after another."""
+    """Gives each of `count` members the same number of samples, one member after another."""
 
     count: int
 
     def __call__(self, batch: int) -> list[int]:
         each = batch // self.count
         return [row // each for row in range(batch)]
-
-
-@dataclass(eq=False)
-class Chain(Replacing):
-    """Branches one after another, as one."""
-
-    members: list[Any]
-
-    @property
-    def reads(self) -> frozenset[Read]:
-        return reads_of(self.members)
-
-    def __call__(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        for member in self.members:
-            own = wanted(member, more)
-            branch = member(branch, residual=residual, input=input, **own)
-        return branch
-
-    def change(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        if len(self.members) == 1:
-            member = self.members[0]
-            own = wanted(member, more)
-            return member.change(branch, residual=residual, input=input, **own)
-        return super().change(branch, residual=residual, input=input, **more)
-
-
-@dataclass(eq=False)
-class AveragedBranch(Changing):
-    """branch + sum_i w_i change_i."""
-
-    members: list[tuple[float, Chain]]
-
-    @property
-    def reads(self) -> frozenset[Read]:
-        return reads_of(member for _, member in self.members)
-
-    def change(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        changes = [
-            w * m.change(branch, residual=residual, input=input, **more) for w, m in self.members
-        ]
-        return functools.reduce(torch.add, changes)
-
-
-@dataclass(eq=False)
-class AveragedReadout:
-    """last + sum_i w_i (last_i - last), last_i what the tower gives with member i."""
-
-    members: list[tuple[float, list[Any]]]
-
-    def __call__(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
-        changes = []
-        for weight, modules in self.members:
-            own = last
-            for module in modules:
-                own = module(own, states=states)
-            changes.append(weight * (own - last))
-        return last + functools.reduce(torch.add, changes)
-
-
-@dataclass(eq=False)
-class SplitBranch(Replacing):
-    """Each member on its tokens, axis 1 of (B, N, D)."""
-
-    site: str
-    splits: tuple[int, ...]
-    members: list[Chain]
-
-    @property
-    def reads(self) -> frozenset[Read]:
-        return reads_of(self.members)
-
-    def __call__(
-        self, branch: Tensor, *, residual: Tensor | None, input: Tensor | None, **more: Any
-    ) -> Tensor:
-        sizes = token_sizes(self.site, self.splits, len(self.members), branch)
-        parts = [_pieces(x, sizes) for x in (branch, residual, input)]
-        # Whatever tokens a member has, it sees the whole image.
-        pieces = {
-            name: [x] * len(sizes) if name == "image" else _pieces(x, sizes)
-            for name, x in more.items()
-        }
-        return torch.cat(
-            [
-                member(own, residual=res, input=read, **{n: p[i] for n, p in pieces.items()})
-                for i, (member, own, res, read) in enumerate(zip(self.members, *parts, strict=True))
-            ],
-            dim=1,
-        )
-
-
-def _pieces(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
-    return [None] * len(sizes) if x is None else x.split(list(sizes), dim=1)
-
-
-def token_sizes(site: str, splits: tuple[int, ...], members: int, x: Tensor) -> list[int]:
-    """The tokens of each member.
-
-    Raises:
-        ValueError: x has no token axis, or another number of tokens.
-    """
-    if x.dim() < 3:
-        raise ValueError(
-            f"Split cannot act at {site}, which sees one pooled token for each sample: leave it "
-            "out of the adapters with sites=..."
-        )
-    tokens, given = x.shape[1], sum(splits)
-    rest = [tokens - given] if len(splits) < members else []
-    if given > tokens or (not rest and given != tokens):
-        raise ValueError(
-            f"Split deals out {given} tokens, but {tokens} reached {site}; leave the last number "
-            "out and its member takes the rest"
-        )
-    return [*splits, *rest]
-
-
-@dataclass(eq=False)
-class DeltaChain:
-    """Deltas on one leaf one after another, as one; those that scale the input come first."""
-
-    members: list[Any]
-
-    @property
-    def scales_input(self) -> bool:
-        return any(member.scales_input for member in self.members)
-
-    @property
-    def as_weight(self) -> bool:
-        return all(member.as_weight for member in self.members)
-
-    def enter(self, x: Tensor) -> Tensor:
-        for member in self.members:
-            x = member.enter(x) if member.scales_input else x
-        return x
-
-    def __call__(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
-        for member in self.members:
-            y = member(y, x, leaf)
-        return y
-
-    def effective(
-        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
-    ) -> tuple[Tensor, Tensor | None]:
-        for member in sorted(self.members, key=lambda member: member.scales_input):
-            weight, bias = member.effective(weight, bias, leaf)
-        return weight, bias
-
-
-@dataclass(eq=False)
-class AveragedDelta:
-    """sum_i w_i y_i, y_i what the leaf gives with member i; sum_i w_i = 1.
-
-    What scales the input acts in here, on what it would have changed: W (l x) = W x + W (l x - x).
-    """
-
-    members: list[tuple[float, DeltaChain]]
-
-    scales_input = False
-
-    @property
-    def as_weight(self) -> bool:
-        return all(member.as_weight for _, member in self.members)
-
-    def __call__(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
-        outputs = []
-        for weight, member in self.members:
-            own, read = y, x
-            if member.scales_input:
-                assert leaf.weight is not None
-                read = member.enter(x)
-                own = y + F.linear((read - x).to(leaf.weight.dtype), leaf.weight).to(y.dtype)
-            outputs.append(weight * (member(own, read, leaf) - y))
-        return y + functools.reduce(torch.add, outputs)
-
-    def effective(
-        self, weight: Tensor, bias: Tensor | None, leaf: Leaf
-    ) -> tuple[Tensor, Tensor | None]:
-        found = [(share, *member.effective(weight, bias, leaf)) for share, member in self.members]
-        mixed = functools.reduce(torch.add, [share * (w - weight) for share, w, _ in found])
-        shifts = [share * b for share, _, b in found if b is not None]
-        return weight + mixed, functools.reduce(torch.add, shifts) if shifts else None
-
-
-@dataclass(eq=False)
-class SplitDelta:
-    """Deltas of one leaf, each on its tokens; no one weight says what they do."""
-
-    site: str
-    splits: tuple[int, ...]
-    members: list[DeltaChain]
-
-    as_weight = False
-
-    @property
-    def scales_input(self) -> bool:
-        return any(member.scales_input for member in self.members)
-
-    def enter(self, x: Tensor) -> Tensor:
-        pieces = x.split(token_sizes(self.site, self.splits, len(self.members), x), dim=1)
-        return torch.cat([m.enter(p) for m, p in zip(self.members, pieces, strict=True)], dim=1)
-
-    def __call__(self, y: Tensor, x: Tensor, leaf: Leaf) -> Tensor:
-        sizes = token_sizes(self.site, self.splits, len(self.members), y)
-        pieces = zip(self.members, y.split(sizes, dim=1), x.split(sizes, dim=1), strict=True)
-        return torch.cat([member(own, read, leaf) for member, own, read in pieces], dim=1)

@@ -1,4 +1,4 @@
-"""The plans of a model, made when a composition is first asked for and kept for the next time."""
+"""The plans of a model: each is made when its composition is first used, and then kept."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from collections.abc import Callable
 from typing import Any
 
 from ..composition import Composition
-from ..injectors.installer import Plan
+from ..injectors.plan import Plan
 
-# A plan is a few hundred references. Routes of ever new batches must not pile up all the same.
+# A plan is a few hundred references, but Routes of ever new batches must not pile up.
 _KEPT = 256
 Key = tuple[Composition, int]
 
 
 class Plans:
-    """Plans by composition and number of dropped blocks; any thread may ask.
-
-    `alive` are all that someone still holds, kept here or not: a `using` block may run on one that
-    had to make room for others.
-    """
+    """Keeps plans by composition and number of dropped blocks; any thread may use it."""
 
     def __init__(self) -> None:
         self._kept: dict[Key, Plan] = {}
+        # Every plan that is still in use, kept or not: a `using` block may hold one that made room.
         self._alive: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._lock = threading.RLock()
 
     def get(self, key: Key, make: Callable[[], Plan]) -> Plan:
-        """The plan of `key`, from `make` if there is none yet."""
+        """Returns the plan of `key`; `make` builds it if there is none yet."""
         known = self._kept.get(key)
         if known is not None:
             return known
@@ -43,11 +40,11 @@ class Plans:
             return self._kept[key]
 
     def forget(self, concerns: Callable[[Composition], bool]) -> list[Plan]:
-        """Keeps the plans that `concerns` is true of no longer, and returns all that are in use."""
+        """Drops the plans whose composition `concerns` selects; returns those that are in use."""
         with self._lock:
             self._kept = {key: plan for key, plan in self._kept.items() if not concerns(key[0])}
-            found = [plan for plan in list(self._alive) if plan.stands_for is not None]
-            return [plan for plan in found if concerns(plan.stands_for)]
+            alive = [plan for plan in list(self._alive) if plan.stands_for is not None]
+            return [plan for plan in alive if concerns(plan.stands_for)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_kept": self._kept, "_alive": list(self._alive)}

@@ -1,4 +1,4 @@
-"""Linear heads of several tasks, each for its own samples of one batch."""
+"""Linear heads of several tasks, each for its own samples of a batch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 from ..composition import Route
 from ..suggest import nearest
-from .routed import linear_by_row, padded
+from .stacked import linear_by_row, padded
 
 
 class RoutedHeads(nn.Module):
-    """The heads that go with the adapters of a `Route`, in one batched product.
+    """The heads of the adapters in a `Route`, computed in one batched product.
 
     Args:
-        heads: a linear map (D -> C of its own) by the name of its adapter.
+        heads: by the name of an adapter, a linear map from D features to C of its own.
+
+    Raises:
+        ValueError: there are no heads, or they read different widths.
     """
 
     def __init__(self, heads: Mapping[str, nn.Linear]) -> None:
@@ -31,11 +34,11 @@ class RoutedHeads(nn.Module):
     def forward(self, x: Tensor, route: Route | Iterable[str]) -> Tensor:
         """x: (B, ..., D), a name for each sample -> logits (B, ..., C), C of the largest head.
 
-        Where a sample's head has fewer outputs the others are -inf, so that softmax and argmax
-        pass them over.
+        If the head of a sample has fewer outputs, its other logits are -inf, so that softmax and
+        argmax ignore them.
 
         Raises:
-            ValueError: a name without a head, or another number of names than samples.
+            ValueError: a name has no head, or there are not as many names as samples.
         """
         names = [str(name) for name in (route.members if isinstance(route, Route) else route)]
         known = list(self.heads)

@@ -1,4 +1,4 @@
-"""What rows need to be written down: what a module holds, and specs put under a path."""
+"""Helpers of the tables: find what a module holds, and put specs under a path."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from .spec import EmbeddingSpec, PatchSpec, Row, TowerSpec
+from .spec import EmbeddingSpec, PatchSpec, TableRow, TowerSpec
 
 
 def at(root: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at `path`, None if there is none."""
+    """Returns the submodule at `path`, or None if there is none."""
     module: nn.Module | None = root
     for step in path.split(".") if path else ():
         if module is None:
@@ -21,7 +21,7 @@ def at(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def first_at(root: nn.Module, *paths: str) -> str | None:
-    """The first of `paths` that holds a module which does something (`nn.Identity` does not)."""
+    """Returns the first of `paths` at which there is a module other than `nn.Identity`, or None."""
     for path in paths:
         module = at(root, path)
         if module is not None and not isinstance(module, nn.Identity):
@@ -29,15 +29,23 @@ def first_at(root: nn.Module, *paths: str) -> str | None:
     return None
 
 
-def patches_at(root: nn.Module, prefix: int, *paths: str) -> PatchSpec | None:
-    """The first of `paths` that holds a module, as where an image becomes tokens behind `prefix`
-    others; None if none does."""
+def patches_at(root: nn.Module, num_prefix_tokens: int, *paths: str) -> PatchSpec | None:
+    """Returns a spec of the patches that the first module at one of `paths` makes, or None if there
+    is no module.
+
+    Args:
+        num_prefix_tokens: the number of class and register tokens before the patches.
+    """
     path = first_at(root, *paths)
-    return None if path is None else PatchSpec(path=path, prefix=prefix)
+    return None if path is None else PatchSpec(path=path, num_prefix_tokens=num_prefix_tokens)
 
 
 def under(prefix: str, tower: TowerSpec, name: str | None = None) -> TowerSpec:
-    """`tower` of a module that stands at `prefix` of a larger one, named `name`."""
+    """Returns `tower`, which describes the module at `prefix` of a larger one, for the larger one.
+
+    Args:
+        name: replaces the tower's name if it is given.
+    """
     patches = tower.patches
     if patches is not None:
         patches = dataclasses.replace(patches, path=f"{prefix}.{patches.path}")
@@ -55,8 +63,12 @@ def under(prefix: str, tower: TowerSpec, name: str | None = None) -> TowerSpec:
     )
 
 
-def nested(root: nn.Module, path: str, rows: Iterable[Row], name: str) -> Iterator[TowerSpec]:
-    """The towers that `rows` know for the module at `path` of `root`, as its tower `name`."""
+def nested(root: nn.Module, path: str, rows: Iterable[TableRow], name: str) -> Iterator[TowerSpec]:
+    """Yields the towers that `rows` describe for the module at `path` of `root`.
+
+    Args:
+        name: the towers' name in `root`.
+    """
     module = at(root, path)
     if module is None:
         return

@@ -1,12 +1,12 @@
-"""The named points of a frozen encoder: what injectors find and what methods ask for.
+"""A `SiteMap` holds the named points of a frozen encoder, at which adapters act.
 
 A `SiteMap` holds towers (`vision`, `audio`, `text`, `fusion`, `decoder`); a tower holds blocks in
 the order in which they run; a block holds sublayers (`attn`, `ffn`, `cross`); a sublayer holds its
-leaves: the linear maps `q k v o` (attention) or `up down` (feed-forward) and its `norm`. The
-convolutions that make a speech encoder's frames of samples stand before its blocks: `front`; what
-a tower of an image-text encoder gives into the shared space stands behind them: `embedding`.
+leaves: the linear maps `q k v o` (attention) or `up gate down` (feed-forward) and its `norm`. The
+convolutions with which a speech encoder turns samples into frames come before its blocks: `front`;
+the output of an image-text encoder's tower in the shared space comes after them: `embedding`.
 Canonical names join them by dots: `vision.blocks.3.attn.q`, `audio.front.0`, `vision.embedding`.
-Neither methods nor injectors import each other: this file is all that they share.
+Methods and injectors never import each other: they share this file and `acting.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ FFN_LEAVES = ("up", "gate", "down")
 
 @dataclass(eq=False)
 class Parameter:
-    """Where a frozen tensor lives: rows `start` to `stop` of `module`'s parameter `attribute`."""
+    """The place of a frozen tensor: rows `start` to `stop` (excluded) of a module's parameter.
+
+    Attributes:
+        module: holds the parameter.
+        attribute: the parameter's name in the module.
+        start: the first row; None for the whole parameter.
+        stop: the row after the last one; None for the whole parameter.
+    """
 
     module: nn.Module
     attribute: str
@@ -38,6 +45,7 @@ class Parameter:
 
     @property
     def whole(self) -> Tensor:
+        """The parameter with all its rows."""
         tensor = self.module._parameters[self.attribute]
         assert tensor is not None
         return tensor
@@ -52,10 +60,19 @@ class Parameter:
 class Leaf:
     """One linear map or LayerNorm of a sublayer: y = W x + b, or y = w * norm(x) + b.
 
-    `raw` says that the library reads the weight itself instead of calling the module
-    (`in_proj_weight`, `nn.MultiheadAttention.out_proj`): a hook would never fire there.
-    `index` and `parts` place the leaf in the output of a fused projection: part `index` of `parts`.
-    `owner` is the module whose forward reads a raw weight.
+    Attributes:
+        name: the canonical name.
+        kind: "linear" or "norm".
+        module: the module that holds the weight.
+        weight_at: the place of the weight; None without one.
+        bias_at: the place of the bias; None without one.
+        in_features: the width of x.
+        out_features: the width of y.
+        raw: the library reads the weight itself instead of calling the module (`in_proj_weight`,
+            `nn.MultiheadAttention.out_proj`): a hook would never fire there.
+        index: which part of the output of a fused map the leaf is, from 0.
+        parts: how many equal parts that output has; 1 if the map is not fused.
+        owner: the module whose forward pass reads a raw weight; None if the leaf is not raw.
     """
 
     name: str
@@ -72,6 +89,7 @@ class Leaf:
 
     @property
     def role(self) -> str:
+        """The last part of the name: `q`, `up`, `norm`."""
         return self.name.rsplit(".", 1)[-1]
 
     @property
@@ -85,19 +103,26 @@ class Leaf:
         return None if self.bias_at is None else self.bias_at.tensor
 
     def like(self) -> dict:
-        """dtype and device that an adapter of this leaf must have."""
+        """Returns the dtype and device of an adapter's new tensors at this leaf."""
         reference = self.weight if self.weight is not None else self.bias
         return like(reference if reference is not None else next(self.module.parameters(), None))
 
 
 @dataclass(eq=False)
 class Sublayer:
-    """Attention, cross-attention or feed-forward part of a block, as a branch beside the residual.
+    """The attention, cross-attention or feed-forward part of a block: the branch in x + branch.
 
-    `output`: the module whose (first) output is the branch, before the residual is added.
-    `residual`: the module whose first input is the residual stream x of `x + branch`.
-    `input`: the module whose first input is what the sublayer itself reads (normed in pre-norm).
-    `attention`: the module that computes attention, for methods that add keys and values.
+    Attributes:
+        name: the canonical name.
+        kind: "attn", "cross" or "ffn".
+        width: D of the branch (B, N, D).
+        output: the module whose (first) output is the branch, before the residual is added.
+        residual: the module whose first input is the residual stream x.
+        input: the module whose first input the sublayer itself reads (normed in pre-norm).
+        attention: the module that computes attention, for methods that add keys and values; None if
+            they cannot.
+        post_norm: the norm stands behind the residual sum, not before the sublayer.
+        leaves: the linear maps and the norm by role.
     """
 
     name: str
@@ -111,6 +136,7 @@ class Sublayer:
     leaves: dict[str, Leaf] = field(default_factory=dict)
 
     def like(self) -> dict:
+        """Returns the dtype and device of an adapter's new tensors at this sublayer."""
         for leaf in self.leaves.values():
             if leaf.weight is not None:
                 return leaf.like()
@@ -119,7 +145,14 @@ class Sublayer:
 
 @dataclass(eq=False)
 class Block:
-    """One transformer block. `index` counts from 0 in the order of running."""
+    """One transformer block.
+
+    Attributes:
+        name: the canonical name.
+        index: its number in the order of running, from 0.
+        module: runs the block.
+        sublayers: by key (`attn`, `cross`, `ffn`), in the order of running.
+    """
 
     name: str
     index: int
@@ -129,7 +162,14 @@ class Block:
 
 @dataclass(eq=False)
 class FrontLayer:
-    """One layer of a convolutional front end; its (first) output is (B, width, T)."""
+    """One layer of a convolutional front end.
+
+    Attributes:
+        name: the canonical name.
+        index: its number in the order of running, from 0.
+        module: runs the layer; its (first) output is (B, width, T).
+        width: the number of channels of that output.
+    """
 
     name: str
     index: int
@@ -137,48 +177,69 @@ class FrontLayer:
     width: int
 
     def like(self) -> dict:
+        """Returns the dtype and device of an adapter's new tensors here."""
         return like(next(self.module.parameters(), None))
 
 
 @dataclass(eq=False)
 class Embedding:
-    """What a tower gives into the space shared with another one; the (first) output of `module` is
-    (B, width), not yet of unit length."""
+    """The output of a tower in the space that it shares with another one.
+
+    Attributes:
+        name: the canonical name.
+        module: its (first) output is the embedding (B, width), not yet of unit length.
+        width: the number of dimensions of the shared space.
+    """
 
     name: str
     module: nn.Module
     width: int
 
     def like(self) -> dict:
+        """Returns the dtype and device of an adapter's new tensors here."""
         return like(next(self.module.parameters(), None))
 
 
 class Grid(NamedTuple):
-    """How the tokens (B, N, D) of an image lie: `prefix` class and register tokens, then `height` x
-    `width` patches row by row, then whatever has been appended."""
+    """The layout of the tokens (B, N, D) of an image.
 
-    prefix: int
+    Class and register tokens come first, then the patches row by row, then appended tokens.
+
+    Attributes:
+        num_prefix_tokens: the number of class and register tokens.
+        height: the number of rows of patches.
+        width: the number of patches in a row.
+    """
+
+    num_prefix_tokens: int
     height: int
     width: int
 
 
 @dataclass(eq=False)
 class Patches:
-    """`module`: what gives an image's patches as a map (B, D, H, W), before they become tokens.
+    """The place where an image becomes tokens.
 
-    `prefix`: the class and register tokens that are put before them.
+    Attributes:
+        module: its output is the map of patches (B, D, H, W), before they become tokens.
+        num_prefix_tokens: the number of class and register tokens that are put before them.
     """
 
     module: nn.Module
-    prefix: int
+    num_prefix_tokens: int
 
 
 @dataclass(eq=False)
 class Stem:
-    """One module on the way from an image or a waveform to a tower's first block, number `index`.
+    """One module on the way from an image or a waveform to a tower's first block.
 
-    What it gives follows in shape from what it is given: by a `convolution` of its own on (B, C,
-    ...) -> (B, D, ...), or, where that is None, as all dimensions but the last are kept.
+    The shape of its output follows from that of its input.
+
+    Attributes:
+        index: its number in the order of running, from 0.
+        module: the module.
+        convolution: the part of it that maps (B, C, ...) to (B, D, ...) and so says the shape; None
+            if the module keeps all dimensions of its input but the last.
     """
 
     index: int
@@ -190,14 +251,25 @@ class Stem:
 class Tower:
     """A stack of blocks of one width that run one after another.
 
-    `prompts` says whether a token may be appended to the sequence inside the blocks: None if so,
-    else the reason why not; `copies` the same of repeating the batch there. `batch_first`: blocks
-    take (B, N, D), not (N, B, D). `front`: the convolutions before the blocks, if any are known.
-    `runner`: the module whose call runs all blocks and gives the tower's last hidden state first.
-    `patches`: where an image becomes tokens, None if none does. `embedding`: where the tower's
-    embedding in a shared space comes out of a module; None if there is none, or for the reason that
-    `unembedded` gives. `stem`: the costly modules before the blocks, as far as they are known, in
-    the order of running.
+    Attributes:
+        name: the canonical name.
+        width: D of its states (B, N, D).
+        path: the path or glob of its blocks.
+        blocks: in the order of running.
+        norm: the norm behind the last block; None if there is none.
+        prompts: None if tokens may be appended to the input of the blocks, else the reason why not,
+            as the end of a sentence.
+        copies: None if the batch may be repeated at any block, else the reason why not, as the end
+            of a sentence.
+        batch_first: blocks take (B, N, D), not (N, B, D).
+        front: the convolutions before the blocks, if any are known.
+        runner: the module whose call runs all blocks and returns the last hidden state first; None
+            if none is known.
+        patches: the place where an image becomes tokens; None if there is none.
+        embedding: the tower's output in a shared space; None if no module returns it.
+        unembedded: the reason why no module returns it, as the end of a sentence; None if there is
+            no shared space, or if `embedding` is known.
+        stem: the costly modules before the blocks that are known, in the order of running.
     """
 
     name: str
@@ -217,55 +289,66 @@ class Tower:
 
     @property
     def crossed(self) -> bool:
-        """Whether some of its blocks look at another tower."""
+        """Some of the tower's blocks attend to another tower."""
         return any("cross" in block.sublayers for block in self.blocks)
 
     def site_names(self) -> list[str]:
-        """Every canonical name of the tower, outermost first."""
-        found = [self.name, *(layer.name for layer in self.front)]
+        """Returns every canonical name of the tower, outermost first."""
+        names = [self.name, *(layer.name for layer in self.front)]
         for block in self.blocks:
-            found.append(block.name)
+            names.append(block.name)
             for sublayer in block.sublayers.values():
-                found.append(sublayer.name)
-                found.extend(leaf.name for leaf in sublayer.leaves.values())
+                names.append(sublayer.name)
+                names.extend(leaf.name for leaf in sublayer.leaves.values())
         if self.norm is not None:
-            found.append(self.norm.name)
+            names.append(self.norm.name)
         if self.embedding is not None:
-            found.append(self.embedding.name)
-        return found
+            names.append(self.embedding.name)
+        return names
 
 
 @dataclass(eq=False)
 class SiteMap:
-    """All that is known about where an encoder can be adapted."""
+    """The sites of one encoder.
+
+    Attributes:
+        library: "timm", "transformers", "open_clip", "torchaudio" or "custom".
+        architecture: the name of the encoder's class.
+        towers: by canonical name.
+    """
 
     library: str
     architecture: str
     towers: dict[str, Tower]
 
     def blocks(self) -> Iterator[Block]:
+        """Yields the blocks of all towers."""
         for tower in self.towers.values():
             yield from tower.blocks
 
     def fronts(self) -> Iterator[FrontLayer]:
+        """Yields the layers of all convolutional front ends."""
         for tower in self.towers.values():
             yield from tower.front
 
     def embeddings(self) -> Iterator[Embedding]:
+        """Yields the embeddings of all towers that have one."""
         for tower in self.towers.values():
             if tower.embedding is not None:
                 yield tower.embedding
 
     def points(self) -> Iterator[FrontLayer | Embedding]:
-        """Where a branch is what one module gives, before the blocks or behind them."""
+        """Yields the sites before and behind the blocks at which a branch is a module's output."""
         yield from self.fronts()
         yield from self.embeddings()
 
     def sublayers(self) -> Iterator[Sublayer]:
+        """Yields the sublayers of all blocks."""
         for block in self.blocks():
             yield from block.sublayers.values()
 
     def leaves(self) -> Iterator[Leaf]:
+        """Yields the leaves of all sublayers, and the norms behind the last blocks."""
         for tower in self.towers.values():
             for block in tower.blocks:
                 for sublayer in block.sublayers.values():
@@ -274,11 +357,11 @@ class SiteMap:
                 yield tower.norm
 
     def names(self) -> list[str]:
-        """Every canonical name, outermost first."""
+        """Returns every canonical name, outermost first."""
         return [name for tower in self.towers.values() for name in tower.site_names()]
 
-    def select(self, patterns: Iterable[str]) -> Selection:
-        """The sites under the glob `patterns`; each must match something.
+    def select(self, patterns: Iterable[str]) -> SiteSelection:
+        """Returns the sites under the glob `patterns`, each of which must match something.
 
         Raises:
             ValueError: a pattern matches no site; names the nearest one.
@@ -291,12 +374,16 @@ class SiteMap:
                     f"no site of {self.architecture} matches {pattern!r}"
                     f"{nearest(pattern, names)}; its towers are {', '.join(self.towers)}"
                 )
-        return Selection(patterns)
+        return SiteSelection(patterns)
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Glob patterns over canonical names; one also takes all that lies below what it names."""
+class SiteSelection:
+    """The sites that match one of several glob patterns, and all sites below them.
+
+    Attributes:
+        patterns: globs over canonical names.
+    """
 
     patterns: tuple[str, ...]
 
@@ -309,7 +396,11 @@ def _under(name: str, pattern: str) -> bool:
 
 
 def like(reference: Tensor | None) -> dict:
-    """Factory keywords that put a new tensor where `reference` is, in its floating dtype."""
+    """Returns the dtype and device, as keyword arguments, of a new tensor next to `reference`.
+
+    Without a reference they are the default dtype and the CPU. A dtype that is not floating becomes
+    the default one.
+    """
     if reference is None:
         return {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
     dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()

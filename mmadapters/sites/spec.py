@@ -1,4 +1,4 @@
-"""How an architecture is written down: paths of blocks, sublayers and leaves, and their modules.
+"""Specs describe an architecture: the paths of its blocks, sublayers and leaves.
 
 Every supported library is a table of these specs, and a user describes an unknown architecture with
 the same dataclasses:
@@ -24,27 +24,12 @@ parameter that the library reads itself (`attn.in_proj_weight[0/3]`, `attn.out_p
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from .sitemap import (
-    Block,
-    Embedding,
-    FrontLayer,
-    Leaf,
-    Parameter,
-    Patches,
-    SiteMap,
-    Stem,
-    Sublayer,
-    SublayerKind,
-    Tower,
-)
-
-_PART = re.compile(r"^(?P<path>[^\[\]]+)(\[(?P<index>\d+)/(?P<parts>\d+)\])?$")
+from .sitemap import SublayerKind
 
 
 class Unresolved(LookupError):
@@ -53,7 +38,12 @@ class Unresolved(LookupError):
 
 @dataclass(frozen=True, kw_only=True)
 class LeafSpec:
-    """A leaf whose bias is not beside its weight: `bias` is the bias's own path, None for none."""
+    """A leaf whose bias is not stored next to its weight.
+
+    Attributes:
+        path: the leaf, as described at the head of this file, relative to the block.
+        bias: the path of the bias, relative to the block; None if the leaf has no bias.
+    """
 
     path: str
     bias: str | None
@@ -61,10 +51,21 @@ class LeafSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SublayerSpec:
-    """Paths relative to the block. See `mmadapters.sites.sitemap.Sublayer` for what each one means.
+    """The modules of one sublayer; all paths are relative to the block.
 
-    `input` defaults to the module of `output`; `kind` to the name under which the spec stands;
-    `owner`, the module whose forward reads raw weights, to that of `attention`.
+    Attributes:
+        output: the module whose (first) output is the branch, before the residual is added.
+        residual: the module whose first input is the residual stream x of `x + branch`.
+        input: the module whose first input the sublayer itself reads (normed in pre-norm); by
+            default that of `output`.
+        attention: the module that computes attention with `scaled_dot_product_attention` or is an
+            `nn.MultiheadAttention`, so that prefix tuning can enter it; None if there is none.
+        norm: the sublayer's LayerNorm, written like a leaf; None if it has none.
+        post_norm: the norm stands behind the residual sum, not before the sublayer.
+        kind: "attn", "cross" or "ffn"; by default the key under which the spec stands.
+        owner: the module whose forward pass reads raw weights; by default that of `attention`.
+        leaves: the linear maps by role: q, k, v, o of attention; up, gate, down of a feed-forward
+            part.
     """
 
     output: str
@@ -80,17 +81,25 @@ class SublayerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchSpec:
-    """Where an image becomes tokens: `path` of the module that gives a map (B, D, H, W) of patches,
-    mostly a convolution, and how many class and register tokens (`prefix`) are put before them."""
+    """The place where an image becomes tokens.
+
+    Attributes:
+        path: the module that returns the patches as a map (B, D, H, W), mostly a convolution.
+        num_prefix_tokens: how many class and register tokens are put before the patches, from 0.
+    """
 
     path: str
-    prefix: int = 1
+    num_prefix_tokens: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSpec:
-    """Where a tower's embedding in a shared space comes out: `path` of the module whose (first)
-    output is (B, width)."""
+    """The place where a tower's embedding in a shared space comes out.
+
+    Attributes:
+        path: the module whose (first) output is the embedding (B, width).
+        width: the number of dimensions of the shared space.
+    """
 
     path: str
     width: int
@@ -98,17 +107,32 @@ class EmbeddingSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """A stack of blocks. `blocks`: the path of a ModuleList, or a glob (`encoder.*.layer`).
+    """A stack of blocks; all paths are relative to the model, those in `sublayers` to the block.
 
-    `optional` sublayers may be missing from a block (cross-attention of some blocks only).
-    `name` may be overridden for single sublayers by `names`, e.g. {"cross": "fusion"}: BLIP's
-    cross-attentions live in its text blocks and are named `fusion.blocks.N.cross`. `front` is the
-    path of the ModuleList of convolutions before the blocks, `runner` that of the module whose call
-    runs them all ("" for the model itself). `patches`: of a tower for images, for methods that
-    convolve over the grid of its patches. `embedding`: of a tower whose output is compared with
-    another's, or a sentence's end that says why no module gives it. `stem`: paths of more modules
-    between patches or front and the blocks that need not run where the blocks do not: convolutions,
-    or modules that keep all dimensions of their input but the last.
+    Attributes:
+        name: the canonical name: "vision", "audio", "text", "fusion" or "decoder", or one of your
+            own.
+        blocks: the path of an `nn.ModuleList`, or a glob over paths (`encoder.*.layer`).
+        sublayers: the sublayers of every block by key, in the order in which they run.
+        norm: the path of the norm behind the last block; None if there is none.
+        prompts: None if tokens may be appended to the input of the blocks, else the reason why not,
+            as the end of a sentence.
+        copies: None if the batch may be repeated at any block, else the reason why not, as the end
+            of a sentence.
+        batch_first: blocks take (B, N, D), not (N, B, D).
+        names: by key of a sublayer, another tower's name for it. BLIP's cross-attentions are in its
+            text blocks and are called `fusion.blocks.N.cross`: {"cross": "fusion"}.
+        optional: keys of sublayers that a block may lack (cross-attention of some blocks only).
+        front: the path of the `nn.ModuleList` of convolutions before the blocks; None for none.
+        runner: the path of the module whose call runs all blocks and returns the tower's last
+            hidden state first ("" for the model itself); None if there is none.
+        patches: the place where an image becomes tokens, for methods that convolve over the grid of
+            its patches; None if the tower takes no images.
+        embedding: the place where the tower's embedding in a shared space comes out, or the reason
+            why no module returns it, as the end of a sentence; None if there is no such space.
+        stem: paths of more modules between patches or front and the blocks. They need not run where
+            the blocks do not. Each is a convolution, or keeps all dimensions of its input but the
+            last.
     """
 
     name: str
@@ -132,7 +156,15 @@ Example = Callable[[nn.Module], tuple[tuple, dict]]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Towers of one model class. `example` makes the smallest input that reaches every block."""
+    """The towers of one class of models.
+
+    Attributes:
+        towers: at least one, each with a name of its own.
+        example: takes the model and returns the arguments and keyword arguments of the smallest
+            call that reaches every block; None if the user passes an example to `init`.
+        library: where the class comes from: "timm", "transformers", "open_clip", "torchaudio" or
+            "custom".
+    """
 
     towers: tuple[TowerSpec, ...]
     example: Example | None = None
@@ -140,226 +172,20 @@ class Architecture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A line of a library's table: which classes it is about and how they may be laid out.
+class TableRow:
+    """A row of a library's table: some classes, and how they may be laid out.
 
-    `classes`: qualified class names, or globs over them (`transformers.models.vit.*.ViT*`).
-    `architectures`: candidates for one module, tried in order until one resolves: the spellings of
-    different library versions. It may read the module to pick or parametrise them, and raises
-    ValueError with one clear sentence for a variant that cannot be adapted.
+    Attributes:
+        classes: qualified class names, or globs over them (`transformers.models.vit.*.ViT*`).
+        architectures: takes a module and yields candidates for it, which are tried in order until
+            one resolves: the spellings of different library versions. It may read the module to
+            pick or parametrise them, and raises ValueError with one clear sentence for a variant
+            that cannot be adapted.
     """
 
     classes: tuple[str, ...]
     architectures: Callable[[nn.Module], Iterable[Architecture]]
 
     def matches(self, qualified: str) -> bool:
+        """Says whether the row is about the class of this qualified name."""
         return any(fnmatch.fnmatchcase(qualified, pattern) for pattern in self.classes)
-
-
-def resolve(module: nn.Module, architecture: Architecture) -> SiteMap:
-    """The sites that `architecture` describes on `module`.
-
-    Raises:
-        Unresolved: a path does not exist; the message names it.
-    """
-    towers = {spec.name: _tower(module, spec) for spec in architecture.towers}
-    return SiteMap(architecture.library, type(module).__name__, towers)
-
-
-def _tower(root: nn.Module, spec: TowerSpec) -> Tower:
-    modules = _blocks(root, spec.blocks)
-    blocks = [_block(module, index, spec) for index, module in enumerate(modules)]
-    width = next(iter(blocks[0].sublayers.values())).width
-    norm = None
-    if spec.norm is not None:
-        norm = _leaf(root, f"{spec.name}.norm", spec.norm, None)
-    patches = None
-    if spec.patches is not None:
-        patches = Patches(_module(root, spec.patches.path), spec.patches.prefix)
-    front = [] if spec.front is None else _front(root, spec.name, spec.front)
-    embedding = None
-    if isinstance(spec.embedding, EmbeddingSpec):
-        module = _module(root, spec.embedding.path)
-        embedding = Embedding(f"{spec.name}.embedding", module, spec.embedding.width)
-    return Tower(
-        name=spec.name,
-        width=width,
-        path=spec.blocks,
-        blocks=blocks,
-        norm=norm,
-        prompts=spec.prompts,
-        copies=spec.copies,
-        batch_first=spec.batch_first,
-        front=front,
-        runner=None if spec.runner is None else _module(root, spec.runner),
-        patches=patches,
-        embedding=embedding,
-        unembedded=spec.embedding if isinstance(spec.embedding, str) else None,
-        stem=_stem(patches, front, [_module(root, path) for path in spec.stem]),
-    )
-
-
-def _stem(patches: Patches | None, front: list[FrontLayer], others: list[nn.Module]) -> list[Stem]:
-    """Patches that no convolution makes are left out: what they give is not known beforehand."""
-    found: list[tuple[nn.Module, nn.Module | None]] = []
-    if patches is not None and isinstance(patches.module, nn.Conv2d):
-        found.append((patches.module, patches.module))
-    for layer in front:
-        convolution = next(part for part in layer.module.modules() if isinstance(part, nn.Conv1d))
-        found.append((layer.module, convolution))
-    for module in others:
-        found.append((module, module if isinstance(module, (nn.Conv1d, nn.Conv2d)) else None))
-    return [Stem(index, *pair) for index, pair in enumerate(found)]
-
-
-def _front(root: nn.Module, tower: str, path: str) -> list[FrontLayer]:
-    found = []
-    for index, layer in enumerate(_module(root, path).children()):
-        conv = next((part for part in layer.modules() if isinstance(part, nn.Conv1d)), None)
-        if conv is None:
-            raise Unresolved(f"{type(layer).__name__} at {path}.{index} has no nn.Conv1d")
-        found.append(FrontLayer(f"{tower}.front.{index}", index, layer, conv.out_channels))
-    return found
-
-
-def _blocks(root: nn.Module, pattern: str) -> list[nn.Module]:
-    if "*" not in pattern:
-        found = _module(root, pattern)
-        modules = list(found.children())
-    else:
-        expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+") + "$")
-        modules = [module for name, module in root.named_modules() if expression.match(name)]
-    if not modules:
-        raise Unresolved(f"no blocks at {pattern!r} in {type(root).__name__}")
-    return modules
-
-
-def _block(module: nn.Module, index: int, spec: TowerSpec) -> Block:
-    sublayers = {}
-    for key, part in spec.sublayers.items():
-        tower = spec.names.get(key, spec.name)
-        name = f"{tower}.blocks.{index}.{key}"
-        try:
-            sublayers[key] = _sublayer(module, name, key, part)
-        except Unresolved:
-            if key not in spec.optional:
-                raise
-    return Block(f"{spec.name}.blocks.{index}", index, module, sublayers)
-
-
-def _sublayer(block: nn.Module, name: str, key: str, spec: SublayerSpec) -> Sublayer:
-    output = _module(block, spec.output)
-    residual = _module(block, spec.residual)
-    reads = output if spec.input is None else _module(block, spec.input)
-    attention = None if spec.attention is None else _module(block, spec.attention)
-    written: dict[str, str | LeafSpec] = dict(spec.leaves)
-    if spec.norm is not None:
-        written["norm"] = spec.norm
-    owner = attention if spec.owner is None else _module(block, spec.owner)
-    leaves = {role: _leaf(block, f"{name}.{role}", leaf, owner) for role, leaf in written.items()}
-    kind = spec.kind or key
-    if kind not in ("attn", "cross", "ffn"):
-        raise ValueError(f"{name}: a sublayer's kind is 'attn', 'cross' or 'ffn', not {kind!r}")
-    return Sublayer(
-        name=name,
-        kind=kind,  # type: ignore[arg-type]
-        width=_width(name, leaves),
-        output=output,
-        residual=residual,
-        input=reads,
-        attention=attention,
-        post_norm=spec.post_norm,
-        leaves=leaves,
-    )
-
-
-def _width(name: str, leaves: Mapping[str, Leaf]) -> int:
-    for role in ("o", "down"):
-        if role in leaves:
-            return leaves[role].out_features
-    for role in ("q", "up"):
-        if role in leaves:
-            return leaves[role].in_features
-    if "norm" in leaves:
-        return leaves["norm"].in_features
-    raise ValueError(f"{name}: give at least one of the leaves o, down, q, up or norm")
-
-
-def _leaf(root: nn.Module, name: str, spec: str | LeafSpec, attention: nn.Module | None) -> Leaf:
-    path, index, parts = _parse(spec.path if isinstance(spec, LeafSpec) else spec)
-    holder_path, _, attribute = path.rpartition(".")
-    holder = _module(root, holder_path)
-    if isinstance(holder._parameters.get(attribute), nn.Parameter):
-        return _raw_leaf(root, name, spec, holder, attribute, (index, parts), attention)
-    module = _module(root, path)
-    weight = module._parameters.get("weight")
-    weight_at = None if weight is None else Parameter(module, "weight")
-    bias_at = None if module._parameters.get("bias") is None else Parameter(module, "bias")
-    if weight is not None and weight.dim() == 1:
-        return Leaf(name, "norm", module, weight_at, bias_at, len(weight), len(weight))
-    if weight is None:
-        shape = getattr(module, "normalized_shape", None)
-        if not shape:
-            raise Unresolved(f"{name}: {type(module).__name__} at {path!r} has no weight")
-        return Leaf(name, "norm", module, None, bias_at, shape[-1], shape[-1])
-    if weight.dim() != 2:
-        raise Unresolved(f"{name}: the weight at {path!r} is not that of a linear map")
-    assert weight_at is not None
-    out, into = weight.shape
-    if parts > 1:
-        weight_at, out = _rows(weight_at, index, parts), out // parts
-        bias_at = None if bias_at is None else _rows(bias_at, index, parts)
-    return Leaf(name, "linear", module, weight_at, bias_at, into, out, False, index, parts)
-
-
-def _raw_leaf(
-    root: nn.Module,
-    name: str,
-    spec: str | LeafSpec,
-    holder: nn.Module,
-    attribute: str,
-    part: tuple[int, int],
-    attention: nn.Module | None,
-) -> Leaf:
-    index, parts = part
-    weight_at = Parameter(holder, attribute)
-    if weight_at.whole.dim() != 2:
-        raise Unresolved(f"{name}: {attribute!r} is not the weight of a linear map")
-    out, into = weight_at.whole.shape
-    bias_at = None
-    if isinstance(spec, LeafSpec):
-        if spec.bias is not None:
-            bias_holder, _, bias_attribute = spec.bias.rpartition(".")
-            bias_at = Parameter(_module(root, bias_holder), bias_attribute)
-    else:
-        beside = attribute.removesuffix("weight") + "bias"
-        if holder._parameters.get(beside) is not None:
-            bias_at = Parameter(holder, beside)
-            if parts > 1:
-                bias_at = _rows(bias_at, index, parts)
-    if parts > 1:
-        weight_at, out = _rows(weight_at, index, parts), out // parts
-    owner = attention if attention is not None else holder
-    return Leaf(name, "linear", holder, weight_at, bias_at, into, out, True, index, parts, owner)
-
-
-def _rows(whole: Parameter, index: int, parts: int) -> Parameter:
-    step = whole.whole.shape[0] // parts
-    return Parameter(whole.module, whole.attribute, index * step, (index + 1) * step)
-
-
-def _parse(path: str) -> tuple[str, int, int]:
-    match = _PART.match(path)
-    if match is None:
-        raise ValueError(f"{path!r} is not a leaf: write a path, or a part of one as 'qkv[0/3]'")
-    return match["path"], int(match["index"] or 0), int(match["parts"] or 1)
-
-
-def _module(root: nn.Module, path: str) -> nn.Module:
-    module = root
-    for step in path.split(".") if path else ():
-        child = module._modules.get(step)
-        if child is None:
-            raise Unresolved(f"{type(root).__name__} has no module {path!r} (at {step!r})")
-        module = child
-    return module

@@ -1,4 +1,4 @@
-"""How much room a cache of states may take, and where it lies by default."""
+"""The size that a cache of states may have, and the folder in which it lies by default."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import sys
 from pathlib import Path
 
 GIB = 2**30
-_SPARE = 0.05  # of a disk, which a cache leaves free
+_SPARE = 0.05  # share of a disk that a cache leaves free
 
 
 def check_room(
     needed: int, *, records: int, views: int, budget: float, folder: Path | None
 ) -> None:
-    """Refuses a cache of `needed` bytes that is larger than `budget` (GiB), or than what is free.
+    """Refuses a cache that is larger than its budget or than the free space.
 
     Args:
-        folder: where it would lie; None: in memory.
+        needed: the size of the cache in bytes.
+        records: how many records it would hold.
+        views: how many views of each record it would hold.
+        budget: the largest size in GiB.
+        folder: the folder in which it would lie; None for memory.
 
     Raises:
-        ValueError: it is; says what would make it smaller.
+        ValueError: the cache is larger; says what would make it smaller.
     """
     place = "memory" if folder is None else f"the disk of {folder}"
     what = f"it would take {needed / GIB:.2f} GiB for {records:,} records"
@@ -34,7 +38,7 @@ def check_room(
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that a cache may take there."""
+    """Returns how many bytes a cache may take in `folder`."""
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
@@ -42,30 +46,33 @@ def free_disk(folder: Path) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that a cache may take: three quarters of what this machine, or this process's group of
-    processes, has left."""
-    found = []
+    """Returns how many bytes a cache may take in memory.
+
+    That is three quarters of what is left to this machine or to this process's control group,
+    whichever is less.
+    """
+    free = []
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
+                free.append(int(line.split()[1]) * 1024)
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
         inactive = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         if limit != "max":
-            found.append(int(limit) - used + int(inactive.get("inactive_file", 0)))
+            free.append(int(limit) - used + int(inactive.get("inactive_file", 0)))
     except (OSError, ValueError):
         pass
-    if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return max(int(0.75 * min(found)), 0) if found else sys.maxsize
+    if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return max(int(0.75 * min(free)), 0) if free else sys.maxsize
 
 
 def cache_folder() -> Path:
-    """Where caches lie by default: `MMADAPTERS_CACHE`, else the user's folder for caches."""
+    """Returns the default folder of caches: `MMADAPTERS_CACHE` or the user's folder for caches."""
     if given := os.environ.get("MMADAPTERS_CACHE"):
         return Path(given)
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""Where the chunks of a `TrunkStore` are kept: in memory, or as files that processes share."""
+"""Containers for the chunks of a `TrunkStore`: in memory, or as files that processes share."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
+from ..files import replacing_file
+
 
 class Chunks(Protocol):
-    """Where chunks are kept, by number."""
+    """A container that keeps chunks by number."""
 
     def read(self, number: int) -> np.ndarray | None:
-        """Its (bytes,) uint8, None where it is not there."""
+        """Returns the chunk, (bytes,) uint8, or None if it is not there."""
 
     def write(self, number: int, parts: Iterable[Any]) -> None:
-        """Keeps the bytes, whole or not at all."""
+        """Keeps the bytes of `parts`, one after another, completely or not at all."""
 
-    def drop(self, number: int) -> None: ...
+    def drop(self, number: int) -> None:
+        """Deletes the chunk, if it is there."""
 
     def claim(self, number: int) -> bool:
-        """Whether this process may fill it; others may not until `release`."""
+        """Says whether this process may fill the chunk. If so, no other may until `release`."""
 
-    def release(self, number: int) -> None: ...
+    def release(self, number: int) -> None:
+        """Lets other processes fill the chunk again."""
 
 
 class MemoryChunks:
-    """Chunks of this process."""
+    """Chunks in the memory of this process."""
 
     def __init__(self) -> None:
         self._data: dict[int, np.ndarray] = {}
@@ -51,7 +55,10 @@ class MemoryChunks:
 
 
 class DiskChunks:
-    """Chunks as memory-mapped files of a folder; locks end with the process that holds them."""
+    """Chunks as memory-mapped files of a folder.
+
+    A lock ends with the process that holds it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,20 +75,17 @@ class DiskChunks:
         try:
             if path.stat().st_size == 0:
                 return np.empty(0, dtype=np.uint8)
-            # Copied on write: torch wants memory that it could write to.
+            # Copied on write, as torch asks for memory that it can write to.
             return np.memmap(path, dtype=np.uint8, mode="c")
         except FileNotFoundError:
             return None
 
     def write(self, number: int, parts: Iterable[Any]) -> None:
-        path = self._path(number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.writelines(parts)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            replacing_file(self._path(number), process=os.getpid()) as temporary,
+            open(temporary, "wb") as file,
+        ):
+            file.writelines(parts)
 
     def drop(self, number: int) -> None:
         self._path(number).unlink(missing_ok=True)
@@ -93,7 +97,7 @@ class DiskChunks:
         except Timeout:
             return False
         self._locks[number] = lock
-        # Of a process that was killed: nobody else writes while the lock is held.
+        # Left by a process that was killed: no other writes while the lock is held.
         for left in self.folder.glob(f".{self._path(number).name}.*.tmp"):
             left.unlink(missing_ok=True)
         return True

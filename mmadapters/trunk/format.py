@@ -1,8 +1,8 @@
-"""Bytes of a cache: values of an example, and files of arrays with a checksum. No pickle.
+"""The bytes of a cache: packed values of an example, and files of arrays. No pickle is used.
 
-A file is `MAGIC`, the length of its header and the header's CRC-32 (two 32-bit numbers, little
-endian), the header (JSON: what the arrays are and where they lie, the size and the CRC-32 of all of
-them), and from the next multiple of 64 bytes on the arrays.
+A file begins with `MAGIC`, the length of its header and the header's CRC-32 (two 32-bit numbers,
+little endian). The header follows as JSON: types, shapes and places of the arrays, and the size and
+the CRC-32 of all of them together. The arrays begin at the next multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ _KINDS = {
 
 
 class Damaged(ValueError):
-    """Bytes that are not what was written; the message says in what."""
+    """The bytes differ from those that were written; the message says how."""
 
 
 def pack(value: Any) -> bytes:
-    """A value as bytes: dicts with names, lists, tuples, text, numbers, None, tensors and arrays.
+    """Returns a value as bytes.
 
-    Of a tensor on the "meta" device its shape and type are kept, which is all that it has.
+    The value may consist of dicts with text as keys, lists, tuples, text, numbers, None, tensors
+    and arrays. A tensor on the "meta" device is kept as its shape and type.
 
     Raises:
-        ValueError: something else is in it.
+        ValueError: the value holds an object of another type.
     """
     blobs: list[memoryview] = []
     head = json.dumps(_described(value, blobs), ensure_ascii=False).encode()
@@ -47,7 +48,7 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: Any) -> Any:
-    """What `pack` made into bytes; tensors are copies."""
+    """Returns the value that `pack` turned into these bytes; its tensors are copies."""
     view = memoryview(data)
     (length,) = struct.unpack_from("<I", view)
     start = 4 + length
@@ -97,12 +98,15 @@ def _restored(value: Any, data: memoryview) -> Any:
     size = int(np.prod(shape, dtype=np.int64)) * _KINDS[kept].itemsize
     if not size:
         return torch.empty(shape, dtype=_KINDS[name])
-    found = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=_KINDS[kept])
-    return found.reshape(shape).to(_KINDS[name])
+    flat = torch.frombuffer(bytearray(data[offset : offset + size]), dtype=_KINDS[kept])
+    return flat.reshape(shape).to(_KINDS[name])
 
 
 def _narrow(value: Tensor) -> Tensor:
-    """Many whole numbers of 64 bits (a mask's classes) in as few bits as hold them."""
+    """Returns many 64-bit integers (the classes of a mask) in the smallest type that holds them.
+
+    A few of them, and values of other types, are returned unchanged.
+    """
     if value.dtype != torch.int64 or value.numel() < 256:
         return value
     low, high = (int(bound) for bound in value.aminmax())
@@ -118,12 +122,12 @@ def _name(dtype: torch.dtype) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    # A single number may have any stride, which a view in bytes may not.
+    # A tensor with a single number may have any stride, but a view as bytes needs stride 1.
     return memoryview(flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data)
 
 
 def file_parts(about: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Iterator[Any]:
-    """A file of arrays, piece by piece; `about` is told by `open_file` again."""
+    """Yields the pieces of a file of arrays; `open_file` returns `about` (JSON-ready) again."""
     places: dict[str, Any] = {}
     pieces: list[Any] = []
     size = crc = 0
@@ -142,17 +146,18 @@ def file_parts(about: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Iterat
 
 
 def open_file(data: np.ndarray, *, verify: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `file_parts` gave, as `about` and arrays that are parts of `data`, (bytes,) uint8.
+    """Returns the `about` and the arrays of a file that `file_parts` made.
 
     Args:
-        verify: read everything and compare it with its checksum.
+        data: (bytes,) uint8, the file; the arrays are parts of its memory.
+        verify: reads everything and compares it with the checksum.
 
     Raises:
-        Damaged: it is another file, is cut off, or was changed.
+        Damaged: this is another kind of file, or it was cut off or changed.
     """
     first = len(MAGIC) + _LENGTHS.size
     if len(data) < first or bytes(data[: len(MAGIC)]) != MAGIC:
-        raise Damaged("it is no file of a cache")
+        raise Damaged("it is not a file of a cache")
     length, crc = _LENGTHS.unpack(bytes(data[len(MAGIC) : first]))
     text = bytes(data[first : first + length])
     if len(text) != length or zlib.crc32(text) != crc:

@@ -1,8 +1,8 @@
 """`FrozenTrunk`: the part of an encoder below its first adapted block, computed once.
 
-Below that block nothing changes from one epoch to the next. `capture` computes what passes through
-there, as tensors that can be stored, and inside `resume` a pass starts from them: patch embedding,
-convolutional front end and lower blocks are not run.
+Below that block nothing changes from one epoch to the next. `capture` returns the states there as
+tensors that can be stored. Inside `resume` a pass starts from them: patch embedding, convolutional
+front end and lower blocks are not run.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ..composition import Setup, parse
-from ..injectors import intercept
 from ..injectors.calls import tensors_in
-from ..injectors.installer import Plan
-from ..injectors.intercept import Capturing, Enough, Kept, Resuming, States
+from ..injectors.plan import Plan
 from ..plans.build import block_of
 from ..sites.sitemap import Tower
-from .record import Recording, Seen, reads_layers
+from .record import RecordPass, TowerRecord, reads_layers
+from .resume import AllStatesKept, CapturePass, ResumePass, ResumePoint, States, nan_filled
 
 if TYPE_CHECKING:
     from ..model.model import AdapterModel
 
 __all__ = ["FrozenTrunk", "States", "TowerTrunk", "placeholder"]
 
-_DRAWS = (
+_RANDOM = (
     "its {module} is in train mode, where dropout and the like draw anew in every pass; keep the "
     "frozen encoder in eval mode (train_trunk=False)"
 )
@@ -38,11 +37,14 @@ _DRAWS = (
 
 @dataclass(frozen=True)
 class TowerTrunk:
-    """What of a tower is kept.
+    """Says which states of a tower are kept.
 
-    block: k; blocks 0 to k-1 do not run when resumed. len(blocks): none does.
-    layers: the blocks whose outputs are kept, ascending; -1 is what enters block 0. The last one is
-        k-1, the others are those that something above reads.
+    Attributes:
+        tower: its name.
+        block: k, the first block that runs when the tower is resumed: blocks 0 to k-1 do not run.
+            If k is the number of blocks, none runs.
+        layers: the blocks whose outputs are kept, ascending; -1 is the input of block 0. The last
+            one is k-1; the others are those that something above reads.
     """
 
     tower: str
@@ -51,25 +53,26 @@ class TowerTrunk:
 
 
 class FrozenTrunk:
-    """How the passes of a model can start above what is frozen.
+    """The frozen lower part of an encoder, above which the passes of a model can start.
 
-    It holds for what acted when it was made, for the model's modes and dtype and for that kind of
-    pass. Of a tower that is resumed, what is not kept is NaN wherever something reads it.
+    It is valid for the adapters that were active when it was made, for the model's modes and dtype
+    and for that kind of pass. In a tower that is resumed, every state that is not kept is NaN.
 
     Attributes:
-        towers: what can be kept; may be empty.
-        skipped: by tower, a sentence's end that says why nothing of it is kept.
+        model: the model with the encoder.
+        towers: the towers of which states can be kept; may be empty.
+        skipped: by tower of which no state is kept, the reason, as the end of a sentence.
     """
 
     def __init__(
-        self, model: AdapterModel, kept: Mapping[str, Kept], skipped: Mapping[str, str]
+        self, model: AdapterModel, points: Mapping[str, ResumePoint], *, skipped: Mapping[str, str]
     ) -> None:
         self.model = model
-        self.towers = tuple(TowerTrunk(k.tower.name, k.block, k.layers) for k in kept.values())
+        self.towers = tuple(TowerTrunk(p.tower.name, p.block, p.layers) for p in points.values())
         self.skipped = dict(skipped)
-        self._kept = dict(kept)
+        self._points = dict(points)
         # Used again: torch.compile compiles anew for another object.
-        self._idle: list[Resuming] = []
+        self._idle: list[ResumePass] = []
 
     @classmethod
     def of(
@@ -79,87 +82,95 @@ class FrozenTrunk:
         *,
         setups: Iterable[Setup] = (),
     ) -> FrozenTrunk:
-        """What can be kept for what is active now, in this thread.
+        """Finds the states that can be kept while the adapters of this thread are active.
 
-        Of `train_adapter(drop=(least, most))` the least is taken.
+        For `train_adapter(drop=(least, most))` the least number of dropped blocks counts.
 
         Args:
-            run: a pass on one real batch; called once, its result is looked at while this runs.
-            setups: what else will act in passes that are resumed.
+            run: a pass on one real batch. It is called once, and its result is held meanwhile.
+            setups: other compositions that will be active in resumed passes.
         """
-        runtime = model._runtime
+        runtime = model.store.runtime
         plans = _plans(model, setups)
-        recording = Recording.of(runtime)
+        recorded = RecordPass.of(runtime)
         depths = {name: len(tower.blocks) for name, tower in runtime.sites.towers.items()}
         outside = _outside_of_blocks(model)
         grad = any(parameter.requires_grad for _, parameter in outside)
         with (
-            intercept.passing(runtime, recording, depths, depths),
+            runtime.interceptors.passing(recorded, depths, depths),
             torch.set_grad_enabled(grad),
         ):
             result = run()
-            recording.forget()
-        kept: dict[str, Kept] = {}
+            recorded.forget()
+        points: dict[str, ResumePoint] = {}
         skipped: dict[str, str] = {}
-        for name, seen in recording.seen.items():
-            reason = _reason(model, seen)
-            block = _first_block(plans, seen)
+        for name, record in recorded.records.items():
+            reason = _reason(model, record)
+            block = _first_block(plans, record)
             if reason is None and block < 0:
                 reason = "adapters act on its convolutional front end"
             if reason is not None:
                 skipped[name] = reason
                 continue
-            reads = set(recording.reads(plans[0], name, block))
-            if any(reads_layers(plan, seen.tower) for plan in plans[1:]):
-                # Which layers the readouts of other setups read is not seen in this pass.
+            reads = set(recorded.reads(plans[0], name, block))
+            if any(reads_layers(plan, record.tower) for plan in plans[1:]):
+                # This pass does not show which layers the readouts of other setups read.
                 reads.update(range(-1, block))
             layers = (*sorted(layer for layer in reads if layer < block - 1), block - 1)
-            dtypes = {layer: seen.dtypes[layer] for layer in layers}
-            kept[name] = Kept(seen.tower, block, layers, dtypes, seen.forms, seen.stem)
+            dtypes = {layer: record.dtypes[layer] for layer in layers}
+            points[name] = ResumePoint(
+                tower=record.tower,
+                block=block,
+                layers=layers,
+                dtypes=dtypes,
+                outputs=record.outputs,
+                stem=record.stem,
+            )
         del result
-        return cls(model, kept, skipped)
+        return cls(model, points, skipped=skipped)
 
     def capture(self, run: Callable[[], Any]) -> States:
-        """The states of `run`'s pass, (B, N, D) by tower and layer; no gradients, and nothing above
-        them is computed.
+        """Returns the states of `run`'s pass, (B, N, D) by tower and layer.
+
+        There are no gradients, and nothing above the states is computed.
 
         Raises:
-            ValueError: a tower does not run in it.
+            ValueError: a tower does not run in the pass.
         """
-        if not self._kept:
+        if not self._points:
             return {}
-        capturing = Capturing(self._kept)
-        depths = {name: len(kept.tower.blocks) for name, kept in self._kept.items()}
-        entered = [name for name, kept in self._kept.items() if -1 in kept.layers]
-        local = self.model._runtime.local
+        capture = CapturePass(self._points)
+        depths = {name: len(point.tower.blocks) for name, point in self._points.items()}
+        entered = [name for name, point in self._points.items() if -1 in point.layers]
+        runtime = self.model.store.runtime
         with (
-            intercept.passing(self.model._runtime, capturing, depths, entered),
+            runtime.interceptors.passing(capture, depths, entered),
             torch.no_grad(),
-            contextlib.suppress(Enough),
+            contextlib.suppress(AllStatesKept),
         ):
             run()
-        local.states.clear()
-        for name, kept in self._kept.items():
-            if any((name, layer) not in capturing.states for layer in kept.layers):
+        runtime.local.states.clear()
+        for name, point in self._points.items():
+            if any((name, layer) not in capture.states for layer in point.layers):
                 raise ValueError(
-                    f"tower {name!r} did not run as far as block {kept.block - 1} in this pass, "
+                    f"tower {name!r} did not run as far as block {point.block - 1} in this pass, "
                     "unlike in the one that FrozenTrunk.of has seen"
                 )
-        return capturing.states
+        return capture.states
 
     @contextlib.contextmanager
     def resume(self, states: Mapping[tuple[str, int], Tensor]) -> Iterator[None]:
-        """Inside the block, in this thread alone, passes start from `states`, of the same batch.
+        """Inside the block, in this thread alone, passes start from `states` of the same batch.
 
-        Inputs of the modules that do not run are looked at for their shape only; see `placeholder`.
+        Modules that do not run use the shape of their inputs only; see `placeholder`.
 
         Raises:
-            ValueError: a state is missing, or something acts below the block by now; and in the
+            ValueError: a state is missing, or an adapter acts below the block by now; and in the
                 pass, if the states have another shape than the batch asks for.
         """
         self._check_states(states)
         self._check_active()
-        passing = self._idle.pop() if self._idle else Resuming(self._kept)
+        passing = self._idle.pop() if self._idle else ResumePass(self._points)
         passing.states = states
         try:
             with self._entered(passing):
@@ -168,28 +179,28 @@ class FrozenTrunk:
             passing.states = {}
             self._idle.append(passing)
 
-    def _entered(self, passing: Resuming) -> contextlib.AbstractContextManager[None]:
-        blocks = {name: kept.block for name, kept in passing.kept.items()}
-        entered = [name for name, kept in passing.kept.items() if -1 in kept.layers]
-        return intercept.passing(self.model._runtime, passing, blocks, entered)
+    def _entered(self, passing: ResumePass) -> contextlib.AbstractContextManager[None]:
+        blocks = {name: point.block for name, point in passing.points.items()}
+        entered = [name for name, point in passing.points.items() if -1 in point.layers]
+        return self.model.store.runtime.interceptors.passing(passing, blocks, entered)
 
     def _check_states(self, states: Mapping[tuple[str, int], Tensor]) -> None:
-        for name, kept in self._kept.items():
-            for layer in kept.layers:
+        for name, point in self._points.items():
+            for layer in point.layers:
                 if (name, layer) not in states:
                     raise ValueError(
                         f"there is no state of layer {layer} of tower {name!r}; it needs those of "
-                        f"{', '.join(map(str, kept.layers))}"
+                        f"{', '.join(map(str, point.layers))}"
                     )
 
     def _check_active(self) -> None:
         for plan in _plans(self.model):
-            for name, kept in self._kept.items():
-                block = _lowest(plan, kept.tower)
-                if block < kept.block:
+            for name, point in self._points.items():
+                block = _lowest(plan, point.tower)
+                if block < point.block:
                     raise ValueError(
                         f"adapters act at block {block} of tower {name!r} now, and its states were "
-                        f"kept to start at block {kept.block}: make a FrozenTrunk of what is "
+                        f"kept to start at block {point.block}: make a FrozenTrunk of what is "
                         "active"
                     )
 
@@ -200,29 +211,31 @@ class FrozenTrunk:
         resumed: Callable[[], Any] | None = None,
         tolerance: float = 1e-5,
     ) -> None:
-        """Compares what `run` gives plainly with what it gives resumed.
+        """Compares the result of `run` in a plain pass with its result in a resumed pass.
 
-        Call it with what runs around the encoder in eval mode too: `run` is called several times.
+        Call it while the modules around the encoder are in eval mode too: `run` is called several
+        times.
 
         Args:
-            resumed: what runs in the place of `run` when resumed, e.g. on placeholders.
+            resumed: is called instead of `run` in the resumed pass, e.g. on placeholders.
             tolerance: the largest difference, relative to the largest number of each tensor.
 
         Raises:
-            ValueError: a tensor differs; names the tower that is at fault.
+            ValueError: a tensor differs; names the tower that causes it.
         """
         with torch.no_grad():
-            with _same_draws(self.model):
+            with _same_randomness(self.model):
                 plain = list(tensors_in(run()))
             states = self.capture(run)
-            for name, kept in self._kept.items():
-                with _same_draws(self.model), self._entered(Resuming({name: kept}, states)):
+            for name, point in self._points.items():
+                alone = ResumePass({name: point}, states)
+                with _same_randomness(self.model), self._entered(alone):
                     again = list(tensors_in(run()))
                 self._compare(plain, again, f"tower {name!r}", tolerance)
             if resumed is not None:
-                with _same_draws(self.model), self.resume(states):
+                with _same_randomness(self.model), self.resume(states):
                     again = list(tensors_in(resumed()))
-                what = f"what resumes {' and '.join(map(repr, self._kept))}"
+                what = f"what resumes {' and '.join(map(repr, self._points))}"
                 self._compare(plain, again, what, tolerance)
 
     def _compare(
@@ -244,12 +257,15 @@ class FrozenTrunk:
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights and buffers that the kept states depend on, merged adapters
-        included: of all that is frozen in the encoder but the blocks that run when resumed."""
+        """Returns the SHA-256 of the weights and buffers on which the kept states depend.
+
+        It covers all frozen tensors of the encoder, merged adapters included, except those of
+        blocks that run when resumed.
+        """
         above = {
             id(tensor)
-            for kept in self._kept.values()
-            for block in kept.tower.blocks[kept.block :]
+            for point in self._points.values()
+            for block in point.tower.blocks[point.block :]
             for tensor in (*block.module.parameters(), *block.module.buffers())
         }
         digest = hashlib.sha256()
@@ -268,89 +284,99 @@ def placeholder(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """What stands for images or waveforms of `shape` in a resumed pass: NaN (0 of whole numbers)
-    everywhere, in the memory of one number."""
-    return intercept.void(shape, dtype=dtype, device=torch.device(device))
+    """Returns a tensor that replaces images or waveforms of `shape` in a resumed pass.
+
+    It is NaN everywhere (0 if the dtype has no NaN) and takes the memory of one number.
+    """
+    return nan_filled(shape, dtype=dtype, device=torch.device(device))
 
 
 def _plans(model: AdapterModel, setups: Iterable[Setup] = ()) -> list[Plan]:
-    """What may act in a pass of this thread, and with `setups`."""
-    runtime = model._runtime
+    """Returns the plans of what acts in this thread and of each of `setups`."""
+    runtime = model.store.runtime
     plans = [runtime.plan()]
-    drop = model._drop
-    if runtime.local.plan is None and model._random_drop is not None:
-        drop = model._random_drop[0]
-        plans = [model._plan(model._composition, drop)]
-    return plans + [model._plan(parse(setup), drop) for setup in setups]
+    drop = model.store.drop
+    if runtime.local.plan is None and model.store.random_drop is not None:
+        drop = model.store.random_drop[0]
+        plans = [model.store.plan(model.store.composition, drop)]
+    return plans + [model.store.plan(parse(setup), drop) for setup in setups]
 
 
 def _lowest(plan: Plan, tower: Tower) -> int:
-    """The first block of a tower at which something acts; -1 if it acts before all blocks, their
-    number if at none of them."""
+    """Returns the first block of a tower at which an adapter acts.
+
+    That is -1 if one acts before all blocks, and the number of blocks if none acts at a block.
+    """
     names, front = set(tower.site_names()), {layer.name for layer in tower.front}
     depth = len(tower.blocks)
-    found = [
+    blocks = [
         -1 if site in front else block_of(site)
         for kind, site, _ in plan.entries()
         if kind != "readout" and site in names
     ]
-    return int(min([depth, *found, plan.starts.get(tower.name, depth)]))
+    return int(min([depth, *blocks, plan.starts.get(tower.name, depth)]))
 
 
-def _first_block(plans: Iterable[Plan], seen: Seen) -> int:
-    """The first block that must run: something acts there, it is trained, or nothing but the pass
-    itself says what enters it."""
+def _first_block(plans: Iterable[Plan], record: TowerRecord) -> int:
+    """Returns the first block that must run.
+
+    An adapter acts there, or it is trained, or its input is known from the pass itself only.
+    """
     trained = (
         block.index
-        for block in seen.tower.blocks
+        for block in record.tower.blocks
         if any(parameter.requires_grad for parameter in block.module.parameters())
     )
-    bounds = [_lowest(plan, seen.tower) for plan in plans]
-    bounds.append(next(trained, len(seen.tower.blocks)))
-    bounds.append(max(seen.order, default=0) + 1)
-    if seen.bound is not None:
-        bounds.append(seen.bound)
+    bounds = [_lowest(plan, record.tower) for plan in plans]
+    bounds.append(next(trained, len(record.tower.blocks)))
+    bounds.append(max(record.order, default=0) + 1)
+    if record.bound is not None:
+        bounds.append(record.bound)
     return min(bounds)
 
 
-def _reason(model: AdapterModel, seen: Seen) -> str | None:
-    """Why nothing of a tower can be kept, whatever acts; None if it can be."""
-    tower = seen.tower
-    if not seen.order:
+def _reason(model: AdapterModel, record: TowerRecord) -> str | None:
+    """Returns why no state of a tower can be kept, whatever acts, or None if states can be kept."""
+    tower = record.tower
+    if not record.order:
         return "it did not run in this pass"
-    if seen.order.count(seen.order[0]) > 1:
-        return f"it ran {seen.order.count(seen.order[0])} times in one pass"
+    if record.order.count(record.order[0]) > 1:
+        return f"it ran {record.order.count(record.order[0])} times in one pass"
     if tower.crossed:
-        return "its blocks look at another tower"
-    if seen.turns is not None:
-        return f"it takes turns with tower {seen.turns!r}"
-    if seen.order != list(range(len(seen.order))):
+        return "its blocks attend to another tower"
+    if record.turns is not None:
+        return f"it takes turns with tower {record.turns!r}"
+    if record.order != list(range(len(record.order))):
         return "its blocks did not run one after another"
-    if seen.handed is not None:
+    if record.handed is not None:
         return (
-            f"its block {seen.handed} hands more than one tensor on to the next one (position "
+            f"its block {record.handed} hands more than one tensor on to the next one (position "
             "biases, attention scores)"
         )
     for name, parameter in _outside_of_blocks(model):
-        stem = any(parameter is own for part in tower.stem for own in part.module.parameters())
+        stem = any(parameter is other for part in tower.stem for other in part.module.parameters())
         if stem and parameter.requires_grad:
             return f"{name}, before its blocks, is trained"
-    if seen.trained:
+    if record.trained:
         return "what enters its first block is trained"
-    return _drawing(model)
+    return _randomness(model)
 
 
-def _drawing(model: AdapterModel) -> str | None:
-    """Modules outside of blocks count too: LayerDrop and SpecAugment are of what runs them."""
+def _randomness(model: AdapterModel) -> str | None:
+    """Returns why passes of the encoder are random, or None if they are not.
+
+    Modules outside of blocks count too: those that run the blocks apply LayerDrop and SpecAugment.
+    """
     if model.train_trunk:
-        return _DRAWS.format(module="encoder")
+        return _RANDOM.format(module="encoder")
     for name, module in model.backbone.named_modules():
         if module.training:
-            return _DRAWS.format(module=repr(name) if name else "encoder")
+            return _RANDOM.format(module=repr(name) if name else "encoder")
     return None
 
 
 def _outside_of_blocks(model: AdapterModel) -> list[tuple[str, nn.Parameter]]:
+    """Returns the encoder's parameters outside of blocks, with their names."""
     inside = {
         id(parameter) for block in model.sites.blocks() for parameter in block.module.parameters()
     }
@@ -358,15 +384,15 @@ def _outside_of_blocks(model: AdapterModel) -> list[tuple[str, nn.Parameter]]:
 
 
 @contextlib.contextmanager
-def _same_draws(model: AdapterModel) -> Iterator[None]:
-    """Inside the block random numbers are drawn from where they stand now, and then again."""
+def _same_randomness(model: AdapterModel) -> Iterator[None]:
+    """Restores the random state after the block, so that the next one draws the same numbers."""
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
         yield
 
 
 def _distance(plain: Tensor, again: Tensor) -> float:
-    """The largest difference, relative to the largest number where that is above 1."""
+    """Returns the largest difference, relative to the largest number if that is above 1."""
     if not plain.numel():
         return 0.0
     if not plain.is_floating_point():

@@ -1,10 +1,10 @@
-"""States of a frozen encoder that are computed once: a store for them, in memory or on disk.
+"""`TrunkStore` keeps the states of a frozen trunk, in memory or on disk.
 
 A store has a place for every record in every view. It keeps a record's states (those that a
-`FrozenTrunk` captured, each (N, D) with an N of its own) and whatever else of it is needed later.
-Records lie in chunks, the unit in which a store is filled, checked, locked and made anew: on disk a
-file each, written under a temporary name and renamed. So an interrupted filling goes on where it
-stopped, and several processes fill and read one store.
+`FrozenTrunk` captured, each (N, D) with an N of its own) and everything else of the record that is
+needed later. Places are grouped in chunks. A chunk is filled, checked, locked and made anew as a
+whole; on disk it is a file that is written under a temporary name and renamed. So an interrupted
+filling continues where it stopped, and several processes can fill and read one store.
 
 Shape legend: B rows of a batch, N tokens, D width.
 """
@@ -36,9 +36,12 @@ CHUNK_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Part:
-    """One row of a tower's batch: by layer its states, each (N, D) of its own N tokens.
+    """The states of one row of a tower's batch.
 
-    `key`: equal for rows whose states are equal; such are kept once in a chunk.
+    Attributes:
+        states: by layer, (N, D) with the row's own number of tokens N.
+        key: equal for rows whose states are equal, which a chunk keeps once; None to compare with
+            no other row.
     """
 
     states: Mapping[int, Tensor]
@@ -47,22 +50,29 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept of a record in one view: `rest` as `prefix_format.pack` gives it, and of each
-    tower the rows that the record gives (several texts of an image, say)."""
+    """The data of one record in one view.
+
+    Attributes:
+        rest: everything but the states, as bytes that `format.pack` returned.
+        parts: by tower, the rows of its batch that come from the record (several texts of an
+            image, say).
+    """
 
     rest: bytes
     parts: Mapping[str, Sequence[Part]]
 
 
 class TrunkStore:
-    """Entries of `records` × `views` places.
+    """Keeps the entries of `records` × `views` places.
 
     Args:
-        key: names what is kept; chunks of another key are damaged ones.
-        order: (records × views,) int64, each place (record · views + view) once: those that
+        chunks: the container of the chunks.
+        key: the name of the content; a chunk with another key counts as damaged.
+        views: how many views there are of each record.
+        order: (records × views,) int64, each place (record · views + view) once: places that
             follow each other share a chunk.
-        per_chunk: places of a chunk.
-        dtype: in which states are kept; None: as they are.
+        per_chunk: how many places a chunk has.
+        dtype: the type in which states are kept; None to keep them as they are.
     """
 
     def __init__(
@@ -83,6 +93,7 @@ class TrunkStore:
 
     @classmethod
     def in_memory(cls, *, order: np.ndarray, views: int = 1, **options: Any) -> TrunkStore:
+        """Returns an empty store in the memory of this process."""
         return cls(MemoryChunks(), key="", views=views, order=order, **options)
 
     @classmethod
@@ -96,9 +107,12 @@ class TrunkStore:
         per_chunk: int,
         dtype: torch.dtype | None = None,
     ) -> TrunkStore:
-        """The store of what `description` (JSON-ready) names, in a folder of its own of `root`.
+        """Returns the store with the content that `description` names, in a subfolder of `root`.
 
-        How many places a chunk has is settled by whoever makes the folder.
+        Args:
+            root: the folder of all caches.
+            description: JSON-ready; stores with equal descriptions are the same.
+            per_chunk: how many places a chunk has, unless the folder is there and says otherwise.
 
         Raises:
             ValueError: the folder cannot be made.
@@ -109,7 +123,7 @@ class TrunkStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "about.lock"):
-                per_chunk = _settled(folder / ABOUT, key, whole, per_chunk)
+                per_chunk = _places_per_chunk(folder / ABOUT, key, whole, per_chunk)
         except OSError as error:
             raise ValueError(f"no cache can be kept in {folder}: {error}") from error
         return cls(
@@ -125,23 +139,26 @@ class TrunkStore:
         return {**self.__dict__, "_open": {}}
 
     def __len__(self) -> int:
-        """How many chunks there are."""
+        """Returns the number of chunks."""
         return -(-len(self.order) // self.per_chunk)
 
     def places(self, chunk: int) -> np.ndarray:
-        """(n,) int64 of a chunk: record · views + view."""
+        """Returns the places of a chunk, (n,) int64: record · views + view."""
         return self.order[chunk * self.per_chunk : (chunk + 1) * self.per_chunk]
 
     def missing(self) -> list[int]:
-        """The chunks that are not there."""
+        """Returns the numbers of the chunks that are not there."""
         return [chunk for chunk in range(len(self)) if not self.has(chunk)]
 
     def has(self, chunk: int) -> bool:
+        """Says whether the chunk is there."""
         return chunk in self._open or self.chunks.read(chunk) is not None
 
     def verify(self, chunks: Iterable[int] | None = None) -> list[int]:
-        """Reads chunks (all of them by default), drops those that are damaged, and gives their
-        numbers; one warning tells of them."""
+        """Reads chunks (all by default), drops the damaged ones, and returns their numbers.
+
+        If there are any, it gives one warning.
+        """
         bad: dict[int, str] = {}
         for chunk in range(len(self)) if chunks is None else chunks:
             try:
@@ -164,7 +181,7 @@ class TrunkStore:
         return list(bad)
 
     def claim(self, chunk: int) -> bool:
-        """Whether this process may fill the chunk, which is missing and which no other fills."""
+        """Says whether this process may fill the chunk: it is missing, and no other fills it."""
         if not self.chunks.claim(chunk):
             return False
         if self.chunks.read(chunk) is not None:  # another has just filled it
@@ -173,14 +190,15 @@ class TrunkStore:
         return True
 
     def release(self, chunk: int) -> None:
+        """Lets other processes claim the chunk again."""
         self.chunks.release(chunk)
 
     def put(self, chunk: int, entries: Sequence[Entry]) -> None:
-        """Fills a chunk: an entry for each of its places, in order.
+        """Fills a chunk with an entry for each of its places, in order.
 
         Raises:
-            ValueError: there are too few or too many, or states do not fit into the type in which
-                they are kept.
+            ValueError: there are too few or too many entries, or states do not fit into the type
+                in which they are kept.
         """
         places = self.places(chunk)
         if len(entries) != len(places):
@@ -201,31 +219,34 @@ class TrunkStore:
     def _tower(
         self, tower: str, entries: Sequence[Sequence[Part]], was: dict[str, str]
     ) -> dict[str, Tensor]:
-        """The arrays of a tower: rows of each entry, the states of each row, and where they end."""
-        units: list[Part] = []
+        """Returns the arrays of a tower: rows of each entry, states of each row, and their ends.
+
+        Args:
+            entries: by entry, its rows of the tower's batch.
+            was: is given the type that each layer's states have before they are kept.
+        """
+        kept: list[Part] = []
         numbers: dict[str, int] = {}
         rows: list[int] = []
         for parts in entries:
             for part in parts:
-                number = (
-                    len(units) if part.key is None else numbers.setdefault(part.key, len(units))
-                )
-                if number == len(units):
-                    units.append(part)
+                number = len(kept) if part.key is None else numbers.setdefault(part.key, len(kept))
+                if number == len(kept):
+                    kept.append(part)
                 rows.append(number)
         arrays = {
             f"{tower}/rows": torch.tensor(rows, dtype=torch.int64),
             f"{tower}/rows/ends": _ends(map(len, entries)),
-            f"{tower}/ends": _ends(len(next(iter(unit.states.values()))) for unit in units),
+            f"{tower}/ends": _ends(len(next(iter(part.states.values()))) for part in kept),
         }
-        for layer in units[0].states if units else ():
-            states = torch.cat([unit.states[layer].detach().cpu() for unit in units])
+        for layer in kept[0].states if kept else ():
+            states = torch.cat([part.states[layer].detach().cpu() for part in kept])
             was[f"{tower}/{layer}"] = str(states.dtype).removeprefix("torch.")
             arrays[f"{tower}/states/{layer}"] = _as(self.dtype, states, tower)
         return arrays
 
     def rest(self, record: int, view: int = 0) -> Any:
-        """What else was kept of a record.
+        """Returns everything that was kept of a record besides its states.
 
         Raises:
             KeyError: its chunk is not there.
@@ -238,8 +259,12 @@ class TrunkStore:
     def states(
         self, tower: str, layers: Sequence[int], rows: Sequence[tuple[int, int, int]]
     ) -> dict[int, Tensor]:
-        """By layer the states (B, N, D) of rows (record, view, number of the row of its entry), in
-        the type in which they are kept, zeros behind those that have fewer tokens than others.
+        """Returns by layer the states (B, N, D) of rows, in the type in which they are kept.
+
+        Zeros follow the states of rows that have fewer tokens than others.
+
+        Args:
+            rows: each as (record, view, number of the row in its entry).
 
         Raises:
             KeyError: a chunk is not there.
@@ -249,10 +274,10 @@ class TrunkStore:
             chunk, slot = self._find(record, view)
             _, arrays = self._chunk(chunk)
             first, _ = _span(arrays[f"{tower}/rows/ends"], slot)
-            unit = int(arrays[f"{tower}/rows"][first + part])
-            spans.append((arrays, *_span(arrays[f"{tower}/ends"], unit)))
+            number = int(arrays[f"{tower}/rows"][first + part])
+            spans.append((arrays, *_span(arrays[f"{tower}/ends"], number)))
         tokens = max(stop - start for _, start, stop in spans)
-        found = {}
+        states = {}
         for layer in layers:
             name = f"{tower}/states/{layer}"
             like = spans[0][0][name]
@@ -260,14 +285,14 @@ class TrunkStore:
             for row, (arrays, start, stop) in zip(batch, spans, strict=True):
                 row[: stop - start] = arrays[name][start:stop]
                 row[stop - start :] = 0
-            found[layer] = batch
-        return found
+            states[layer] = batch
+        return states
 
     def captured(self, tower: str, layer: int) -> torch.dtype:
-        """The type that states had before they were kept.
+        """Returns the type that states had before they were kept.
 
         Raises:
-            KeyError: nothing of the tower is kept.
+            KeyError: no state of the tower is kept.
         """
         for chunk in range(len(self)):
             about, _ = self._chunk(chunk)
@@ -277,9 +302,9 @@ class TrunkStore:
 
     @property
     def nbytes(self) -> int:
-        """Of all chunks that are there."""
-        found = (self.chunks.read(chunk) for chunk in range(len(self)))
-        return sum(len(data) for data in found if data is not None)
+        """The size in bytes of all chunks that are there."""
+        chunks = (self.chunks.read(chunk) for chunk in range(len(self)))
+        return sum(len(data) for data in chunks if data is not None)
 
     def _find(self, record: int, view: int) -> tuple[int, int]:
         return divmod(int(self._position[record * self.views + view]), self.per_chunk)
@@ -299,18 +324,21 @@ class TrunkStore:
 
 
 def key_of(description: Mapping[str, Any]) -> str:
-    """A name that is equal for equal descriptions (JSON-ready)."""
+    """Returns a name that is equal for equal descriptions (JSON-ready)."""
     text = json.dumps({**description, "format": FORMAT}, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def chunk_size(entry_bytes: float) -> int:
-    """Places of a chunk whose entries are about so large."""
+    """Returns how many places a chunk has if an entry takes about `entry_bytes`."""
     return min(max(int(CHUNK_BYTES / max(entry_bytes, 1)), 1), 4096)
 
 
-def _settled(path: Path, key: str, description: Mapping[str, Any], per_chunk: int) -> int:
-    """What the folder's `about.json` says of its chunks; written where it is not there."""
+def _places_per_chunk(path: Path, key: str, description: Mapping[str, Any], per_chunk: int) -> int:
+    """Returns how many places a chunk has by the `about.json` at `path`.
+
+    If that file is missing or unreadable, it is written with `per_chunk`.
+    """
     if path.exists():
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
@@ -326,6 +354,7 @@ def _settled(path: Path, key: str, description: Mapping[str, Any], per_chunk: in
 
 
 def _as(dtype: torch.dtype | None, states: Tensor, tower: str) -> Tensor:
+    """Returns states in `dtype`, or raises ValueError if it cannot hold them."""
     if dtype is None or not states.is_floating_point() or states.dtype == dtype:
         return states
     kept = states.to(dtype)
@@ -338,8 +367,10 @@ def _as(dtype: torch.dtype | None, states: Tensor, tower: str) -> Tensor:
 
 
 def _ends(lengths: Iterable[int]) -> Tensor:
+    """Returns where each of several pieces ends that follow each other."""
     return torch.from_numpy(np.cumsum([0, *lengths])[1:].astype(np.int64))
 
 
 def _span(ends: Tensor, number: int) -> tuple[int, int]:
+    """Returns where piece `number` begins and ends."""
     return int(ends[number - 1]) if number else 0, int(ends[number])

@@ -1,15 +1,16 @@
 """Small pretrained encoders that ship with the package: real library classes, no download.
 
-Importing this module imports no library: torch, timm, transformers, open_clip and torchaudio
-are loaded by the encoder that needs them.
+Importing this module imports neither torch nor timm, transformers, open_clip or torchaudio. Each
+encoder imports the library that it needs when it is loaded.
 """
 
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import blip, clip, vit, wav2vec2
 from .files import read_config
 
 if TYPE_CHECKING:
@@ -20,65 +21,67 @@ __all__ = ["NANO", "Nano", "image_transform", "load_nano", "load_tokenizer", "na
 
 @dataclass(frozen=True)
 class Nano:
-    """One shipped encoder: where its files lie and which module builds it.
+    """One shipped encoder: where its files are and which functions load it.
 
     Attributes:
-        folder: beside this file; holds `model.safetensors`, `config.json` and the card.
-        module: has `load(directory, library, **kwargs)` and `verify(directory, data)`.
-        libraries: the libraries whose class it can be; the first is the default.
+        folder: the folder in `weights/` that holds `model.safetensors`, `config.json` and the card.
+        load: builds the encoder, as `load(directory, library, **kwargs)`.
+        libraries: the libraries that have a class for this encoder; the first is the default.
         summary: one line for a listing.
-        options: what both functions of the module take beside.
+        tokenizer: loads the tokenizer, as `tokenizer(directory, library)`; None without text.
     """
 
     folder: str
-    module: str
+    load: "Callable[..., nn.Module]"
     libraries: tuple[str, ...]
     summary: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: Callable[[Path, str], Callable[..., Any]] | None = None
 
     @property
     def directory(self) -> Path:
+        """Returns the folder of the encoder's files."""
         return Path(__file__).parent / "weights" / self.folder
 
 
 NANO: dict[str, Nano] = {
     "nano/vit": Nano(
         folder="vit",
-        module="mmadapters.zoo.vit",
+        load=vit.load,
         libraries=("timm", "hf"),
         summary="ViT, 64×64 in patches of 8, width 224, 8 blocks; trained on photographs",
     ),
     "nano/wav2vec2": Nano(
         folder="wav2vec2",
-        module="mmadapters.zoo.wav2vec2",
+        load=wav2vec2.load,
         libraries=("hf", "torchaudio"),
         summary="wav2vec 2.0, 16 kHz waveform in; trained on synthetic US English",
     ),
     "nano/clip": Nano(
         folder="clip",
-        module="mmadapters.zoo.clip",
+        load=clip.load,
         libraries=("open_clip", "hf"),
         summary="CLIP, 64×64 images, its own BPE; trained on photographs and drawn scenes",
+        tokenizer=clip.load_tokenizer,
     ),
     "nano/blip-retrieval": Nano(
         folder="blip",
-        module="mmadapters.zoo.blip",
+        load=partial(blip.load, kind="retrieval"),
         libraries=("hf",),
         summary="BLIP that embeds and matches, 64×64 images; trained on the same, over nano/vit",
-        options={"kind": "retrieval"},
+        tokenizer=blip.load_tokenizer,
     ),
     "nano/blip-caption": Nano(
         folder="blip",
-        module="mmadapters.zoo.blip",
+        load=partial(blip.load, kind="caption"),
         libraries=("hf",),
         summary="BLIP that writes captions, of the same training",
-        options={"kind": "caption"},
+        tokenizer=blip.load_tokenizer,
     ),
 }
 
 
 def load_nano(name: str, *, library: str | None = None, **kwargs: Any) -> "nn.Module":
-    """A shipped encoder as the real class of a library, in fp32, in eval mode.
+    """Loads a shipped encoder as the real class of a library, in fp32, in eval mode.
 
     | name            | library=             | class                                           |
     |-----------------|----------------------|-------------------------------------------------|
@@ -92,39 +95,49 @@ def load_nano(name: str, *, library: str | None = None, **kwargs: Any) -> "nn.Mo
     | `nano/blip-caption` | `hf`             | `transformers.BlipForConditionalGeneration`     |
 
     Args:
-        kwargs: what the class's constructor or its config takes, over the shipped values
-            (`img_size=128`, `num_classes=10`, `attn_implementation="eager"`, …).
+        name: a key of `NANO`.
+        library: see the table.
+        kwargs: arguments of the class's constructor or of its config. They replace the shipped
+            values (`img_size=128`, `num_classes=10`, `attn_implementation="eager"`, …).
 
     Raises:
-        ValueError: unknown name, or a library in which this encoder does not exist.
+        ValueError: the name is unknown, or the library has no class for this encoder.
     """
     row = _row(name)
-    library = _library(name, row, library)
-    module = importlib.import_module(row.module)
-    return module.load(row.directory, library, **row.options, **kwargs)
+    return row.load(row.directory, _library(name, row, library), **kwargs)
 
 
 def nano_config(name: str) -> dict[str, Any]:
-    """The `config.json` of a shipped encoder: architecture, preprocessing, training, figures."""
+    """Reads the `config.json` of a shipped encoder: architecture, preprocessing, training, figures.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     return read_config(_row(name).directory)
 
 
 def image_transform(name: str, *, size: int | None = None) -> Callable[[Any], "Tensor"]:
-    """What turns a PIL image into the (3, S, S) fp32 input of `nano/vit`, `nano/clip` or a BLIP.
+    """Returns the transform from a PIL image to the encoder's input, (3, S, S) in fp32.
+
+    It is there for `nano/vit`, `nano/clip` and both BLIPs.
 
     Args:
-        size: S in pixels, the encoder's own by default.
+        name: a key of `NANO`.
+        size: S in pixels; the encoder's image size if None.
 
     Raises:
-        ValueError: unknown name, or an encoder that takes no images.
+        ValueError: the name is unknown, or the encoder takes no images.
     """
-    image = _of_config(name, "image")
+    config = nano_config(name)
+    if "image" not in config:
+        raise ValueError(f"{name} takes no images")
+    image = config["image"]
     from torchvision import transforms
 
     size = size or image["size"]
     return transforms.Compose(
         [
-            transforms.Lambda(_rgb),  # not a lambda: workers of a data loader pickle it
+            transforms.Lambda(_rgb),  # a named function, since workers of a data loader pickle it
             transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(size),
             transforms.ToTensor(),
@@ -134,18 +147,20 @@ def image_transform(name: str, *, size: int | None = None) -> Callable[[Any], "T
 
 
 def load_tokenizer(name: str, *, library: str | None = None) -> Callable[..., Any]:
-    """The tokenizer of `nano/clip` and the BLIPs; both kinds give the same ids.
+    """Loads the tokenizer of `nano/clip` or of a BLIP.
 
-    `open_clip` (default of `nano/clip`): `open_clip.tokenizer.HFTokenizer`, texts -> (N, L) int64,
-    padded to the context length. `hf`: `transformers.PreTrainedTokenizerFast`.
+    `open_clip`, the default of `nano/clip`, gives `open_clip.tokenizer.HFTokenizer`, which turns N
+    texts into (N, L) int64, padded to the context length L. `hf` gives
+    `transformers.PreTrainedTokenizerFast`. Both give the same ids.
 
     Raises:
-        ValueError: unknown name, or an encoder that reads no text.
+        ValueError: the name is unknown, the encoder reads no text, or the library has no class for
+            this encoder.
     """
-    _of_config(name, "tokenizer")
     row = _row(name)
-    module = importlib.import_module(row.module)
-    return module.load_tokenizer(row.directory, _library(name, row, library))
+    if row.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer")
+    return row.tokenizer(row.directory, _library(name, row, library))
 
 
 def _rgb(picture: Any) -> Any:
@@ -154,7 +169,9 @@ def _rgb(picture: Any) -> Any:
 
 def _row(name: str) -> Nano:
     if name not in NANO:
-        raise ValueError(f"no encoder {name!r} ships with the package; there are {sorted(NANO)}")
+        raise ValueError(
+            f"no encoder {name!r} ships with the package; there are {', '.join(sorted(NANO))}"
+        )
     return NANO[name]
 
 
@@ -162,12 +179,7 @@ def _library(name: str, row: Nano, library: str | None) -> str:
     if library is None:
         return row.libraries[0]
     if library not in row.libraries:
-        raise ValueError(f"{name} does not exist in {library!r}, only in {row.libraries}")
+        raise ValueError(
+            f"{name} does not exist in {library!r}, only in {', '.join(row.libraries)}"
+        )
     return library
-
-
-def _of_config(name: str, key: str) -> dict[str, Any]:
-    config = nano_config(name)
-    if key not in config:
-        raise ValueError(f"{name} has no {key}")
-    return config[key]

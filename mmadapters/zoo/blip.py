@@ -1,20 +1,14 @@
-"""`nano/blip-retrieval` and `nano/blip-caption`: BLIP of transformers in two classes, its check.
+"""`nano/blip-retrieval` and `nano/blip-caption`: one BLIP as two classes of transformers.
 
-One file holds what both share: the vision blocks that differ from `nano/vit`'s, a text encoder, and
-of the decoder what is not the encoder's. The tokenizer is `nano/clip`'s.
-
-Shape legend: N images or texts, T image tokens, D width, L tokens of a text.
+One file holds the weights of both: the vision blocks that differ from those of `nano/vit`, the
+text encoder, and those weights of the decoder that the text encoder does not have. The tokenizer is
+that of `nano/clip`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from mmadapters.tasks.data.synthetic import scenes
-from mmadapters.tasks.zoo import photos
-from mmadapters.tasks.zoo.figure import Figure
 
 from . import clip
 from .files import read_config, read_weights
@@ -23,31 +17,34 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import BlipConfig, PreTrainedTokenizerFast
 
-VIT, CLIP = (Path(__file__).parent / name for name in ("vit", "clip"))
+VIT, CLIP = (Path(__file__).parent / "weights" / name for name in ("vit", "clip"))
 CLASSES = {
     "retrieval": "BlipForImageTextRetrieval",
     "caption": "BlipForConditionalGeneration",
 }
-GALLERY = 1_000  # drawn scenes among which one is retrieved, and which are described
-RERANKED = 16  # images of a text that are matched with it
-WORDINGS = 5  # reference captions of a scene
-MATCHING = ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")  # beside the vision tower
+# Names of the weights that matching needs in addition to the vision tower.
+MATCHING = ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
 
 
 def load(directory: Path, library: str, *, kind: str, **kwargs: Any) -> nn.Module:
-    """The encoder of a directory as the class of `kind` ("retrieval" or "caption")."""
+    """Loads the encoder of a directory as the class of `kind` ("retrieval" or "caption").
+
+    Args:
+        library: "hf", the only one.
+        kwargs: fields of `BlipConfig`.
+    """
     return build(read_config(directory)["architecture"], read_weights(directory), kind, **kwargs)
 
 
 def load_tokenizer(directory: Path, library: str) -> PreTrainedTokenizerFast:
-    """`nano/clip`'s; [DEC] and [ENC] follow its last id."""
+    """Loads the tokenizer of `nano/clip`; the ids of [DEC] and [ENC] follow its last id."""
     return clip.load_tokenizer(CLIP, library)  # type: ignore[return-value]
 
 
 def build(
     architecture: dict[str, Any], weights: dict[str, Tensor], kind: str, **kwargs: Any
 ) -> nn.Module:
-    """The class of `kind` with `weights` as a file holds them."""
+    """Builds the class of `kind` from a config's architecture and the weights of a file."""
     import transformers
 
     from .huggingface import from_tensors
@@ -63,7 +60,7 @@ def build(
 
 
 def config_of(architecture: dict[str, Any], **kwargs: Any) -> BlipConfig:
-    """BLIP's config; [DEC] and [ENC] are the last two ids, [SEP] is the tokenizer's end."""
+    """Returns BLIP's config; [DEC] and [ENC] are the last two ids, [SEP] is the end token."""
     from transformers import BlipConfig
 
     vocabulary = architecture["text_config"]["vocab_size"]
@@ -79,7 +76,7 @@ def config_of(architecture: dict[str, Any], **kwargs: Any) -> BlipConfig:
 
 
 def vision_tensors(vit: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of timm's ViT under the names of BLIP's vision tower; the function is the same."""
+    """Renames the tensors of timm's ViT for BLIP's vision tower, which computes the same."""
     names = {
         "cls_token": "embeddings.class_embedding",
         "pos_embed": "embeddings.position_embedding",
@@ -104,7 +101,7 @@ def vision_tensors(vit: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decoder_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All of the decoder: its own self-attention and output, the rest is the encoder's."""
+    """Returns all tensors of the decoder; all but self-attention and output are the encoder's."""
     decoder = "text_decoder."
     tensors = {
         f"{decoder}bert.{key.removeprefix('text_encoder.')}": value
@@ -119,108 +116,5 @@ def decoder_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_shared(name: str) -> bool:
-    """Whether the decoder's BERT has this parameter from the encoder: all but self-attention."""
+    """Tells whether decoder and text encoder share a parameter: all but self-attention."""
     return ".attention." not in name
-
-
-def drawn(
-    seeds: range, *, size: int, vocabulary: scenes.Vocabulary = scenes.PRETRAINING
-) -> tuple[Tensor, list[list[str]]]:
-    """The first `GALLERY` scenes of `seeds`: pictures (N, 3, S, S) uint8, and `WORDINGS` captions
-    of each."""
-    made = [scenes.make_scene(seed, vocabulary) for seed in seeds[:GALLERY]]
-    captions = [scenes.wordings(scene, vocabulary, range(WORDINGS), of=WORDINGS) for scene in made]
-    return scenes.render(made, vocabulary, size=size)[0], captions
-
-
-def image_tokens(model: Any, pictures: Tensor, *, image: dict[str, Any]) -> Tensor:
-    """(N, 3, S, S) uint8 -> (N, T, D)."""
-    import torch
-
-    with torch.inference_mode():
-        return torch.cat(
-            [
-                model.vision_model(
-                    pixel_values=photos.normalise(batch, image), return_dict=True
-                ).last_hidden_state
-                for batch in pictures.split(250)
-            ]
-        )
-
-
-def recall(model: nn.Module, states: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Text→image R@1 among N images, by embeddings and after matching the best `RERANKED`.
-
-    Args:
-        states: (N, T, D) of `image_tokens`.
-        captions: one of each image.
-    """
-    import torch
-
-    import mmadapters
-    from mmadapters.tasks.encoders.blip import BlipMatcher, BlipTokenizer
-    from mmadapters.tasks.retrieval.metrics import candidates
-
-    matcher = BlipMatcher(mmadapters.init(model))
-    tokenizer = BlipTokenizer(clip.load_tokenizer(CLIP, "hf"), matcher.tokens)
-    with torch.inference_mode():
-        images = torch.nn.functional.normalize(matcher.images_of(states), dim=-1)
-        texts = torch.nn.functional.normalize(matcher.texts(tokenizer(captions)), dim=-1)
-        _, best = candidates(texts, images, RERANKED)
-        tokens = tokenizer.with_image(captions)
-        matched = torch.cat(
-            [
-                matcher.match(
-                    states[some].flatten(0, 1), part.repeat_interleave(some.shape[1], dim=0)
-                )[:, 1].view(some.shape)
-                for some, part in zip(best.split(50), tokens.split(50), strict=True)
-            ]
-        )
-    own = torch.arange(len(texts), device=best.device)
-    first = best.gather(1, matched.argmax(dim=1, keepdim=True))[:, 0]
-    return {
-        "embeddings": (best[:, 0] == own).double().mean().item(),
-        "matching": (first == own).double().mean().item(),
-    }
-
-
-def describe(model: nn.Module, states: Tensor) -> list[str]:
-    """A caption of each image (N, T, D), written greedily."""
-    import torch
-
-    import mmadapters
-    from mmadapters.tasks.encoders.blip import BlipTokenizer
-    from mmadapters.tasks.encoders.blip_captioner import BlipCaptioner
-
-    captioner = BlipCaptioner(mmadapters.init(model))
-    tokenizer = BlipTokenizer(clip.load_tokenizer(CLIP, "hf"), captioner.tokens)
-    start = torch.tensor([captioner.tokens.start])
-    with torch.inference_mode():
-        written = [
-            tokenizer.decode(captioner.generate(part, start, max_tokens=45))
-            for part in states.split(250)
-        ]
-    return [text.strip() for texts in written for text in texts]
-
-
-def caption_score(written: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D, of at most 10."""
-    from mmadapters.tasks.captioning.cider import cider
-
-    found = cider([text.split() for text in written], [[t.split() for t in r] for r in references])
-    return float(found.mean())
-
-
-def verify(directory: Path, data: Path | None, *, kind: str) -> list[Figure]:
-    """Recall among the drawn test scenes ("retrieval"), or CIDEr of their captions ("caption")."""
-    config = read_config(directory)
-    model = load(directory, "hf", kind=kind)
-    pictures, captions = drawn(scenes.TEST_SEEDS, size=config["image"]["size"])
-    states = image_tokens(model, pictures, image=config["image"])
-    if kind == "retrieval":
-        measured = recall(model, states, [texts[0] for texts in captions])
-        found = {"scene_recall": measured["embeddings"], "scene_matching": measured["matching"]}
-    else:
-        found = {"scene_cider": caption_score(describe(model, states), captions)}
-    note = f"{len(pictures)} drawn scenes"
-    return [Figure.of_card(config["figures"][key], value, note) for key, value in found.items()]

@@ -1,16 +1,9 @@
-"""`nano/clip`: `open_clip.CLIP`, the same weights as HF's `CLIPModel`, its tokenizer, its check.
-
-Shape legend: N images or texts, L tokens of a text, E width of the shared space, C classes.
-"""
+"""`nano/clip`: `open_clip.CLIP`, HF's `CLIPModel` with the same weights, and the tokenizer."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from mmadapters.tasks.data.synthetic import scenes
-from mmadapters.tasks.zoo import photos as _photos
-from mmadapters.tasks.zoo.figure import Figure
 
 from ..files import write_text
 from .files import read_config, read_weights
@@ -22,19 +15,10 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 PAD, START, END = "<pad>", "<start>", "<end>"
-TEMPLATES = (
-    "a photo of a {}",
-    "a small photo of a {}",
-    "a blurry photo of the {}",
-    "a close-up photo of a {}",
-    "a picture of the {}",
-    "{}",
-)
-GALLERY = 1_000  # drawn scenes among which one is retrieved; seeds are the first of TEST_SEEDS
 
 
 def load(directory: Path, library: str, **kwargs: Any) -> "nn.Module":
-    """The encoder of a directory as the class of `library` ("open_clip" or "hf")."""
+    """Loads the encoder of a directory as the class of `library` ("open_clip" or "hf")."""
     architecture = read_config(directory)["architecture"]
     weights = read_weights(directory)
     if library == "hf":
@@ -45,9 +29,9 @@ def load(directory: Path, library: str, **kwargs: Any) -> "nn.Module":
 
 
 def build(**architecture: Any) -> "CLIP":
-    """open_clip's network with random weights.
+    """Builds open_clip's network with random weights.
 
-    GELU and LayerNorm's epsilon are HF's; the end token has the highest id, so that open_clip's
+    GELU and LayerNorm's epsilon are those of HF. The end token has the highest id, so open_clip's
     pooling (argmax) and HF's (first end token) read the same position.
     """
     import open_clip
@@ -56,7 +40,7 @@ def build(**architecture: Any) -> "CLIP":
 
 
 def load_tokenizer(directory: Path, library: str) -> Callable[..., Any]:
-    """`PreTrainedTokenizerFast` ("hf") or open_clip's callable over the same file."""
+    """Loads HF's `PreTrainedTokenizerFast` ("hf") or open_clip's `HFTokenizer` from one file."""
     if library == "hf":
         return _hf_tokenizer(directory)
     from open_clip.tokenizer import HFTokenizer
@@ -66,7 +50,7 @@ def load_tokenizer(directory: Path, library: str) -> Callable[..., Any]:
 
 
 def write_tokenizer_config(directory: Path, *, context_length: int) -> None:
-    """Say what `tokenizer.json` is to `AutoTokenizer`, through which open_clip loads it."""
+    """Writes `tokenizer_config.json`, which `AutoTokenizer` needs; open_clip loads through it."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
@@ -171,82 +155,3 @@ def _tower_to_hf(
 def _copy(weights: "dict[str, Tensor]", into: "dict[str, Tensor]", ours: str, theirs: str) -> None:
     for kind in ("weight", "bias"):
         into[f"{theirs}.{kind}"] = weights[f"{ours}.{kind}"]
-
-
-def encode_images(model: "CLIP", images: "Tensor", *, image: dict[str, Any]) -> "Tensor":
-    """Unit vectors (N, E) of (N, 3, S, S) uint8 images."""
-    import torch
-
-    with torch.inference_mode():
-        batches = (_photos.normalise(batch, image) for batch in images.split(500))
-        return torch.cat([model.encode_image(batch, normalize=True) for batch in batches])
-
-
-def class_vectors(
-    model: "CLIP", tokenize: Callable[[list[str]], "Tensor"], names: Sequence[str]
-) -> "Tensor":
-    """Unit vectors (C, E) of the class names, averaged over `TEMPLATES`."""
-    import torch
-    from torch.nn import functional as F
-
-    with torch.inference_mode():
-        vectors = [
-            model.encode_text(tokenize([template.format(name) for name in names]), normalize=True)
-            for template in TEMPLATES
-        ]
-    return F.normalize(torch.stack(vectors).mean(dim=0), dim=-1)
-
-
-def scene_recall(
-    model: "CLIP",
-    tokenize: Callable[[list[str]], "Tensor"],
-    *,
-    image: dict[str, Any],
-    seeds: range = scenes.TEST_SEEDS,
-    vocabulary: scenes.Vocabulary = scenes.PRETRAINING,
-) -> dict[str, float]:
-    """Text→image R@1 and R@5 among the first `GALLERY` drawn scenes of `seeds`, a caption each."""
-    import torch
-
-    device = model.logit_scale.device
-    drawn = [scenes.make_scene(seed, vocabulary) for seed in seeds[:GALLERY]]
-    captions = [scenes.describe(scene, vocabulary) for scene in drawn]
-    pictures, _ = scenes.render(drawn, vocabulary, size=image["size"], device=device)
-    with torch.inference_mode():
-        texts = model.encode_text(tokenize(captions), normalize=True)  # (N, E)
-    scores = texts @ encode_images(model, pictures, image=image).T
-    rank = (scores > scores.diagonal()[:, None]).sum(dim=1)
-    return {f"R@{k}": (rank < k).double().mean().item() for k in (1, 5)}
-
-
-def zero_shot(
-    model: "CLIP",
-    tokenize: Callable[[list[str]], "Tensor"],
-    *,
-    photos: "tuple[Tensor, Tensor]",
-    names: Sequence[str],
-    image: dict[str, Any],
-) -> float:
-    """Top-1 of (images, labels) over the class names alone."""
-    images, labels = photos
-    logits = encode_images(model, images, image=image) @ class_vectors(model, tokenize, names).T
-    return (logits.argmax(dim=1) == labels).double().mean().item()
-
-
-def verify(directory: Path, data: Path | None) -> list[Figure]:
-    """Recall among the drawn test scenes, and zero-shot accuracy where the photographs are."""
-    config = read_config(directory)
-    model, tokenize = load(directory, "open_clip"), load_tokenizer(directory, "open_clip")
-    figures = config["figures"]
-    recall = scene_recall(model, tokenize, image=config["image"])["R@1"]
-    folder = _photos.find_photos(data)
-    top1, note = None, f"no folder {_photos.FOLDER} with photographs in the data folder"
-    if folder is not None:
-        photos = _photos.read_photos(folder, "validation")
-        names = _photos.class_names(folder)
-        top1 = zero_shot(model, tokenize, photos=photos, names=names, image=config["image"])
-        note = f"{len(photos[1])} photographs"
-    return [
-        Figure.of_card(figures["scene_recall"], recall, f"{GALLERY} drawn scenes"),
-        Figure.of_card(figures["zero_shot"], top1, note),
-    ]

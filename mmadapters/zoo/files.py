@@ -1,12 +1,11 @@
-"""The directory of a shipped encoder: fp16 safetensors, `config.json` and a card."""
+"""Reads and writes the directory of a shipped encoder: fp16 weights, `config.json` and a card."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_text
+from ..files import replacing_file, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +14,10 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a directory.
+    """Reads `config.json` from a directory.
 
     Raises:
-        FileNotFoundError: the directory holds none.
+        FileNotFoundError: the directory has no such file.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -27,7 +26,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_weights(directory: Path, *, file: str = WEIGHTS) -> "dict[str, Tensor]":
-    """The tensors of a directory in fp32; integers stay as they are."""
+    """Reads the tensors of a directory, floats as fp32; integers keep their type."""
     from safetensors.torch import load_file
 
     tensors = load_file(directory / file)
@@ -35,7 +34,7 @@ def read_weights(directory: Path, *, file: str = WEIGHTS) -> "dict[str, Tensor]"
 
 
 def write_weights(tensors: "Mapping[str, Tensor]", directory: Path, *, file: str = WEIGHTS) -> None:
-    """Write tensors in fp16, whole or not at all."""
+    """Writes tensors, floats as fp16; the file is complete or absent."""
     import torch
     from safetensors.torch import save_file
 
@@ -43,13 +42,12 @@ def write_weights(tensors: "Mapping[str, Tensor]", directory: Path, *, file: str
         k: t.detach().to("cpu", torch.float16 if t.is_floating_point() else t.dtype).contiguous()
         for k, t in tensors.items()
     }
-    temporary = directory / f".{file}.tmp"
-    save_file(half, temporary)
-    temporary.chmod(0o644)  # safetensors leaves it readable by its owner alone
-    os.replace(temporary, directory / file)
+    with replacing_file(directory / file) as temporary:
+        save_file(half, temporary)
+        temporary.chmod(0o644)  # safetensors makes it readable for its owner only
 
 
 def write_config(config: Mapping[str, Any], directory: Path) -> None:
-    """Write `config.json`."""
+    """Writes `config.json`."""
     text = json.dumps(config, indent=2, ensure_ascii=False)
     write_text(directory / CONFIG, text + "\n")

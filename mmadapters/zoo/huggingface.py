@@ -1,4 +1,4 @@
-"""Loading converted tensors into a class of transformers, whatever its version calls the layers."""
+"""Loads converted tensors into a class of transformers, in every supported version of it."""
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,12 +16,15 @@ def from_tensors(
     tensors: "dict[str, Tensor]",
     **kwargs: Any,
 ) -> M:
-    """A model of `cls` holding exactly `tensors`, named as in the published checkpoints.
+    """Builds a model of `cls` with exactly these tensors, in eval mode.
 
-    `from_pretrained` renames them for the version that is installed; 4.x and 5.x differ.
+    Args:
+        tensors: named as in the published checkpoints. `from_pretrained` renames them for the
+            installed version; 4.x and 5.x differ.
+        kwargs: further arguments of `from_pretrained`.
 
     Raises:
-        RuntimeError: a parameter of the model is not among the tensors, or the reverse.
+        RuntimeError: a parameter of the model has no tensor, or a tensor has no parameter.
     """
     from transformers.utils import logging
 

@@ -1,13 +1,7 @@
-"""`nano/vit`: timm's `VisionTransformer`, the same weights as HF's `ViTModel`, and its check.
-
-Shape legend: N images, L = 1 + patches tokens (class token first), D width, C classes.
-"""
+"""`nano/vit`: timm's `VisionTransformer`, and HF's `ViTModel` with the same weights."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from mmadapters.tasks.zoo import photos
-from mmadapters.tasks.zoo.figure import Figure
 
 from .files import read_config, read_weights
 
@@ -16,11 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import ViTModel
 
-PROBE = "probe.safetensors"
-
 
 def load(directory: Path, library: str, **kwargs: Any) -> "nn.Module":
-    """The encoder of a directory as the class of `library` ("timm" or "hf")."""
+    """Loads the encoder of a directory as the class of `library` ("timm" or "hf")."""
     architecture = read_config(directory)["architecture"]
     if library == "hf":
         return _to_hf(read_weights(directory), architecture, **kwargs)
@@ -28,13 +20,17 @@ def load(directory: Path, library: str, **kwargs: Any) -> "nn.Module":
 
 
 def load_weights(directory: Path, architecture: dict[str, Any]) -> "VisionTransformer":
-    """timm's network with a directory's weights; a head (`num_classes`) stays random."""
+    """Builds timm's network with the weights of a directory; a head (`num_classes`) stays random.
+
+    Raises:
+        RuntimeError: the weights do not fit the architecture.
+    """
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    # drawing 4.9M truncated normals takes longer than all the rest of loading
+    # Initialising 4.9M weights at random takes longer than everything else in loading.
     model = build(weight_init="skip", **architecture)
     weights = read_weights(directory)
-    weights = checkpoint_filter_fn(weights, model)  # resamples the positions for another img_size
+    weights = checkpoint_filter_fn(weights, model)  # resamples positions for another img_size
     result = model.load_state_dict(weights, strict=False)
     missing = [name for name in result.missing_keys if not name.startswith("head.")]
     if missing or result.unexpected_keys:
@@ -43,10 +39,10 @@ def load_weights(directory: Path, architecture: dict[str, Any]) -> "VisionTransf
 
 
 def build(**architecture: Any) -> "VisionTransformer":
-    """timm's network with random weights.
+    """Builds timm's network with random weights.
 
-    The final norm stands before pooling (`final_norm`, no `fc_norm`) and there is a class token,
-    as in HF's `ViTModel`; the mean of the patch tokens is what was trained.
+    As in HF's `ViTModel`, the final norm is before pooling (`final_norm`, no `fc_norm`) and there
+    is a class token. Training used the mean of the patch tokens.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -102,32 +98,3 @@ _HF_PARTS = {
 def _copy(weights: "dict[str, Tensor]", into: "dict[str, Tensor]", ours: str, theirs: str) -> None:
     for kind in ("weight", "bias"):
         into[f"{theirs}.{kind}"] = weights[f"{ours}.{kind}"]
-
-
-def pooled(model: "VisionTransformer", images: "Tensor", *, image: dict[str, Any]) -> "Tensor":
-    """Frozen features (N, D) of (N, 3, S, S) uint8 images: the mean of the patch tokens."""
-    import torch
-
-    features = []
-    with torch.inference_mode():
-        for batch in images.split(500):
-            tokens = model.forward_features(photos.normalise(batch, image))  # (N, L, D)
-            features.append(tokens[:, 1:].mean(dim=1))
-    return torch.cat(features)
-
-
-def verify(directory: Path, data: Path | None) -> list[Figure]:
-    """Apply the shipped probe to the shipped encoder's features of the validation photographs."""
-    config = read_config(directory)
-    claimed = config["figures"]["linear_probe"]
-    folder = photos.find_photos(data)
-    measured, note = None, f"no folder {photos.FOLDER} with photographs in the data folder"
-    if folder is not None:
-        images, labels = photos.read_photos(folder, "validation")
-        probe = read_weights(directory, file=PROBE)
-        features = pooled(
-            load_weights(directory, config["architecture"]), images, image=config["image"]
-        )
-        predicted = (features @ probe["weight"].T + probe["bias"]).argmax(dim=1)
-        measured, note = (predicted == labels).double().mean().item(), f"{len(labels)} photographs"
-    return [Figure.of_card(claimed, measured, note)]

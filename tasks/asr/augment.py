@@ -1,4 +1,4 @@
-"""Random changes to training utterances; drawn from torch's global random state."""
+"""Random changes of training utterances. They are drawn from torch's global random state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STEPS = 20  # speeds in twentieths: resampling is exact and fast for small rati
 
 
 def augmented(wave: Tensor, config: AugmentConfig, *, rate: int) -> Tensor:
-    """(T,) -> (T',): speed, noise and level, as far as the config says."""
+    """Changes speed, noise and level of an utterance, (T,) -> (T',), as the config says."""
     low, high = config.speed
     if high > low or low != 1.0:
         factor = low + (high - low) * float(torch.rand(()))
@@ -25,7 +25,7 @@ def augmented(wave: Tensor, config: AugmentConfig, *, rate: int) -> Tensor:
 
 
 def faster(wave: Tensor, numerator: int, denominator: int) -> Tensor:
-    """Played `numerator / denominator` times as fast."""
+    """Returns the wave (T,) as it is when played `numerator / denominator` times as fast."""
     if numerator == denominator:
         return wave
     import torchaudio

@@ -1,4 +1,4 @@
-"""What a speech-recognition config may say."""
+"""The config of `task: asr`, speech recognition."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from ..config.schema import DataConfig, JobConfig, Section
 
 class HeadConfig(Section):
     init: Literal["fresh", "backbone"] = "fresh"
-    """A new output layer over the characters of the training text, or the encoder's own CTC head
-    with its own characters (nano/wav2vec2, hf/…-ctc and hub models with one, torchaudio's ASR
-    bundles)."""
+    """fresh: a new output layer over the characters of the training text; backbone: a copy of the
+    encoder's own CTC head, with its own characters (nano/wav2vec2, hf/…-ctc and hub models with
+    one, torchaudio's ASR bundles)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Before the output layer."""
+    """The dropout probability before the output layer, from 0 to below 1."""
 
 
 class TextConfig(Section):
     lowercase: bool = True
-    """Case does not count."""
+    """Put all text into lower case, so that case does not count."""
     punctuation: bool = False
-    """Punctuation is part of the text."""
+    """Keep punctuation as part of the text."""
     apostrophes: bool = True
-    """Apostrophes inside words are part of them (don't)."""
+    """Keep apostrophes inside words (don't); else they are removed."""
 
 
 class AudioConfig(Section):
     normalise: bool | None = None
-    """Bring each utterance to zero mean and unit variance; by default as the encoder was
-    trained."""
+    """Bring each utterance to zero mean and unit variance; null: if the encoder was trained so."""
     longest: float | None = Field(default=None, gt=0)
-    """Seconds beyond which an utterance is not trained on."""
+    """The most seconds of a training utterance, above 0; longer ones are not trained on. null: no
+    limit."""
 
 
 class AugmentConfig(Section):
     speed: tuple[float, float] = (1.0, 1.0)
-    """The range of the factor by which an utterance is played faster (pitch goes with it)."""
+    """The lowest and the highest factor by which an utterance is played faster, each from 0.5 to 2.
+    The pitch changes too."""
     noise: float = Field(default=0.0, ge=0, le=1)
-    """The share of utterances with white noise 5 to 40 dB below the speech."""
+    """The share of utterances, from 0 to 1, that get white noise 5 to 40 dB below the speech."""
     gain: float = Field(default=0.0, ge=0)
-    """Decibels up or down, at most."""
+    """The most decibels by which an utterance is made louder or softer, from 0."""
 
     @field_validator("speed")
     @classmethod
@@ -53,28 +54,29 @@ class AugmentConfig(Section):
 
 class DecodingConfig(Section):
     method: Literal["greedy", "beam"] = "greedy"
-    """The best character of each frame, or a search over prefixes."""
+    """greedy: take the best character of each frame; beam: search for the best text."""
     beams: int = Field(default=16, ge=1)
-    """Prefixes that a beam search keeps."""
+    """The number of beginnings of a text that a beam search keeps, from 1."""
     language_model: str | None = None
-    """An ARPA file over words, for the beam search."""
+    """The path of an ARPA file over words, plain or .gz, for the beam search; null: none."""
     alpha: float = Field(default=0.5, ge=0)
-    """The weight of the language model's log probability."""
+    """The weight of the language model's log probability, from 0."""
     beta: float = 1.0
-    """What every word adds to the score, against the model's liking for few words."""
+    """A number that every word adds to the score, because the language model prefers few words."""
 
     @model_validator(mode="after")
     def _searched(self) -> DecodingConfig:
         if self.language_model is not None and self.method != "beam":
-            raise ValueError("a language_model acts in the beam search alone: set method to beam")
+            raise ValueError("a language_model acts in the beam search only: set method to beam")
         return self
 
 
 class ChunkConfig(Section):
     seconds: float = Field(default=30.0, gt=0)
-    """Audio longer than this is recognised in pieces of this length."""
+    """The length of a piece in seconds, above 0. Longer audio is recognised in pieces."""
     stride: float = Field(default=5.0, ge=0)
-    """What neighbouring pieces share on each side; their characters there are left out."""
+    """The seconds by which pieces overlap on each side, from 0 to below half of a piece. Characters
+    near a cut are taken from the neighbouring piece."""
 
     @model_validator(mode="after")
     def _more_than_strides(self) -> ChunkConfig:
@@ -88,14 +90,14 @@ class ASRConfig(JobConfig):
     head: HeadConfig = HeadConfig()
     """The output layer."""
     text: TextConfig = TextConfig()
-    """One normaliser for training, evaluation and vocabulary."""
+    """The form of the text in training, evaluation and vocabulary."""
     audio: AudioConfig = AudioConfig()
-    """What the encoder hears."""
+    """The audio that the encoder reads."""
     augment: AugmentConfig = AugmentConfig()
-    """Of training utterances."""
+    """Random changes of training utterances."""
     decoding: DecodingConfig = DecodingConfig()
-    """From characters of frames to text."""
+    """The way from the characters of frames to a text."""
     chunks: ChunkConfig = ChunkConfig()
-    """For long audio."""
+    """The pieces of long audio."""
     data: DataConfig
-    """Columns: audio, text; speaker where there is one."""
+    """The data; its columns are audio and text, and speaker if there is one."""

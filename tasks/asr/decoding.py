@@ -1,4 +1,4 @@
-"""From CTC's log probabilities to characters: greedy, and a prefix beam search.
+"""Decoding of CTC's log probabilities to characters: greedy, and by a prefix beam search.
 
 Shape legend: B utterances, F frames, C characters, K beams.
 """
@@ -20,18 +20,24 @@ _NEVER = -np.inf
 
 @dataclass(frozen=True)
 class Decoded:
-    """Character ids of an utterance, and the frame in which each began (greedy decoding only)."""
+    """The characters of an utterance.
+
+    Attributes:
+        ids: of the characters.
+        frames: the frame in which each character began; None after a beam search.
+    """
 
     ids: list[int]
     frames: list[int] | None = None
 
 
 def greedy(log_probs: Tensor, counts: Tensor, *, blank: int) -> list[Decoded]:
-    """The best character of each frame, repeats merged, blanks dropped.
+    """Takes the best character of each frame, merges repeats and removes blanks.
 
     Args:
         log_probs: (B, F, C).
         counts: (B,) valid frames.
+        blank: the id of the blank.
     """
     best = log_probs.argmax(dim=-1)
     previous = torch.nn.functional.pad(best[:, :-1], (1, 0), value=-1)
@@ -39,19 +45,25 @@ def greedy(log_probs: Tensor, counts: Tensor, *, blank: int) -> list[Decoded]:
     kept = (best != previous) & (best != blank) & valid
     rows, frames = (part.tolist() for part in kept.nonzero(as_tuple=True))
     ids = best[kept].tolist()
-    found: list[Decoded] = [Decoded([], []) for _ in range(len(best))]
+    decoded = [Decoded([], []) for _ in range(len(best))]
     for row, frame, i in zip(rows, frames, ids, strict=True):
-        found[row].ids.append(i)
-        found[row].frames.append(frame)  # type: ignore[union-attr]
-    return found
+        decoded[row].ids.append(i)
+        decoded[row].frames.append(frame)  # type: ignore[union-attr]
+    return decoded
 
 
 class BeamSearch:
-    """Prefix beam search (Hannun et al. 2014) with a word n-gram at the ends of words.
+    """Prefix beam search (Hannun et al. 2014) with a word n-gram model at the ends of words.
 
-    A beam is a prefix with the log probabilities of all its alignments that end in a blank and of
-    those that do not. All beams are extended by all characters at once; two of the new prefixes can
-    be equal in one way only: the extension of a beam that another beam is already.
+    A beam is a prefix with two log probabilities: of all its alignments that end in a blank, and of
+    all others. All beams are extended by all characters at once. Two of the new prefixes are equal
+    only if the extension of one beam is another beam.
+
+    Args:
+        vocabulary: of the head.
+        config: the number of beams and the weights.
+        model: the language model; None for none.
+        lowercase: whether words are put into lower case for the language model.
     """
 
     def __init__(
@@ -66,15 +78,20 @@ class BeamSearch:
         self.lowercase = lowercase
 
     def __call__(self, log_probs: Tensor, counts: Tensor) -> list[Decoded]:
-        """(B, F, C) and (B,) -> the best prefix of each utterance."""
+        """Returns the best prefix of each utterance.
+
+        Args:
+            log_probs: (B, F, C).
+            counts: (B,) valid frames.
+        """
         values = log_probs.double().cpu().numpy()
         return [self.search(values[row, :count]) for row, count in enumerate(counts.tolist())]
 
     def search(self, log_probs: np.ndarray) -> Decoded:
-        """(F, C) -> the best prefix."""
+        """Returns the best prefix for log probabilities (F, C)."""
         blank, width = self.vocabulary.blank, self.config.beams
         trie = _Trie(self)
-        nodes = np.zeros(1, dtype=np.int64)  # of the trie, one a beam
+        nodes = np.zeros(1, dtype=np.int64)  # of the trie, one for each beam
         ends_blank, ends_not = np.zeros(1), np.full(1, _NEVER)
         for frame in log_probs:
             last, bonus = trie.last[nodes], trie.bonus[nodes]
@@ -110,14 +127,28 @@ class BeamSearch:
         stay_not: np.ndarray,
         extended: np.ndarray,
     ) -> None:
-        """Moves the extensions that are beams already over to those."""
+        """Adds each extension that is a beam already to that beam, and removes the extension.
+
+        Args:
+            nodes: (K,) of the beams.
+            last: (K,) last character of each beam.
+            trie: of the prefixes.
+            stay_not: (K,) log probabilities of the beams that do not end in a blank; changed.
+            extended: (K, C) log probabilities of the extensions; changed.
+        """
         parent_of, beam = np.nonzero(nodes[:, None] == trie.parent[nodes][None, :])
         stay_not[beam] = np.logaddexp(stay_not[beam], extended[parent_of, last[beam]])
         extended[parent_of, last[beam]] = _NEVER
 
 
 class _Trie:
-    """Prefixes as nodes. `bonus`: what the language model has added to a node's score so far."""
+    """Prefixes as nodes.
+
+    Attributes:
+        parent: of each node; -1 for the root.
+        last: the last character of each node; -1 for the root.
+        bonus: the language model's part of each node's score so far.
+    """
 
     def __init__(self, search: BeamSearch) -> None:
         self.search = search
@@ -131,7 +162,7 @@ class _Trie:
     def children(
         self, parents: np.ndarray, characters: np.ndarray, bonus: np.ndarray
     ) -> np.ndarray:
-        """Nodes below `parents`: a prefix that was dropped and comes back is the node it was."""
+        """Returns the nodes below `parents`. A prefix that was dropped keeps its node."""
         nodes = []
         start = len(self.parent)
         fresh: list[int] = []
@@ -146,6 +177,7 @@ class _Trie:
         return np.array(nodes, dtype=np.int64)
 
     def prefix(self, node: int) -> list[int]:
+        """Returns the characters of a node, the first one first."""
         ids = []
         while node > 0:
             ids.append(int(self.last[node]))
@@ -153,14 +185,14 @@ class _Trie:
         return ids[::-1]
 
     def gains(self, nodes: np.ndarray, frame: np.ndarray) -> np.ndarray:
-        """(K, C): what the language model adds where a character ends a word."""
+        """Returns the language model's score (K, C) of words that a character ends, else 0."""
         gains = np.zeros((len(nodes), len(frame)))
         if self.search.model is not None and self.delimiter is not None:
             gains[:, self.delimiter] = [self._ending(node) for node in nodes.tolist()]
         return gains
 
     def endings(self, nodes: np.ndarray) -> np.ndarray:
-        """(K,): what it adds where the utterance ends."""
+        """Returns the language model's score (K,) of the utterance's end."""
         if self.search.model is None:
             return np.zeros(len(nodes))
         return np.array([self._ending(node) + self._sentence(node) for node in nodes.tolist()])
@@ -170,7 +202,7 @@ class _Trie:
         return text.split()
 
     def _ending(self, node: int) -> float:
-        """The last word's score; nothing where a word has ended already."""
+        """Returns the score of the last word, or 0 if the word has ended before."""
         if node == 0 or self.last[node] == self.delimiter:
             return 0.0
         if node not in self._ends:
@@ -182,6 +214,7 @@ class _Trie:
         return self._ends[node]
 
     def _sentence(self, node: int) -> float:
+        """Returns the score of the sentence's end after the words of a node."""
         assert self.search.model is not None
         score = self.search.model.score(END, (START, *self._words(node)))
         return self.search.config.alpha * score

@@ -1,4 +1,4 @@
-"""Where a CTC head comes from: fresh over a vocabulary, or the encoder's own with its own."""
+"""The CTC head and the vocabulary with which an encoder was published."""
 
 from __future__ import annotations
 
@@ -8,52 +8,54 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmadapters.errors import first_line
+
 from ..config.schema import BackboneConfig
 from .text import PAD, Vocabulary
 
 
 def own_head(config: BackboneConfig, backbone: Any) -> nn.Linear:
-    """A trainable copy of the CTC head that the encoder was published with.
+    """Returns a trainable copy of the CTC head with which the encoder was published.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the encoder has no CTC head.
     """
     if config.name == "nano/wav2vec2":
         from mmadapters.zoo import NANO, wav2vec2
 
-        found = wav2vec2.load_ctc(NANO[config.name].directory).lm_head
+        head = wav2vec2.load_ctc(NANO[config.name].directory).lm_head
     else:
         inner = getattr(backbone, "model", backbone)
-        found = getattr(backbone, "lm_head", None) or getattr(inner, "aux", None)
-        if found is None and config.name.startswith("hf/") and config.pretrained:
-            found = _hub_head(config.name.removeprefix("hf/"))
-    if not isinstance(found, nn.Linear):
+        head = getattr(backbone, "lm_head", None) or getattr(inner, "aux", None)
+        if head is None and config.name.startswith("hf/") and config.pretrained:
+            head = _hub_head(config.name.removeprefix("hf/"))
+    if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{config.name} has no CTC head of its own: set head.init to fresh, or name a model "
             "with one (nano/wav2vec2, a hub model for CTC, a torchaudio ASR bundle)"
         )
-    copy = nn.Linear(found.in_features, found.out_features, bias=found.bias is not None)
+    copy = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
     with torch.no_grad():
-        copy.load_state_dict(found.state_dict())
+        copy.load_state_dict(head.state_dict())
     return copy
 
 
 def _hub_head(name: str) -> nn.Linear | None:
-    """The head of a hub model or a folder; None where its weights have none."""
+    """Returns the head of a hub model or a folder, or None if its weights have none."""
     from transformers import AutoModelForCTC
 
     try:
         model, info = AutoModelForCTC.from_pretrained(name, output_loading_info=True)
-    except ValueError:  # an architecture without one
+    except ValueError:  # the architecture has no CTC head
         return None
     return None if any("lm_head" in key for key in info["missing_keys"]) else model.lm_head
 
 
 def own_vocabulary(config: BackboneConfig, backbone: Any) -> Vocabulary:
-    """The characters of `own_head`, blank among them.
+    """Returns the characters of the head that `own_head` copies, with the blank.
 
     Raises:
-        ValueError: the encoder does not say them.
+        ValueError: the encoder does not name its characters.
     """
     if config.name == "nano/wav2vec2":
         from mmadapters.zoo import NANO
@@ -65,14 +67,14 @@ def own_vocabulary(config: BackboneConfig, backbone: Any) -> Vocabulary:
         return _of_bundle(name)
     if library != "hf" or (config.processor is None and not config.pretrained):
         raise ValueError(
-            f"{config.name} does not say the characters of its head: name a tokenizer in "
+            f"{config.name} does not name the characters of its head: name a tokenizer in "
             "backbone.processor"
         )
-    # Ids that the head has and the tokenizer does not name are never part of a text.
+    # Ids of the head that the tokenizer does not name are never part of a text.
     tokens = [f"<{i}>" for i in range(own_head(config, backbone).out_features)]
     tokenizer = _tokenizer(config.processor or name)
     for token, index in tokenizer.get_vocab().items():
-        # What was added behind the head's characters (<s>, </s>) is none of them.
+        # Tokens that were added after the head's characters (<s>, </s>) are not in the head.
         if index < len(tokens):
             tokens[index] = "|" if token == tokenizer.word_delimiter_token else token
     return Vocabulary(tuple(tokens), tokenizer.pad_token_id)
@@ -84,7 +86,7 @@ def _tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
+        line = first_line(error)
         raise ValueError(f"backbone.processor: {name} has no tokenizer: {line}") from error
     if not hasattr(tokenizer, "word_delimiter_token"):
         raise ValueError(f"backbone.processor: the tokenizer of {name} is not one for CTC")

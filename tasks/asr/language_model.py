@@ -11,16 +11,20 @@ from pathlib import Path
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _LN10 = math.log(10.0)
-_FLOOR = -99.0 * _LN10  # what ARPA files write for an impossible word
+_FLOOR = -99.0 * _LN10  # ARPA files write -99 for an impossible word
 
 
 _DECLARED = re.compile(r"ngram\s+(\d+)\s*=\s*(\d+)")
 
 
 class LanguageModel:
-    """log p(word | the words before it), natural logarithms.
+    """log p(word | the words before it), in natural logarithms.
 
     Source: the ARPA format of CMU's and SRI's toolkits; Katz 1987 for the back-off.
+
+    Args:
+        table: n-gram -> its ln probability and the ln of its back-off weight.
+        order: the number of words of the longest n-grams.
     """
 
     def __init__(self, table: dict[tuple[str, ...], tuple[float, float]], order: int) -> None:
@@ -28,19 +32,21 @@ class LanguageModel:
 
     @classmethod
     def read(cls, path: str | Path, *, lowercase: bool = False) -> LanguageModel:
-        """From an ARPA file, plain or .gz.
+        """Reads a model from an ARPA file, plain or .gz.
 
         Args:
-            lowercase: its words are read in lower case; of n-grams that become one, the likeliest
-                stays.
+            path: of the file.
+            lowercase: whether words are put into lower case. Of n-grams that become the same, the
+                likeliest stays.
 
         Raises:
-            ValueError: the file is not one, or not all of one; names the line.
+            ValueError: the file is missing, is no ARPA file or is cut off. The message names a line
+                that cannot be read.
         """
         path = Path(path)
         table: dict[tuple[str, ...], tuple[float, float]] = {}
         declared: dict[int, int] = {}
-        found: Counter[int] = Counter()
+        read: Counter[int] = Counter()
         order, ended = 0, False
         for number, line in enumerate(_lines(path), start=1):
             line = line.strip()
@@ -57,27 +63,27 @@ class LanguageModel:
                     raise ValueError(f"{path}:{number} is no {order}-gram of an ARPA file")
                 words, values = gram
                 table[words] = max(values, table.get(words, values))
-                found[order] += 1
+                read[order] += 1
         if not declared:
             raise ValueError(f"{path} is no ARPA file: it declares no n-grams")
         short = [
-            f"{found[n]} of {count} {n}-grams" for n, count in declared.items() if found[n] != count
+            f"{read[n]} of {count} {n}-grams" for n, count in declared.items() if read[n] != count
         ]
         if short or not ended:
             raise ValueError(f"{path} is cut off: it holds {', '.join(short) or 'no end'}")
         return cls(table, max(declared))
 
     def score(self, word: str, history: tuple[str, ...]) -> float:
-        """ln p(word | history); a word that is not in the model is its <unk>."""
+        """Returns ln p(word | history). A word that is not in the model counts as <unk>."""
         if (word,) not in self.table:
             word = UNKNOWN
         history = tuple(w if (w,) in self.table else UNKNOWN for w in history)
         history = history[max(len(history) - self.order + 1, 0) :]
         backed = 0.0
         while True:
-            found = self.table.get((*history, word))
-            if found is not None:
-                return backed + found[0]
+            values = self.table.get((*history, word))
+            if values is not None:
+                return backed + values[0]
             if not history:
                 return backed + _FLOOR
             backed += self.table.get(history, (0.0, 0.0))[1]
@@ -99,7 +105,11 @@ def _lines(path: Path) -> list[str]:
 def _gram(
     fields: list[str], order: int, *, lowercase: bool
 ) -> tuple[tuple[str, ...], tuple[float, float]] | None:
-    """The words of a line and its ln probability and back-off weight; None where it is not one."""
+    """Returns the words of a line with its ln probability and ln back-off weight.
+
+    Returns:
+        None if the line is no n-gram of this order.
+    """
     if len(fields) not in (order + 1, order + 2):
         return None
     try:

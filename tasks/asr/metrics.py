@@ -10,15 +10,19 @@ import jiwer
 import numpy as np
 
 from ..core.metrics import Metric, summed_metric
-from ..core.task import Record
+from ..core.rows import Record
 
-# What `counts` gives of an utterance.
+# The places of `counts`.
 WORD_ERRORS, WORDS, CHARACTER_ERRORS, CHARACTERS, WRONG = range(5)
 
 
 def counts(reference: str, hypothesis: str) -> list[int]:
-    """Word errors, words, character errors, characters, and whether anything is wrong, of
-    normalised texts."""
+    """Returns the counts of one utterance from normalised texts.
+
+    Returns:
+        Word errors, words of the reference, character errors, characters of the reference, and 1
+        if there is a word error, else 0.
+    """
     if not reference:
         heard = len(hypothesis.split())
         return [heard, 0, len(hypothesis), 0, int(heard > 0)]
@@ -35,12 +39,12 @@ def counts(reference: str, hypothesis: str) -> list[int]:
 
 
 def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
-    """WER, CER (errors over all words and characters, never a mean of utterances' rates) and the
-    share of utterances with an error.
+    """Returns WER, CER and the share of utterances with an error.
 
-    Utterances without a word have no rate: what is heard in them is counted apart. Where a column
-    `speaker` names more than one, whole speakers are resampled: utterances of one are no
-    independent evidence.
+    WER and CER are errors over all words and characters, never a mean of the utterances' rates.
+    Utterances without a word have no rate; the words recognised in them are counted separately. If
+    a column `speaker` names several speakers, whole speakers are resampled, because utterances of
+    one speaker are not independent.
 
     Raises:
         ValueError: no utterance has a word.
@@ -48,7 +52,7 @@ def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
     silent = [record for record in records if not record["counts"][WORDS]]
     records = [record for record in records if record["counts"][WORDS]]
     if not records:
-        raise ValueError("no transcript has a word, so that there is no word error rate")
+        raise ValueError("no transcript has a word, so there is no word error rate")
     statistics = np.array([record["counts"] for record in records], dtype=float)
     options: dict[str, Any] = {
         "resamples": resamples,
@@ -75,16 +79,21 @@ def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
 
 
 def speakers(records: Sequence[Record]) -> list[Any] | None:
-    """The speaker of each record where they are of several, else None."""
-    found = [record.get("row", {}).get("speaker") for record in records]
-    return found if len(set(found)) > 1 else None
+    """Returns the speaker of each record if there are several speakers, else None."""
+    names = [record.get("row", {}).get("speaker") for record in records]
+    return names if len(set(names)) > 1 else None
 
 
 def improvement(before: Sequence[Record], after: Sequence[Record], *, resamples: int) -> Metric:
-    """WER before minus WER after on the same utterances in the same order, resampled in pairs.
+    """Returns WER before minus WER after, with an interval from resampled pairs.
+
+    Args:
+        before: records of a split.
+        after: records of the same utterances in the same order.
+        resamples: for the interval; 0 for none.
 
     Raises:
-        ValueError: they are not the same utterances.
+        ValueError: they are not the same utterances in the same order.
     """
     if [r["reference"] for r in before] != [r["reference"] for r in after]:
         raise ValueError("before and after are not the same utterances in the same order")
@@ -107,7 +116,7 @@ def _rate(errors: int, of: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def misheard(reference: str, hypothesis: str) -> Iterator[tuple[str, str]]:
-    """The word errors as (said, heard), one of them empty where a word was left out or put in."""
+    """Yields the word errors as (said, heard); one is empty if a word was left out or added."""
     if not reference:
         yield from (("", word) for word in hypothesis.split())
         return
@@ -120,8 +129,11 @@ def misheard(reference: str, hypothesis: str) -> Iterator[tuple[str, str]]:
 
 
 def aligned(reference: str, hypothesis: str) -> tuple[str, str]:
-    """Both texts, word over word: `*` above stands over what was put in, `-` below stands under
-    what was left out, capitals are what was heard as something else."""
+    """Returns both texts with equal words at equal places.
+
+    In the first, `*` marks words that were added; in the second, `-` marks words that were left
+    out. Words in capitals differ.
+    """
     if not reference:
         return " ".join("*" * len(word) for word in hypothesis.split()), hypothesis.upper()
     out = jiwer.process_words(reference, hypothesis)

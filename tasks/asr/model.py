@@ -1,4 +1,4 @@
-"""The encoder with a CTC head, and long audio through it in pieces.
+"""A speech encoder with a CTC head, also for long audio, in pieces.
 
 Shape legend: B utterances, T samples, F frames, C characters, U characters of a label.
 """
@@ -13,15 +13,23 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.speech import SpeechTower
 from .config import ChunkConfig
 
-PIECES = 8  # of long audio at a time
+PIECES = 8  # pieces of long audio in a batch
 
 
 class CTCModel(TaskModel):
-    """CTC (Graves et al. 2006) over the frames of a speech encoder."""
+    """CTC (Graves et al. 2006) over the frames of a speech encoder.
+
+    Args:
+        encoder: with its adapters.
+        output: the layer from the encoder's width to C characters.
+        dropout: the probability before the output layer.
+        normalise: whether the encoder reads utterances of zero mean and unit variance.
+        blank: the id of CTC's blank.
+    """
 
     def __init__(
         self,
@@ -39,7 +47,7 @@ class CTCModel(TaskModel):
     def forward(
         self, waves: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor
     ) -> dict[str, Tensor]:
-        """The mean over utterances of their loss per character, in float32.
+        """Returns as "loss" the mean over utterances of their loss per character, in float32.
 
         Args:
             waves: (B, T).
@@ -59,16 +67,21 @@ class CTCModel(TaskModel):
         return {"loss": (losses / label_lengths).mean()}
 
     def log_probs(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, F, C) in float32, and the valid frames (B,)."""
+        """Returns log probabilities (B, F, C) in float32 and the numbers of valid frames (B,).
+
+        Args:
+            waves: (B, T).
+            lengths: (B,) samples.
+        """
         frames, counts = self.tower(waves, lengths)
         return self.head(frames).float().log_softmax(dim=-1), counts
 
     def long_log_probs(self, wave: Tensor, config: ChunkConfig) -> Tensor:
-        """(T,) of any length -> (F, C): pieces that overlap, each without the frames near its cuts.
+        """Returns log probabilities (F, C) of a wave (T,) of any length.
 
-        A piece begins at a multiple of the encoder's hop and its length is that of a whole number
-        of frames, so its frames are those of the whole audio, and only the context of the
-        transformer is another.
+        The wave is cut into pieces that overlap, and the frames of a piece near its cuts are left
+        out. A piece begins at a multiple of the encoder's hop and holds a whole number of frames.
+        So its frames are those of the whole audio, and only the transformer's context differs.
         """
         hop, field = hop_and_field(self.tower.layers)
         size = self._piece(config, hop, field)
@@ -89,19 +102,24 @@ class CTCModel(TaskModel):
         return torch.cat(parts)[:total]
 
     def _piece(self, config: ChunkConfig, hop: int, field: int) -> int:
-        """Frames of a piece; no longer than the encoder takes."""
+        """Returns the frames of a piece, which is no longer than the encoder's longest input."""
         samples = round(config.seconds * self.tower.sample_rate)
         if self.tower.longest is not None:
             samples = min(samples, self.tower.longest)
         return max((samples - field) // hop + 1, 1)
 
     def is_long(self, samples: int, config: ChunkConfig) -> bool:
+        """Returns whether audio of so many samples is recognised in pieces."""
         longest = self.tower.longest or math.inf
         return samples > min(config.seconds * self.tower.sample_rate, longest)
 
 
 def hop_and_field(layers: list[tuple[int, int]]) -> tuple[int, int]:
-    """Samples from frame to frame, and samples that one frame reads."""
+    """Returns the samples from one frame to the next, and the samples that one frame reads.
+
+    Args:
+        layers: (kernel, stride) of each convolution, in samples of its input.
+    """
     hop, field = 1, 1
     for kernel, stride in layers:
         field += (kernel - 1) * hop

@@ -1,24 +1,31 @@
-"""What a report shows of speech recognition: error rates by group, what is misheard, and where."""
+"""Pictures of the report: error rates by group, the worst utterances, the most frequent errors."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from ..core.task import Figure, Record, Table
+from ..core.metrics import Metric
+from ..core.plots import bars_with_intervals, figure_png
+from ..core.results import Figure, Table
+from ..core.rows import Record
 from .metrics import CHARACTER_ERRORS, WORD_ERRORS, WORDS, aligned, misheard
 
-if TYPE_CHECKING:
-    from .task import ASRTask
 
+def illustrate(
+    records: Sequence[Record],
+    groups: Mapping[str, Mapping[str, Sequence[Metric]]],
+    *,
+    count: int,
+) -> list[Figure | Table]:
+    """Returns a chart for each column of groups, and the tables that have a row.
 
-def illustrate(task: ASRTask, records: Sequence[Record], *, count: int) -> list[Figure | Table]:
-    from ..core.plots import bars_with_intervals, figure_png
-
+    Args:
+        groups: the metrics by column and value, as in `Scores.groups`.
+        count: the most rows of a table.
+    """
     shown: list[Figure | Table] = []
-    scores = task.score(records, bootstrap=task.config.evaluation.bootstrap)
-    for column, values in scores.groups.items():
+    for column, values in groups.items():
         rates = sorted(
             ((value, metrics[0]) for value, metrics in values.items()),
             key=lambda item: -item[1].value,
@@ -31,7 +38,7 @@ def illustrate(task: ASRTask, records: Sequence[Record], *, count: int) -> list[
 
 
 def worst(records: Sequence[Record], *, count: int) -> Table:
-    """The utterances with most word errors, what was said above what was heard."""
+    """Returns the utterances with most word errors: the reference above the recognised text."""
     ordered = sorted(
         (record for record in records if record["counts"][WORD_ERRORS]),
         key=lambda r: (-r["counts"][WORD_ERRORS], -r["counts"][CHARACTER_ERRORS]),
@@ -49,13 +56,13 @@ def worst(records: Sequence[Record], *, count: int) -> Table:
 
 
 def confusions(records: Sequence[Record], *, count: int) -> Table:
-    """The errors that come most often, of those that come more than once."""
-    found = Counter(
+    """Returns the most frequent errors, without those that come only once."""
+    errors = Counter(
         pair for record in records for pair in misheard(record["reference"], record["hypothesis"])
     )
     rows = [
         (said or "(nothing)", heard or "(nothing)", times)
-        for (said, heard), times in found.most_common(count)
+        for (said, heard), times in errors.most_common(count)
         if times > 1
     ]
     return Table("Most frequent errors", ("said", "heard", "times"), rows)

@@ -12,22 +12,15 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters import AdapterModel
 
+from ..core.capabilities import BatchGrouping, CacheableInputs, DataChecks, ReportPictures, TowerRow
 from ..core.errors import BadRow, Problem
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data.media import audio_samples, read_audio
 from ..encoders.speech import SpeechTower, conv_frames, normalises
+from . import pictures
 from .augment import augmented
 from .config import ASRConfig
 from .decoding import BeamSearch, Decoded, greedy
@@ -40,7 +33,14 @@ from .text import Vocabulary, needed_frames, normalise
 EMPTY = "the transcript is empty"
 
 
-class ASRTask(Task[ASRConfig]):
+class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, ReportPictures):
+    """A row is a recording with its transcript.
+
+    `state`: "vocabulary" of the head; of the encoder the sampling "rate" in Hz, the "layers" of its
+    convolutions as (kernel, stride), its "longest" input in samples (None without a bound), and
+    "normalise", whether it reads utterances of zero mean and unit variance.
+    """
+
     name = "asr"
     metric = "WER"
     greater_is_better = False
@@ -111,7 +111,7 @@ class ASRTask(Task[ASRConfig]):
         if (reason := self._unfit(len(wave), labels)) is not None:
             raise BadRow(reason)
         changed = augmented(wave, self.config.augment, rate=self.state["rate"])
-        # A speed that leaves too few frames, or too many samples, for what fits is not used.
+        # A change of speed is not used if it leaves too few frames or too many samples.
         if self._unfit(len(changed), labels) is None:
             wave = changed
         return {"wave": wave, "text": text, "labels": labels}
@@ -120,7 +120,7 @@ class ASRTask(Task[ASRConfig]):
         return conv_frames(samples, self.state["layers"])
 
     def _unfit(self, samples: int, labels: Sequence[int]) -> str | None:
-        """Why an utterance cannot be trained on, if so."""
+        """Returns why an utterance cannot be trained on, or None if it can."""
         frames, needed = self._frames(samples), needed_frames(labels)
         if frames < needed:
             return f"too short for CTC: {frames} frames for a transcript that needs {needed}"
@@ -128,7 +128,7 @@ class ASRTask(Task[ASRConfig]):
         if longest is not None and seconds > longest:
             return f"{seconds:.1f} s are longer than audio.longest, {longest:g} s"
         if self.state["longest"] is not None and samples > self.state["longest"]:
-            return f"{seconds:.1f} s are longer than the encoder takes; cut it up"
+            return f"{seconds:.1f} s are more than the encoder reads at once: cut it into pieces"
         return None
 
     def collate(self, examples: Sequence[Example]) -> Batch:
@@ -146,7 +146,7 @@ class ASRTask(Task[ASRConfig]):
         return batch
 
     def tower_rows(self, tower: str, example: Example) -> Sequence[TowerRow]:
-        # Whisper reads a fixed length, silence and all.
+        # Whisper reads a fixed length, with silence after the end.
         fixed = self.state["longest"] is not None
         return (TowerRow(tokens=None if fixed else self._frames(len(example["wave"]))),)
 
@@ -163,7 +163,7 @@ class ASRTask(Task[ASRConfig]):
         rate, bounds = self.state["rate"], [self.config.chunks.seconds * self.state["rate"]]
         if self.state["longest"] is not None:
             bounds.append(self.state["longest"])
-        # By its header alone a length is only about right.
+        # A length that comes from a header is only about right.
         if all(0 < samples < min(bounds) - 2 for samples in self.lengths(rows)):
             return None
         return f"a recording may be longer than {min(bounds) / rate:g} s and run in pieces"
@@ -178,26 +178,32 @@ class ASRTask(Task[ASRConfig]):
     def transcribe(
         self, model: TaskModel, waves: Tensor, lengths: Tensor
     ) -> list[tuple[str, Decoded]]:
-        """The text of each of (B, T) waves, long ones in pieces."""
+        """Returns the text of each wave, and its characters. Long waves are recognised in pieces.
+
+        Args:
+            model: a `CTCModel` in eval mode.
+            waves: (B, T).
+            lengths: (B,) samples.
+        """
         assert isinstance(model, CTCModel)
         chunks = self.config.chunks
         long = [i for i, n in enumerate(lengths.tolist()) if model.is_long(n, chunks)]
         short = [i for i in range(len(lengths)) if i not in set(long)]
-        found: dict[int, Decoded] = {}
+        decoded: dict[int, Decoded] = {}
         if short:
             whole = waves, lengths
             some = whole if not long else (waves[short], lengths[short])
             log_probs, frames = model.log_probs(*some)
-            found |= zip(short, self._decode(log_probs, frames), strict=True)
+            decoded |= zip(short, self._decode(log_probs, frames), strict=True)
         for i in long:
             log_probs = model.long_log_probs(waves[i, : int(lengths[i])], chunks)[None]
-            (found[i],) = self._decode(log_probs, torch.tensor([log_probs.shape[1]]))
+            (decoded[i],) = self._decode(log_probs, torch.tensor([log_probs.shape[1]]))
         lowercase = self.config.text.lowercase
         vocabulary = self.vocabulary
         return [
             (
-                normalise(vocabulary.decode(found[i].ids, lowercase=lowercase), self.config.text),
-                found[i],
+                normalise(vocabulary.decode(decoded[i].ids, lowercase=lowercase), self.config.text),
+                decoded[i],
             )
             for i in range(len(lengths))
         ]
@@ -232,7 +238,7 @@ class ASRTask(Task[ASRConfig]):
         return [audio_samples(value, rate) for value in rows["audio"]]
 
     def check(self, rows: Rows) -> list[Problem]:
-        """Utterances that would not be trained on, by their headers alone."""
+        """Returns the utterances that training would leave out, as far as their headers show it."""
         problems = []
         for index, (samples, text) in enumerate(zip(self.lengths(rows), rows["text"], strict=True)):
             try:
@@ -241,7 +247,7 @@ class ASRTask(Task[ASRConfig]):
                 problems.append(Problem(index, str(error)))
                 continue
             reason = self._unfit(samples, labels) if labels else EMPTY
-            # A recording whose header cannot be read is no example, which `doctor` says by itself.
+            # Doctor reports a recording whose header cannot be read, as it makes no example.
             if samples and reason is not None:
                 problems.append(Problem(index, reason))
         return problems
@@ -249,9 +255,8 @@ class ASRTask(Task[ASRConfig]):
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .pictures import illustrate
-
-        return illustrate(self, records, count=count)
+        scores = self.score(records, bootstrap=self.config.evaluation.bootstrap)
+        return pictures.illustrate(records, scores.groups, count=count)
 
     def predict(
         self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
@@ -280,7 +285,13 @@ class ASRTask(Task[ASRConfig]):
 
 
 def _words(decoded: Decoded, vocabulary: Vocabulary, *, seconds: float) -> list[dict[str, Any]]:
-    """The words with the times at which their first and last character were heard."""
+    """Returns the words with the times in seconds of their first and last characters.
+
+    Args:
+        decoded: with the frames of its characters.
+        vocabulary: of the head.
+        seconds: from one frame to the next.
+    """
     assert decoded.frames is not None
     words: list[dict[str, Any]] = []
     open_word = False

@@ -1,4 +1,4 @@
-"""Text as it is trained on and compared: one normaliser, one vocabulary."""
+"""The text of training and evaluation: its normaliser and its vocabulary."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "´":
 
 
 def normalise(text: str, config: TextConfig) -> str:
-    """NFKC, one kind of apostrophe, and without case and punctuation unless they count; words are
-    separated by one space."""
+    """Normalises a text.
+
+    The text gets Unicode's form NFKC, one kind of apostrophe, and one space between words. Case and
+    punctuation are removed unless the config keeps them.
+    """
     text = unicodedata.normalize("NFKC", text).translate(_APOSTROPHES)
     if config.lowercase:
         text = text.lower()
@@ -27,7 +30,7 @@ def normalise(text: str, config: TextConfig) -> str:
             character if character == "'" or unicodedata.category(character)[0] not in "PS" else " "
             for character in text
         )
-        # Apostrophes that quote are punctuation, those inside a word belong to it.
+        # An apostrophe that quotes is punctuation; one inside a word belongs to the word.
         text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
         if not config.apostrophes:
             text = text.replace("'", "")
@@ -36,17 +39,22 @@ def normalise(text: str, config: TextConfig) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The characters of a CTC head. `blank` is the padding's id; `|` stands between words."""
+    """The characters of a CTC head.
+
+    Attributes:
+        tokens: the characters, by id; `|` stands between words.
+        blank: the id of the blank, which is the padding too.
+    """
 
     tokens: tuple[str, ...]
     blank: int = 0
 
     @classmethod
     def of_texts(cls, texts: Iterable[str]) -> Vocabulary:
-        """Of normalised texts, the training split's alone.
+        """Returns the vocabulary of normalised texts. They must be of the training split only.
 
         Raises:
-            ValueError: there is no text in them.
+            ValueError: the texts are empty.
         """
         characters = sorted({character for text in texts for character in text} - {" ", DELIMITER})
         if not characters:
@@ -55,23 +63,26 @@ class Vocabulary:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Vocabulary:
+        """Returns the vocabulary that `to_state` gave."""
         return cls(tuple(state["tokens"]), state["blank"])
 
     def to_state(self) -> dict[str, Any]:
+        """Returns the vocabulary in a JSON-ready form."""
         return {"tokens": list(self.tokens), "blank": self.blank}
 
     @property
     def delimiter(self) -> int | None:
+        """The id of `|`; None if there is none."""
         return self.tokens.index(DELIMITER) if DELIMITER in self.tokens else None
 
     @property
     def upper(self) -> bool:
-        """Whether the tokens know capitals alone, as those of many published models."""
+        """Whether all letters are capitals, as in many published models."""
         letters = [t for t in self.tokens if len(t) == 1 and t.isalpha()]
         return bool(letters) and all(letter == letter.upper() for letter in letters)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a normalised text.
+        """Returns the ids of a normalised text.
 
         Raises:
             BadRow: a character is not in the vocabulary.
@@ -87,7 +98,12 @@ class Vocabulary:
             ) from None
 
     def decode(self, ids: Sequence[int], *, lowercase: bool) -> str:
-        """The text of ids from which repeats and blanks are gone already."""
+        """Returns the text of ids that have no repeats and no blanks any more.
+
+        Args:
+            ids: of the characters.
+            lowercase: whether the text of a vocabulary of capitals is put into lower case.
+        """
         special = {token for token in self.tokens if len(token) > 1}
         written = "".join(self.tokens[i] for i in ids if self.tokens[i] not in special)
         text = " ".join(written.replace(DELIMITER, " ").split())
@@ -95,5 +111,8 @@ class Vocabulary:
 
 
 def needed_frames(ids: Sequence[int]) -> int:
-    """The frames that CTC needs for a label: one each, and a blank between equal neighbours."""
+    """Returns the frames that CTC needs for a label.
+
+    It needs one frame for each id, and one for a blank between equal neighbours.
+    """
     return len(ids) + sum(a == b for a, b in pairwise(ids))

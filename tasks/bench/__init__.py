@@ -1,6 +1,7 @@
-"""`mmadapters bench`: what adapters cost beside the bare encoder, full fine-tuning and the peers.
+"""`mmadapters bench`: the cost of adapters relative to bare encoder, full fine-tuning, peers.
 
-Measuring runs in workers, one for each interpreter, as the peers need environments of their own;
-they take turns, so that what else the machine does falls on all alike. Files that workers import
-(`cases`, `limits`, `encoders`, `contenders`, `peers`, `stepping`, `worker`) need torch alone.
+Workers measure, one process for each interpreter, since the peers need other packages than ours.
+They take turns, so that other load on the machine affects all of them alike. The files that workers
+import (`cases`, `limits`, `encoders`, `contenders`, `peers`, `stepping`, `worker`) need only torch
+and the library that they measure.
 """

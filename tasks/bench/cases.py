@@ -1,4 +1,4 @@
-"""What is measured: one `Case` for each figure, and which cases a run consists of."""
+"""The measured cases: one `Case` for each figure, and the cases of a run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Mode = Literal["eager", "compile", "graph", "compile+graph"]
 METHODS = ("double_seq_bn", "seq_bn", "lora")
 PRECISIONS = ("fp32", "bf16")
 NAMES = {"torch": "", "mmadapters": "ours", "peft": "peft", "adapters": "AdapterHub"}
-MIXED = 8
-# Bottlenecks beside the feed-forward parts, twice as wide as others as there are half as many, that
-# have become channels of these.
+MIXED = 8  # number of adapters in a mixed batch
+# Parallel bottlenecks that are merged into the feed-forward parts as further channels. They are
+# twice as wide as others, since there are half as many.
 WIDER = "parallel merged"
 
 
@@ -26,13 +26,14 @@ class Case:
     """One figure.
 
     Attributes:
-        method: one of `METHODS`, "lora merged", `WIDER`, or of the bare encoder "bare" and "full",
+        method: one of `METHODS`, "lora merged", `WIDER`, or of the bare encoder "bare" or "full",
             which is full fine-tuning.
-        kind: a forward pass, one with an adapter of its own for each eighth of the batch (mixed), a
-            training step, one from stored states (cached), a switch between two adapters, loading
-            one from disk.
-        batch: 0 where there is none.
+        kind: "forward" is a forward pass; "mixed" is one with another adapter for each eighth of
+            the batch; "step" is a training step; "cached" is one from stored states; "switch" is a
+            switch between two adapters; "load" loads an adapter from disk.
+        batch: batch size; 0 if the case has none.
         start: the first adapted block, see `limits.first_block`.
+        mode: eager or compiled, with or without a CUDA graph.
     """
 
     library: Library
@@ -44,25 +45,41 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As a table calls it: "peft lora"."""
+        """Returns the name in tables, as "peft lora"."""
         words = {"bare": "bare encoder", "full": "full fine-tuning"}
         parts = [NAMES[self.library], words.get(self.method, self.method)]
         if self.kind == "mixed":
             parts.append(f"×{MIXED}")
         if self.kind == "cached":
-            parts.append("from cached prefix")
+            parts.append("from cached trunk")
         return " ".join(filter(None, parts))
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON-ready fields."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run is asked for; see the command's options.
+    """The settings of a run.
+
+    Attributes:
+        encoders: names of presets, or names that `load_backbone` takes.
+        device: "cpu", "cuda" or "cuda:1".
+        precision: "fp32" or "bf16", of weights and inputs.
+        batches: batch sizes of forward passes, 1 or more.
+        train_batch: batch size of training steps, 1 or more.
+        seconds: length of a waveform, above 0 and at most 600.
+        starts: first adapted blocks of training steps, see `limits.first_block`.
+        method: one of `METHODS`, for training steps and compiled forward passes.
+        size: bottleneck size, 1 or more.
+        compile: measure compiled models, and on a GPU CUDA graphs, too.
+        repeats: number of rounds, 1 or more.
+        threads: number of CPU threads, 1 or more; None keeps torch's default.
+        peers: interpreters that have peft or adapters.
 
     Raises:
-        ValueError: a setting that means nothing, with those that do.
+        ValueError: a setting has a wrong value.
     """
 
     encoders: tuple[str, ...]
@@ -92,16 +109,16 @@ class Settings:
         if not 0 < self.seconds <= 600:
             raise ValueError(f"--seconds must be above 0 and at most 600, not {self.seconds:g}")
         if not self.encoders:
-            raise ValueError("no encoder is named")
+            raise ValueError("name at least one encoder")
         if not self.starts:
             raise ValueError("--blocks names no block")
         for start in self.starts:
-            # The depth is known later; here, what no encoder could have.
+            # The depth is not known yet; this rejects blocks that no encoder has.
             first_block(start, 1000)
 
     @property
     def command(self) -> str:
-        """The command that asks for this; interpreters of peers are left for the reader to name."""
+        """Returns the command of these settings, with PYTHON for the interpreters of peers."""
         batches, starts = ",".join(map(str, self.batches)), ",".join(self.starts)
         words = [f"mmadapters bench {' '.join(self.encoders)} --device {self.device}"]
         words += [f"--precision {self.precision} --batches {batches}"]
@@ -113,7 +130,7 @@ class Settings:
         return " ".join([*words, *("--peers PYTHON" for _ in self.peers)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the paths of interpreters, which mean nothing on another machine."""
+        """Returns the JSON-ready fields without the paths of interpreters."""
         return {key: value for key, value in asdict(self).items() if key != "peers"}
 
 
@@ -127,7 +144,7 @@ def _listed(values: Sequence[int]) -> str:
 
 
 def forward_cases(settings: Settings, libraries: Sequence[str], batch: int) -> list[Case]:
-    """The bare encoder, every method of every library, and mixed batches, without gradients."""
+    """Returns the forward passes of the bare encoder and of every method of every library."""
     cases = [Case(library="torch", method="bare", kind="forward", batch=batch)]
     for library, method in _contenders(settings, libraries):
         cases.append(Case(library=library, method=method, kind="forward", batch=batch))
@@ -148,7 +165,7 @@ def forward_cases(settings: Settings, libraries: Sequence[str], batch: int) -> l
 
 
 def step_cases(settings: Settings, libraries: Sequence[str]) -> list[Case]:
-    """The frozen forward pass that limits are made of, full fine-tuning, and training steps."""
+    """Returns the frozen forward pass for the limits, full fine-tuning, and training steps."""
     batch = settings.train_batch
     frozen = Case(library="torch", method="bare", kind="forward", batch=batch)
     full = Case(library="torch", method="full", kind="step", batch=batch)
@@ -172,7 +189,7 @@ def step_cases(settings: Settings, libraries: Sequence[str]) -> list[Case]:
 
 
 def life_cases(settings: Settings, libraries: Sequence[str]) -> list[Case]:
-    """Switching between adapters and loading one."""
+    """Returns the cases of switching between adapters and of loading one."""
     return [
         Case(library=library, method=method, kind=kind)
         for kind in ("switch", "load")
@@ -181,20 +198,20 @@ def life_cases(settings: Settings, libraries: Sequence[str]) -> list[Case]:
 
 
 def _contenders(settings: Settings, libraries: Sequence[str]) -> list[tuple[Library, str]]:
-    """Pairs of library and method, ours for each of a peer's."""
-    found: dict[tuple[Library, str], None] = {}
+    """Returns pairs of library and method, with ours for each of a peer's."""
+    pairs: dict[tuple[Library, str], None] = {}
     if "own" in libraries:
         ours = (settings.method, "seq_bn", "lora")
-        found |= {("mmadapters", method): None for method in ours}
+        pairs |= {("mmadapters", method): None for method in ours}
     theirs: tuple[tuple[Library, tuple[str, ...]], ...] = (
         ("peft", ("lora",)),
         ("adapters", ("seq_bn", "double_seq_bn")),
     )
     for library, methods in theirs:
         if library in libraries:
-            found |= {("mmadapters", method): None for method in methods}
-            found |= {(library, method): None for method in methods}
-    return list(found)
+            pairs |= {("mmadapters", method): None for method in methods}
+            pairs |= {(library, method): None for method in methods}
+    return list(pairs)
 
 
 def _in_mode(case: Case, mode: Mode) -> Case:

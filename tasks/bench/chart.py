@@ -1,4 +1,4 @@
-"""The chart of a run: training steps beside their limits, and forward passes over the bare one."""
+"""The chart of a run: training steps with their limits, forward passes relative to the bare one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..core.plots import LIGHT
-from .report import first
-from .results import Row
-from .run import Bench
+from .limits import first_blocks
+from .results import Bench, BenchRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +19,7 @@ BATCHES = (LIGHT.accent, LIGHT.second, "#1a7f37", "#7c3aed", LIGHT.muted)
 
 
 def chart(bench: Bench) -> Figure:
-    """A line of two panels for each encoder."""
+    """Draws a line of two panels for each encoder: training steps and forward passes."""
     from matplotlib.figure import Figure as Canvas
 
     panels = [(preset, _steps(bench, preset), _forwards(bench, preset)) for preset in bench.towers]
@@ -35,7 +34,7 @@ def chart(bench: Bench) -> Figure:
     return figure
 
 
-def _steps(bench: Bench, preset: str) -> list[Row]:
+def _steps(bench: Bench, preset: str) -> list[BenchRow]:
     return [
         row
         for row in bench.rows
@@ -43,22 +42,22 @@ def _steps(bench: Bench, preset: str) -> list[Row]:
     ]
 
 
-def _forwards(bench: Bench, preset: str) -> dict[str, list[Row]]:
-    """Rows of all batch sizes by what a line is called."""
-    found: dict[str, list[Row]] = {}
+def _forwards(bench: Bench, preset: str) -> dict[str, list[BenchRow]]:
+    """Groups the rows of all batch sizes by the label of their line."""
+    lines: dict[str, list[BenchRow]] = {}
     for row in bench.rows:
         if row.preset == preset and row.phase == "forward" and row.method != "bare":
-            found.setdefault(_label(row), []).append(row)
-    return found
+            lines.setdefault(_label(row), []).append(row)
+    return lines
 
 
-def _label(row: Row) -> str:
+def _label(row: BenchRow) -> str:
     mode = "" if row.mode == "eager" else f", {row.mode}"
     place = "" if row.environment == "here" else f" ({row.environment})"
     return f"{row.name}{mode}{place}"
 
 
-def _draw_steps(axes: Axes, preset: str, rows: Sequence[Row], bench: Bench) -> None:
+def _draw_steps(axes: Axes, preset: str, rows: Sequence[BenchRow], bench: Bench) -> None:
     names = []
     for place, row in enumerate(rows):
         assert row.ratio is not None
@@ -68,7 +67,11 @@ def _draw_steps(axes: Axes, preset: str, rows: Sequence[Row], bench: Bench) -> N
         if row.reached is not None:
             limit = row.ratio.median * row.reached.median
             axes.plot([limit, limit], [place - 0.42, place + 0.42], color=LIGHT.second, lw=2)
-        block = "" if row.method == "full" else f", from {first(row.start, bench.towers[preset])}"
+        block = (
+            ""
+            if row.method == "full"
+            else f", from {first_blocks(row.start, bench.towers[preset])}"
+        )
         names.append(_label(row).replace(row.name, f"{row.name}{block}", 1))
     batch = bench.settings.train_batch
     _finish(axes, names, f"{preset}: training step over full fine-tuning, batch {batch}")
@@ -76,7 +79,7 @@ def _draw_steps(axes: Axes, preset: str, rows: Sequence[Row], bench: Bench) -> N
     axes.set_xlabel("orange: the limit", fontsize=8, color=LIGHT.second)
 
 
-def _draw_forwards(axes: Axes, lines: dict[str, list[Row]], batches: Sequence[int]) -> None:
+def _draw_forwards(axes: Axes, lines: dict[str, list[BenchRow]], batches: Sequence[int]) -> None:
     for place, rows in enumerate(lines.values()):
         for row in rows:
             assert row.ratio is not None

@@ -1,4 +1,4 @@
-"""What the figures are held to. A figure that a run did not measure is no pass and no miss."""
+"""The targets of the figures. A figure that a run did not measure neither holds nor misses."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .cases import Kind, Mode
-from .results import Row, ratios
-from .run import Bench
+from .results import Bench, BenchRow, ratios
 
-TEN_PERCENT = 1 / 1.1
+TEN_PERCENT = 1 / 1.1  # at most ten percent slower than the limit
 
 
 @dataclass(frozen=True)
 class Check:
-    """A figure and its bound; `holds` is None where there is no figure."""
+    """A figure and its bound.
+
+    Attributes:
+        what: names the figure.
+        value: the measured figure, None if there is none.
+        relation: how `value` must compare with `bound`.
+        holds: None if there is no figure.
+    """
 
     what: str
     value: float | None
@@ -26,11 +32,14 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A bound for the rows of ours that fit.
+    """A bound for the best of the matching rows of our library.
 
     Attributes:
-        mode: of the rows; None: the best of all counts.
-        most, least: a bound of the ratio, or of the share of the limit.
+        what: names the figure.
+        device, preset, kind, batch, start: of the rows; a `batch` of None matches all.
+        mode: of the rows; None matches all.
+        most: upper bound of the ratio, None without one.
+        least: lower bound of the share of the limit in [0, 1], None without one.
     """
 
     what: str
@@ -43,22 +52,23 @@ class Target:
     most: float | None = None
     least: float | None = None
 
-    def check(self, rows: Iterable[Row]) -> Check:
-        found = [row for row in rows if self._fits(row)]
+    def check(self, rows: Iterable[BenchRow]) -> Check:
+        """Compares the best of the matching rows with the bound."""
+        fitting = [row for row in rows if self._fits(row)]
         if self.least is not None:
-            reached = [row.reached.median for row in found if row.reached is not None]
+            reached = [row.reached.median for row in fitting if row.reached is not None]
             best = max(reached, default=None)
             holds = None if best is None else best >= self.least
             return Check(self.what, best, self.least, "≥", holds)
         assert self.most is not None
-        medians = [row.ratio.median for row in found if row.ratio is not None]
+        medians = [row.ratio.median for row in fitting if row.ratio is not None]
         best = min(medians, default=None)
         return Check(self.what, best, self.most, "≤", None if best is None else best <= self.most)
 
-    def _fits(self, row: Row) -> bool:
-        own = (row.library, row.preset, row.kind, row.start)
+    def _fits(self, row: BenchRow) -> bool:
+        case = (row.library, row.preset, row.kind, row.start)
         return (
-            own == ("mmadapters", self.preset, self.kind, self.start)
+            case == ("mmadapters", self.preset, self.kind, self.start)
             and row.environment == "here"
             and self.batch in (None, row.batch)
             and self.mode in (None, row.mode)
@@ -66,7 +76,7 @@ class Target:
 
 
 def _on_cpu() -> list[Target]:
-    step, cached = "step over full fine-tuning", "step from the cached prefix over full fine-tuning"
+    step, cached = "step over full fine-tuning", "step from the cached trunk over full fine-tuning"
     held: tuple[tuple[str, str, Kind, float], ...] = (
         (f"vit-s16, upper half: {step}", "vit-s16", "step", 0.60),
         (f"vit-s16, upper half: {cached}", "vit-s16", "cached", 0.35),
@@ -84,7 +94,7 @@ def _on_gpu() -> list[Target]:
         ("eager", 256, 1.08),
         ("eager", 1, 1.25),
     )
-    found = [
+    targets = [
         Target(
             device="cuda",
             what=f"vit-b16, batch {batch}, {mode}: forward over bare",
@@ -96,7 +106,7 @@ def _on_gpu() -> list[Target]:
         )
         for mode, batch, most in forwards
     ]
-    return found + [
+    return targets + [
         Target(
             device="cuda",
             what=f"{preset}, first block {start}: share of the limit, eager or compiled",
@@ -115,23 +125,25 @@ TARGETS = (*_on_cpu(), *_on_gpu())
 
 
 def checks(bench: Bench) -> list[Check]:
-    """Everything that this run's device and encoders are held to."""
+    """Returns the checks for the device and the encoders of a run."""
     device = bench.settings.device.partition(":")[0]
     main = [row for row in bench.rows if row.method in (bench.settings.method, "bare", "full")]
-    found = [
+    results = [
         target.check(main)
         for target in TARGETS
         if target.device == device and target.preset in bench.settings.encoders
     ]
-    found += [check for row in bench.rows if (check := _merged(row, bench.rows)) is not None]
-    found += [check for row in bench.rows if (check := _beside_peer(row, bench.rows)) is not None]
+    results += [check for row in bench.rows if (check := _merged(row, bench.rows)) is not None]
+    results += [check for row in bench.rows if (check := _beside_peer(row, bench.rows)) is not None]
     failed = [entry for entry in bench.missing if entry.what.startswith("ours ")]
-    return [*found, Check("cases of ours that could not run", len(failed), 0, "≤", not failed)]
+    return [*results, Check("cases of ours that could not run", len(failed), 0, "≤", not failed)]
 
 
-def _merged(row: Row, rows: Sequence[Row]) -> Check | None:
-    """A merged adapter costs nothing: no more than how far its or the bare encoder's times are
-    apart."""
+def _merged(row: BenchRow, rows: Sequence[BenchRow]) -> Check | None:
+    """Checks that a merged adapter is as fast as the bare encoder.
+
+    The difference may be as large as the quartile range of either, but at least half a percent.
+    """
     if (row.library, row.method) != ("mmadapters", "lora merged") or row.ratio is None:
         return None
     bare = next(r for r in rows if r.method == "bare" and _together(r, row) and r.mode == row.mode)
@@ -141,8 +153,8 @@ def _merged(row: Row, rows: Sequence[Row]) -> Check | None:
     return Check(what, row.ratio.median, bound, "≤", row.ratio.median <= bound)
 
 
-def _beside_peer(row: Row, rows: Sequence[Row]) -> Check | None:
-    """Ours is as fast as a peer on the same work: in a quarter of the rounds at least."""
+def _beside_peer(row: BenchRow, rows: Sequence[BenchRow]) -> Check | None:
+    """Checks that ours is as fast as a peer on the same work in a quarter of the rounds."""
     if row.library in ("torch", "mmadapters") or "merged" in row.method:
         return None
     work = (row.kind, row.method, row.start, row.mode)
@@ -155,18 +167,18 @@ def _beside_peer(row: Row, rows: Sequence[Row]) -> Check | None:
     ]
     if not ours:
         return None
-    found = ratios(ours[0].rounds, row.rounds)
+    spread = ratios(ours[0].rounds, row.rounds)
     batch = f", batch {row.batch}" if row.batch else ""
     what = f"{row.preset}{batch}, {row.kind}: ours over {row.name}, lower quartile"
     if ours[0].parameters != row.parameters:
         what += f" (ours of {ours[0].parameters:,} parameters, theirs of {row.parameters:,})"
-    return Check(what, found.low, 1.0, "≤", found.low <= 1.0)
+    return Check(what, spread.low, 1.0, "≤", spread.low <= 1.0)
 
 
-def _together(row: Row, other: Row) -> bool:
-    """Whether two rows were timed in the same rounds."""
+def _together(row: BenchRow, other: BenchRow) -> bool:
+    """Tells whether two rows were timed in the same rounds."""
 
-    def where(row: Row) -> tuple[object, ...]:
+    def where(row: BenchRow) -> tuple[object, ...]:
         return (row.preset, row.environment, row.encoder, row.phase, row.batch)
 
     return where(row) == where(other)

@@ -1,4 +1,4 @@
-"""The command `mmadapters bench`: its defaults by device, its progress and what it prints."""
+"""The command `mmadapters bench`: defaults of each device, progress and output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def listed(text: str | None) -> list[str]:
-    """The parts of "a,b"."""
+    """Splits "a,b" into its parts."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
@@ -43,10 +43,14 @@ def settings(
     peers: Sequence[str],
     **rest: Any,
 ) -> Settings:
-    """What the options mean, with the defaults of the device for those that are left out.
+    """Makes settings of the options; missing ones take the default of the device.
+
+    Args:
+        batches: numbers, as "1,32".
+        rest: further fields of `Settings`.
 
     Raises:
-        ValueError: an option that means nothing, in a sentence.
+        ValueError: an option has a wrong value.
     """
     device = device or _default_device()
     default = DEFAULTS.get(device.partition(":")[0], DEFAULTS["cpu"])
@@ -76,7 +80,11 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def run(asked: Settings, out: Path, *, quiet: bool) -> bool:
-    """Measures, writes and prints; gives whether all that was measured holds.
+    """Measures, writes and prints; returns whether all measured figures hold.
+
+    Args:
+        out: folder of the report.
+        quiet: print no progress.
 
     Raises:
         ValueError, RuntimeError: see `run.measure`.
@@ -97,9 +105,9 @@ def run(asked: Settings, out: Path, *, quiet: bool) -> bool:
                 told = encoder
                 errors.print(f"{plain(encoder)}: {done} of {of} turns done", highlight=False)
 
-        found = measure(asked, tell=tell)
+        bench = measure(asked, tell=tell)
         progress(1, 1)
-    write_report(found, out)
-    show(found, Console())
+    write_report(bench, out)
+    show(bench, Console())
     Console().print(f"Report: {out}", soft_wrap=True)
-    return all(check.holds is not False for check in checks(found))
+    return all(check.holds is not False for check in checks(bench))

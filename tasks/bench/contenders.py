@@ -1,6 +1,6 @@
-"""One encoder as each library adapts it, behind the same few verbs.
+"""One encoder as each library adapts it, with the same few methods.
 
-Adapters get random values, as fresh ones may take ways that trained ones do not.
+Adapters get random values, since fresh ones may take shortcuts that trained ones do not.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SPREAD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is put on an encoder.
+    """The adapters to put on an encoder.
 
     Attributes:
-        method: as in `cases.Case`.
-        size: the bottleneck's.
-        start: the first adapted block.
-        adapters: how many, of which the first acts.
-        mixed: names for the rows of a batch, where each has its own.
+        method: see `cases.Case`.
+        size: bottleneck size.
+        start: the first adapted block, see `limits.first_block`.
+        adapters: number of adapters; the first is active.
+        mixed: the adapter of each row of a batch; empty if all rows use the first one.
     """
 
     method: str
@@ -54,29 +54,31 @@ class Work:
 
     @property
     def names(self) -> list[str]:
+        """Returns the names of the adapters."""
         return [f"a{index}" for index in range(self.adapters)]
 
 
 class Contender(ABC):
-    """A library's model of an encoder that already is where it shall run, in its precision."""
+    """An encoder with the adapters of one library, on its device and in its precision."""
 
     model: nn.Module
 
     def forward(self, inputs: Inputs) -> Any:
-        """The encoder's own output, with what was asked for acting."""
+        """Returns the encoder's output with its adapters active."""
         return inputs(self.model)
 
     def train(self) -> None:
-        """Train mode; what was made trainable stays so."""
+        """Sets train mode without changing which parameters are trainable."""
         self.model.train()
 
     @property
     def trainable(self) -> list[nn.Parameter]:
+        """Returns the trainable parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @abstractmethod
     def switch(self, name: str) -> None:
-        """Lets another adapter act."""
+        """Activates another adapter."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -84,15 +86,15 @@ class Contender(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Adds what `save` wrote, under another name."""
+        """Loads the files of `save` as another adapter."""
 
     @abstractmethod
     def unload(self) -> None:
-        """Takes away what `load` added."""
+        """Deletes the adapter that `load` added."""
 
 
 class Bare(Contender):
-    """The encoder as it is, frozen or, for full fine-tuning, all trainable."""
+    """The encoder without adapters, frozen or, for full fine-tuning, trainable."""
 
     def __init__(self, encoder: nn.Module, work: Work) -> None:
         self.model = encoder.requires_grad_(work.method == "full").eval()
@@ -110,7 +112,7 @@ class Bare(Contender):
 
 
 class Ours(Contender):
-    """mmadapters."""
+    """An encoder with adapters of this library."""
 
     model: mmadapters.AdapterModel
 
@@ -143,8 +145,8 @@ class Ours(Contender):
         self.model.delete_adapter("loaded")
 
 
-class Merged(Bare):
-    """An adapter of ours in the weights, and the encoder given back as it is served."""
+class MergedContender(Bare):
+    """An encoder with an adapter of ours merged into its weights, detached as for serving."""
 
     def __init__(self, encoder: nn.Module, work: Work) -> None:
         ours = Ours(encoder, work)
@@ -154,7 +156,7 @@ class Merged(Bare):
             config = ours.model.adapter("a0").config
             if not isinstance(config, BottleneckConfig):
                 raise
-            # The feed-forward parts have CLIP's activation.
+            # Merging failed, since the feed-forward parts have CLIP's activation.
             ours.model.delete_adapter("a0")
             ours.model.add_adapter("a0", replace(config, activation="quick_gelu"))
             randomise(list(ours.model.adapters.parameters()))
@@ -179,7 +181,7 @@ def _config(work: Work, encoder: nn.Module) -> mmadapters.MethodConfig:
 
 
 def _sites(start: str, encoder: nn.Module) -> tuple[str, ...]:
-    """Patterns of the blocks from `start` on, of every tower."""
+    """Returns the names of the blocks from `start` on, of every tower."""
     towers = describe(encoder)[0].towers.values()
     return tuple(
         block.name
@@ -190,8 +192,8 @@ def _sites(start: str, encoder: nn.Module) -> tuple[str, ...]:
 
 @torch.no_grad()
 def randomise(parameters: Sequence[nn.Parameter]) -> None:
-    """The same random change of every adapter that has the same parameters."""
+    """Adds random values to adapters; the same shapes in the same order get the same values."""
     generator = torch.Generator().manual_seed(1)
     for parameter in parameters:
-        drawn = SPREAD * torch.randn(parameter.shape, generator=generator)
-        parameter.add_(drawn.to(parameter.device, parameter.dtype))
+        change = SPREAD * torch.randn(parameter.shape, generator=generator)
+        parameter.add_(change.to(parameter.device, parameter.dtype))

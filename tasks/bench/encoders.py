@@ -1,4 +1,4 @@
-"""The encoders that are measured, with random weights, and what enters and leaves them."""
+"""The measured encoders with random weights, their inputs, and their pooled outputs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ from mmadapters.sites.sitemap import SiteMap
 from mmadapters.sites.tables import describe
 from mmadapters.suggest import nearest
 
-from .limits import Tower
+from .limits import TowerSize
 
 HERTZ = 16_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """What `load_backbone` is asked for."""
+    """An encoder as `load_backbone` takes it.
+
+    Attributes:
+        name: "library/model".
+        options: keyword arguments of `load_backbone`.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def library(self) -> str:
-        """The package that it needs."""
+        """Returns the name of the package that it needs."""
         library = self.options.get("library", self.name.partition("/")[0])
         return {"hf": "transformers", "nano": "mmadapters"}.get(library, library)
 
     def make(self) -> nn.Module:
-        """The same random weights at every call."""
+        """Builds the encoder with the same random weights at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return load_backbone(self.name, **self.options)
@@ -44,8 +49,13 @@ class Encoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """`encoders`: the first whose library is there is taken. `twin`: the same architecture as
-    AdapterHub knows it, which of vision encoders knows those of transformers alone."""
+    """An encoder of the benchmark and its equivalents.
+
+    Attributes:
+        encoders: alternatives; the first whose library is installed is measured.
+        twin: the same architecture for AdapterHub, which supports vision encoders of transformers
+            only; None if there is none.
+    """
 
     encoders: tuple[Encoder, ...]
     twin: Encoder | None = None
@@ -63,8 +73,8 @@ def _vit(size: str, width: int, depth: int, heads: int) -> Preset:
     return Preset(encoders=(timm, twin), twin=twin)
 
 
-# Nothing is drawn in any of them, so that full fine-tuning, in train mode, does the same work.
-_STEADY = {
+# No dropout or masking, so that full fine-tuning in train mode does the same work.
+_WITHOUT_DROPOUT = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
@@ -78,13 +88,13 @@ PRESETS: dict[str, Preset] = {
     "vit-s16": _vit("small", 384, 12, 6),
     "vit-b16": _vit("base", 768, 12, 12),
     "vit-l16": _vit("large", 1024, 24, 16),
-    "wav2vec2-base": Preset(encoders=(Encoder(name="hf/wav2vec2", options=_STEADY),)),
+    "wav2vec2-base": Preset(encoders=(Encoder(name="hf/wav2vec2", options=_WITHOUT_DROPOUT),)),
     "clip-b32": Preset(encoders=(Encoder(name="open_clip/ViT-B-32"), _CLIP), twin=_CLIP),
     "nano-vit": Preset(
         encoders=(Encoder(name="nano/vit"),),
         twin=Encoder(name="nano/vit", options={"library": "hf"}),
     ),
-    "nano-wav2vec2": Preset(encoders=(Encoder(name="nano/wav2vec2", options=_STEADY),)),
+    "nano-wav2vec2": Preset(encoders=(Encoder(name="nano/wav2vec2", options=_WITHOUT_DROPOUT),)),
     "nano-clip": Preset(
         encoders=(Encoder(name="nano/clip"), Encoder(name="nano/clip", options={"library": "hf"})),
         twin=Encoder(name="nano/clip", options={"library": "hf"}),
@@ -93,10 +103,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """Of a preset's name, or of a name that `load_backbone` takes.
+    """Returns the preset of a name, or one made of a name that `load_backbone` takes.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the name is neither.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -110,14 +120,14 @@ def find_preset(name: str) -> Preset:
 
 
 def choose(preset: Preset) -> Encoder:
-    """The first encoder whose library this interpreter has, else the first."""
-    found = [e for e in preset.encoders if importlib.util.find_spec(e.library) is not None]
-    return next(iter(found), preset.encoders[0])
+    """Returns the first encoder whose library is installed, or the first if none is."""
+    installed = [e for e in preset.encoders if importlib.util.find_spec(e.library) is not None]
+    return next(iter(installed), preset.encoders[0])
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What an encoder is called with."""
+    """The arguments of a call of an encoder."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -126,7 +136,7 @@ class Inputs:
         return model(*self.args, **self.kwargs)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """With `change` of every tensor."""
+        """Returns inputs with `change` applied to every tensor."""
         return Inputs(
             tuple(change(value) for value in self.args),
             {name: change(value) for name, value in self.kwargs.items()},
@@ -134,15 +144,20 @@ class Inputs:
 
 
 def make_inputs(encoder: nn.Module, batch: int, *, seconds: float) -> Inputs:
-    """The same random batch at every call: images of the encoder's own size, texts as long as its
-    context, waveforms.
+    """Makes the same random batch at every call.
+
+    Images have the encoder's own size and texts the length of its context.
 
     Args:
-        seconds: the length of a waveform.
+        batch: batch size.
+        seconds: length of a waveform.
+
+    Raises:
+        ValueError: the encoder has no example input.
     """
     sites, example = describe(encoder)
     if example is None:
-        raise ValueError(f"{type(encoder).__name__} says nothing of its inputs")
+        raise ValueError(f"the inputs of {type(encoder).__name__} are not known")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         args, kwargs = example(encoder)
@@ -154,8 +169,8 @@ def make_inputs(encoder: nn.Module, batch: int, *, seconds: float) -> Inputs:
         shape = list(one.shape)
         if "audio" in sites.towers and len(shape) == 2:
             shape[1] = int(seconds * HERTZ)
-        drawn = torch.randn(batch, *shape[1:], generator=generator)
-        return drawn.to(one.device, one.dtype)
+        values = torch.randn(batch, *shape[1:], generator=generator)
+        return values.to(one.device, one.dtype)
 
     return Inputs(args, kwargs).mapped(grown)
 
@@ -166,12 +181,12 @@ def _context(encoder: Any) -> int:
 
 
 def _lengthened(ids: Tensor, length: int) -> Tensor:
-    """Texts (1, T) with their first token repeated, so that the end stays at the end."""
+    """Repeats the first token of texts (1, T), so that the end token stays at the end."""
     return torch.cat([ids[:, :1].expand(-1, max(length - ids.shape[1], 0)), ids], dim=1)
 
 
 def pooled(output: Any) -> Tensor:
-    """(B, D) of whatever an encoder gives: the mean of its last states, or both embeddings."""
+    """Pools any encoder's output to (B, D): the mean of its last states, or both embeddings."""
     if isinstance(output, Tensor):
         return output if output.dim() == 2 else output.mean(dim=1)
     for pair in (("image_embeds", "text_embeds"), ("image_features", "text_features")):
@@ -180,7 +195,7 @@ def pooled(output: Any) -> Tensor:
     last = _get(output, "last_hidden_state")
     if last is not None:
         return last.mean(dim=1)
-    # open_clip's models give both embeddings and a scale.
+    # open_clip's models return both embeddings and a scale.
     embeddings = [part for part in output if isinstance(part, Tensor) and part.dim() >= 2]
     return torch.cat([pooled(part) for part in embeddings], dim=-1)
 
@@ -190,10 +205,10 @@ def _get(output: Any, name: str) -> Any:
 
 
 @torch.enable_grad()
-def measure_towers(encoder: nn.Module, inputs: Inputs) -> list[Tower]:
-    """The towers' sizes and their shares of a forward pass's operations, by running it once.
+def measure_towers(encoder: nn.Module, inputs: Inputs) -> list[TowerSize]:
+    """Measures the towers' sizes and their shares of the operations in one forward pass.
 
-    With gradients, as without them `nn.MultiheadAttention` takes a path that is not counted.
+    Gradients are on, since without them `nn.MultiheadAttention` takes a path that is not counted.
     """
     sites: SiteMap = describe(encoder)[0]
     tokens: dict[str, int] = {}
@@ -225,7 +240,7 @@ def measure_towers(encoder: nn.Module, inputs: Inputs) -> list[Tower]:
         handle.remove()
     total = counter.get_total_flops()
     return [
-        Tower(
+        TowerSize(
             name=name,
             blocks=len(tower.blocks),
             tokens=tokens[name],

@@ -1,4 +1,4 @@
-"""The interpreters that measure: this one's and the peers', each in a process of its own."""
+"""The interpreters that measure, ours and those of the peers, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import mmadapters
-from mmadapters import tasks
 
 PEERS = {"peft": "peft", "adapters": "AdapterHub's adapters"}
 
-# A peer's interpreter has no mmadapters, and the folder that ours stands in may hold other packages
-# that must not come before its own: the packages are found by their folders alone.
+# A peer's interpreter has no mmadapters. The folder that contains ours may hold other packages that
+# must not replace those of the peer, so both of ours are loaded from their own folders.
 _START = """
 import importlib.util, sys
 for name, folder in zip(("mmadapters", "mmadapters.tasks"), sys.argv[1:]):
@@ -34,18 +33,21 @@ serve()
 """
 
 
-class Refused(RuntimeError):
-    """A worker could not do one thing, and is ready for the next."""
+class WorkerError(RuntimeError):
+    """A worker could not answer one request; it is ready for the next."""
 
 
 @dataclass(eq=False)
 class Environment:
-    """A worker process, and what it is.
+    """A worker process and the packages of its interpreter.
 
     Attributes:
-        name: for tables: "here", or the peers that it is there for.
-        libraries: whose cases run in it: "own" (all of ours), "peft", "adapters".
-        packages: their versions.
+        python: path of the interpreter.
+        log: file with the standard error of the process.
+        name: its name in tables: "here", or the peers that it measures.
+        libraries: libraries whose cases it runs: "own" (all of ours), "peft", "adapters".
+        packages: versions of the installed packages.
+        facts: the answer of `worker.Worker.facts`.
     """
 
     python: str
@@ -58,12 +60,13 @@ class Environment:
 
     @classmethod
     def start(cls, python: str) -> Environment:
-        """Starts a worker and asks what it has.
+        """Starts a worker and asks for its packages.
 
         Raises:
             ValueError: there is no such interpreter, or it cannot run a worker.
         """
-        folders = [str(Path(str(m.__file__)).parent) for m in (mmadapters, tasks)]
+        library, application = Path(str(mmadapters.__file__)).parent, Path(__file__).parents[1]
+        folders = [str(library), str(application)]
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `stop`
         variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         try:
@@ -82,16 +85,19 @@ class Environment:
             made.facts = made.ask("facts")
         except RuntimeError as error:
             raise ValueError(
-                f"{python} cannot measure, it needs torch and transformers or timm: {error}"
+                f"{python} cannot measure; it needs torch and transformers or timm: {error}"
             ) from None
         made.packages = made.facts["packages"]
         return made
 
     def ask(self, what: str, **arguments: Any) -> Any:
-        """What a method of `worker.Worker` gives.
+        """Calls a method of `worker.Worker` in the process and returns its result.
+
+        Args:
+            what: name of the method.
 
         Raises:
-            Refused: it raised; in its words.
+            WorkerError: the method raised; the message is its own.
             RuntimeError: the process has ended.
         """
         assert self.process.stdin is not None
@@ -106,11 +112,11 @@ class Environment:
             raise RuntimeError(f"the worker of {self.python} ended: {self._last_words()}")
         answer = json.loads(line)
         if "problem" in answer:
-            raise Refused(answer["problem"])
+            raise WorkerError(answer["problem"])
         return answer["value"]
 
     def stop(self) -> None:
-        """Lets the process end."""
+        """Ends the process."""
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()
@@ -129,7 +135,10 @@ class Environment:
 
 @contextmanager
 def environments(peers: Sequence[str]) -> Iterator[list[Environment]]:
-    """This interpreter's worker, then one for each of `peers` that has a peer not yet there.
+    """Starts the worker of this interpreter and one for each interpreter that has another peer.
+
+    Args:
+        peers: paths of interpreters.
 
     Raises:
         ValueError: an interpreter cannot measure, or has no peer.
@@ -140,13 +149,13 @@ def environments(peers: Sequence[str]) -> Iterator[list[Environment]]:
         for python in (sys.executable, *peers):
             made = Environment.start(python)
             started.append(made)
-            found = [peer for peer in wanted if peer in made.packages]
+            new = [peer for peer in wanted if peer in made.packages]
             if len(started) > 1 and not any(peer in made.packages for peer in PEERS):
                 raise ValueError(f"{python} has neither {' nor '.join(PEERS)}")
-            made.libraries = (*(("own",) if len(started) == 1 else ()), *found)
-            named = [f"{peer} {made.packages[peer]}" for peer in found]
+            made.libraries = (*(("own",) if len(started) == 1 else ()), *new)
+            named = [f"{peer} {made.packages[peer]}" for peer in new]
             made.name = "here" if len(started) == 1 else ", ".join(named)
-            for peer in found:
+            for peer in new:
                 del wanted[peer]
         yield [environment for environment in started if environment.libraries]
     finally:

@@ -1,4 +1,4 @@
-"""The same encoder under peft and under AdapterHub's `adapters`, for `contenders.Contender`."""
+"""An encoder adapted by peft or by AdapterHub's `adapters`, as a `contenders.Contender`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .encoders import Inputs
 
 
 class Peft(Contender):
-    """LoRA on the linear maps that ours is on; on one map where the library fuses three."""
+    """LoRA of peft on the same linear maps as ours; one map if the encoder fuses three."""
 
     model: Any
 
@@ -23,7 +23,7 @@ class Peft(Contender):
         import peft
 
         config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=_linears(encoder))
-        # Otherwise the adapters of a bf16 encoder are fp32, and every call casts.
+        # By default, the adapters of a bf16 encoder are fp32, so every call would cast.
         options = {"autocast_adapter_dtype": False}
         self.model = peft.get_peft_model(encoder, config, "a0", **options)
         for name in work.names[1:]:
@@ -56,7 +56,7 @@ class Peft(Contender):
 
 
 def _linears(encoder: nn.Module) -> list[str]:
-    """The names of the modules that compute queries, keys and values."""
+    """Returns the names of the modules that compute queries, keys and values."""
     names = {module: name for name, module in encoder.named_modules()}
     leaves = [
         sublayer.leaves[role]
@@ -68,7 +68,7 @@ def _linears(encoder: nn.Module) -> list[str]:
 
 
 class AdapterHub(Contender):
-    """Bottlenecks of the same size, activation and places as ours."""
+    """Bottlenecks of AdapterHub with the same sizes, activations and places as ours."""
 
     model: Any
 
@@ -83,7 +83,7 @@ class AdapterHub(Contender):
         }
         adapters.init(encoder)
         self.model = encoder
-        # The half keeps the peer, which divides and rounds down, from one channel less.
+        # The peer divides and rounds down; the half keeps it from losing a channel.
         factors = {
             str(index): widths[layer] / (work.size + 0.5)
             for index, layer in self.model.iter_layers()

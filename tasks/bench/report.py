@@ -1,10 +1,10 @@
-"""What `mmadapters bench` shows: tables as Markdown and on the console, and `bench.json`."""
+"""The report of `mmadapters bench`: Markdown, console tables, `bench.json` and the chart."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mmadapters.files import write_bytes, write_text
 
 from .checks import Check, checks
-from .limits import Tower, first_block
-from .results import Row, Spread
-from .run import Bench
+from .limits import TowerSize, first_blocks
+from .results import Bench, BenchRow, Spread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +24,12 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table as text. `words`: how many columns from the left are not figures."""
+class TextTable:
+    """A table as text.
+
+    Attributes:
+        words: number of columns from the left that are not figures.
+    """
 
     title: str
     head: tuple[str, ...]
@@ -35,19 +38,19 @@ class Grid:
 
 
 def write_report(bench: Bench, folder: Path) -> None:
-    """Writes `bench.json`, `bench.md` and `bench.png`, each whole or not at all."""
+    """Writes `bench.json`, `bench.md` and `bench.png`; each file is complete or absent."""
     from ..core.plots import figure_png
     from .chart import chart
 
     folder.mkdir(parents=True, exist_ok=True)
-    found = {**bench.to_dict(), "checks": [asdict(check) for check in checks(bench)]}
-    write_text(folder / JSON, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    content = {**bench.to_dict(), "checks": [asdict(check) for check in checks(bench)]}
+    write_text(folder / JSON, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_text(folder / MARKDOWN, markdown(bench))
     write_bytes(folder / CHART, figure_png(chart(bench)))
 
 
 def markdown(bench: Bench) -> str:
-    """The whole report."""
+    """Formats the whole report as Markdown."""
     parts = ["# Speed, side by side", header(bench), f"![the same as a chart]({CHART})", CAPTION]
     parts += [_markdown_grid(grid) for grid in [checked(checks(bench)), *_missing(bench)]]
     for preset in bench.settings.encoders:
@@ -57,19 +60,19 @@ def markdown(bench: Bench) -> str:
 
 
 CAPTION = (
-    "Medians with their quartiles in brackets; the cases of a table took turns. Ratios are medians "
-    "of those of each round, taken in one environment and mode. Kept: what a step's forward pass "
-    "keeps for its backward pass, parameters left out; peak: the most that a step allocates, the "
-    "model's weights included. The limit of a step is made of the frozen forward pass of the same "
-    "rounds; of an encoder's first adapted block k of L, T(k) = 1 + s (1 + a) (L − 1 − k) / L "
-    "forward passes, from the cached prefix s ((L − k) / L + (1 + a) (L − 1 − k) / L), 3 for full "
-    "fine-tuning. Parameters are those that are trained, without the head. Cached states lie on "
-    "the device; reading them from a disk is not in the step."
+    "Figures are medians with their quartiles in brackets; the cases of a table took turns. A "
+    "ratio is the median of the ratios of each round, within one environment and mode. Kept is "
+    "the memory that the forward pass of a step keeps for its backward pass, without parameters. "
+    "Peak is the most memory that a step allocates, with the model's weights. The limit of a step"
+    " is a number of frozen forward passes of the same rounds. If block k of L is the first "
+    "adapted one, it is T(k) = 1 + s (1 + a) (L − 1 − k) / L, from the cached trunk s ((L − k) / "
+    "L + (1 + a) (L − 1 − k) / L), and 3 for full fine-tuning. Parameters are the trained ones "
+    "without the head. Cached states are on the device; a step does not read them from a disk."
 )
 
 
 def header(bench: Bench) -> str:
-    """The command, the machine and the versions."""
+    """Formats the command, the machine and the versions."""
     machine, settings = bench.machine, bench.settings
     where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
     lines = [
@@ -82,7 +85,7 @@ def header(bench: Bench) -> str:
     return "\n".join([lines[0], "", *lines[1:]])
 
 
-def _described(towers: Sequence[Tower]) -> str:
+def _described(towers: Sequence[TowerSize]) -> str:
     return "; ".join(
         f"{tower.name}: L = {tower.blocks}, N = {tower.tokens}, D = {tower.width}, "
         f"a = {tower.attention:.3f}, s = {tower.share:.3f}"
@@ -90,8 +93,8 @@ def _described(towers: Sequence[Tower]) -> str:
     )
 
 
-def checked(found: Sequence[Check]) -> Grid:
-    """What the figures are held to, and whether they hold."""
+def checked(results: Sequence[Check]) -> TextTable:
+    """Makes the table of the targets and whether they hold."""
     verdicts = {True: "holds", False: "**missed**", None: "not measured"}
     lines = [
         (
@@ -100,31 +103,31 @@ def checked(found: Sequence[Check]) -> Grid:
             f"{check.relation} {check.bound:.3g}",
             verdicts[check.holds],
         )
-        for check in found
+        for check in results
     ]
-    return Grid("Held to", ("what", "measured", "bound", "verdict"), lines, 1)
+    return TextTable("Held to", ("what", "measured", "bound", "verdict"), lines, 1)
 
 
-def _missing(bench: Bench) -> list[Grid]:
+def _missing(bench: Bench) -> list[TextTable]:
     if not bench.missing:
         return []
     lines = [(entry.encoder, entry.what, entry.why) for entry in bench.missing]
-    return [Grid("Not measured", ("encoder", "what", "why"), lines, 3)]
+    return [TextTable("Not measured", ("encoder", "what", "why"), lines, 3)]
 
 
-def grids(bench: Bench, preset: str) -> list[Grid]:
-    """The tables of one encoder: forward passes, training steps, switching and loading."""
+def grids(bench: Bench, preset: str) -> list[TextTable]:
+    """Makes the tables of one encoder: forward passes, training steps, switching and loading."""
     rows = [row for row in bench.rows if row.preset == preset]
     towers = bench.towers[preset]
     size = f"batch {bench.settings.train_batch}"
-    found = [
-        Grid(
+    tables = [
+        TextTable(
             "Forward pass",
             ("what", "where", "mode", "batch", "parameters", "ms", "over bare"),
             [_forward_line(row) for row in rows if row.phase == "forward"],
             3,
         ),
-        Grid(
+        TextTable(
             f"Training step, {size}",
             (
                 *("what", "where", "mode", "first block", "parameters", "ms", "over full"),
@@ -133,26 +136,26 @@ def grids(bench: Bench, preset: str) -> list[Grid]:
             [_step_line(row, towers) for row in rows if row.phase == "step"],
             4,
         ),
-        Grid(
+        TextTable(
             "Switching between two adapters, loading one from disk",
             ("what", "where", "does", "ms", "over ours"),
             [_life_line(row) for row in rows if row.phase == "life"],
             3,
         ),
     ]
-    return [grid for grid in found if grid.lines]
+    return [grid for grid in tables if grid.lines]
 
 
-def _forward_line(row: Row) -> tuple[str, ...]:
+def _forward_line(row: BenchRow) -> tuple[str, ...]:
     count = f"{row.parameters:,}" if row.parameters else ""
     times = (milliseconds(row.seconds), ratio(row.ratio))
     return (row.name, where(row), row.mode, str(row.batch), count, *times)
 
 
-def _step_line(row: Row, towers: Sequence[Tower]) -> tuple[str, ...]:
+def _step_line(row: BenchRow, towers: Sequence[TowerSize]) -> tuple[str, ...]:
     steps = row.kind in ("step", "cached")
     name = row.name if steps else f"{row.name}, forward only"
-    start = first(row.start, towers) if steps and row.method != "full" else ""
+    start = first_blocks(row.start, towers) if steps and row.method != "full" else ""
     count = f"{row.parameters:,}" if row.parameters else ""
     memory = tuple("" if b is None else f"{b / MIB:,.1f}" for b in (row.kept, row.peak))
     limit = "" if row.limit is None else significant(1e3 * row.limit)
@@ -161,45 +164,39 @@ def _step_line(row: Row, towers: Sequence[Tower]) -> tuple[str, ...]:
     return (name, where(row), row.mode, start, count, *times, *memory, limit, reached)
 
 
-def _life_line(row: Row) -> tuple[str, ...]:
+def _life_line(row: BenchRow) -> tuple[str, ...]:
     return (row.name, where(row), row.kind, milliseconds(row.seconds), ratio(row.ratio))
 
 
-def where(row: Row) -> str:
-    """The environment and the encoder of a row."""
+def where(row: BenchRow) -> str:
+    """Returns the environment and the encoder of a row."""
     return f"{row.environment}: {row.encoder}"
 
 
-def first(start: str, towers: Iterable[Tower]) -> str:
-    """The first adapted blocks, each once: "6 of 12"."""
-    words = [f"{first_block(start, tower.blocks)} of {tower.blocks}" for tower in towers]
-    return ", ".join(dict.fromkeys(words))
-
-
 def milliseconds(seconds: Spread) -> str:
-    """A median and its quartiles, in milliseconds."""
+    """Formats a median and its quartiles in milliseconds."""
     median, low, high = (
         significant(1e3 * value) for value in (seconds.median, seconds.low, seconds.high)
     )
     return f"{median} [{low}, {high}]"
 
 
-def ratio(found: Spread | None) -> str:
-    """A median ratio and its quartiles."""
-    if found is None:
+def ratio(spread: Spread | None) -> str:
+    """Formats a median ratio and its quartiles; empty without one."""
+    if spread is None:
         return ""
-    if found.low == found.high == 1:
+    if spread.low == spread.high == 1:
         return "1"
-    return f"{found.median:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{spread.median:.3f} [{spread.low:.3f}, {spread.high:.3f}]"
 
 
 def significant(value: float) -> str:
-    """Three digits that count, or all before the point."""
+    """Formats a number with three significant digits, or all digits before the point."""
     digits = 0 if value >= 100 else 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:,.{digits}f}"
 
 
-def _markdown_grid(grid: Grid) -> str:
+def _markdown_grid(grid: TextTable) -> str:
     rule = ["---"] * grid.words + ["---:"] * (len(grid.head) - grid.words)
     lines = [grid.head, tuple(rule), *grid.lines]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -207,7 +204,7 @@ def _markdown_grid(grid: Grid) -> str:
 
 
 def show(bench: Bench, console: Console) -> None:
-    """Prints the same tables."""
+    """Prints the tables of the report."""
     from ..reports.console import plain
 
     console.print(plain(header(bench)), soft_wrap=True, highlight=False)
@@ -219,7 +216,7 @@ def show(bench: Bench, console: Console) -> None:
         console.print(_rich(grid))
 
 
-def _rich(grid: Grid) -> Any:
+def _rich(grid: TextTable) -> Any:
     from rich.table import Table
 
     from ..reports.console import plain

@@ -1,93 +1,33 @@
-"""A run of `mmadapters bench`: workers take turns, and what they measured becomes rows."""
+"""Runs `mmadapters bench`: workers take turns, and their measurements become rows."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mmadapters import __version__
 
 from ..core.machine import processor
 from .cases import Case, Settings, forward_cases, life_cases, step_cases
 from .encoders import Encoder, Preset, choose, find_preset
-from .environments import PEERS, Environment, Refused, environments
-from .limits import Tower, step_limit
-from .results import Row, made_rows
+from .environments import PEERS, Environment, WorkerError, environments
+from .limits import TowerSize, step_limit
+from .results import Bench, Lane, Measured, Missing, Phase, made_rows
 
-Phase = Literal["forward", "step", "life"]
 Tell = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Missing:
-    """What was not measured, and why."""
-
-    encoder: str
-    what: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Lane:
-    """An encoder in one environment; ratios are taken within a lane alone.
-
-    Attributes:
-        preset: the name that the run was asked for.
-    """
-
-    preset: str
-    environment: Environment
-    encoder: Encoder
-    towers: tuple[Tower, ...]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The seconds of one case, a figure for each round; rounds of one phase belong together."""
-
-    lane: Lane
-    phase: Phase
-    case: Case
-    seconds: tuple[float, ...]
-    parameters: int
-    kept: int | None
-    peak: int | None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """All that a run found."""
-
-    settings: Settings
-    machine: dict[str, Any]
-    rows: list[Row]
-    missing: list[Missing]
-    towers: dict[str, list[Tower]]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "settings": self.settings.to_dict(),
-            "machine": self.machine,
-            "encoders": {
-                name: [tower.to_dict() for tower in towers] for name, towers in self.towers.items()
-            },
-            "rows": [row.to_dict() for row in self.rows],
-            "missing": [asdict(entry) for entry in self.missing],
-        }
-
-
 def measure(settings: Settings, *, tell: Tell = lambda what, done, of: None) -> Bench:
-    """Measures everything that `settings` ask for and the environments can.
+    """Measures all cases of `settings` that the environments can run.
 
     Args:
-        tell: hears what is measured next, how many turns are done, and of how many.
+        tell: called before each turn with its name, the number of finished turns and that of all.
 
     Raises:
         ValueError: an encoder, a block, the device or an interpreter of a peer does not exist.
-        RuntimeError: a worker ended.
+        RuntimeError: a worker process ended.
     """
     presets = {name: find_preset(name) for name in settings.encoders}
     with environments(settings.peers) as there:
@@ -117,14 +57,19 @@ def _machine(settings: Settings, there: Sequence[Environment]) -> dict[str, Any]
 
 
 def _parts(environment: Environment) -> list[tuple[str, ...]]:
-    """The libraries of an environment by the encoder that they work on: AdapterHub's apart."""
+    """Groups the libraries of an environment by encoder; AdapterHub's has another encoder."""
     libraries = tuple(entry for entry in environment.libraries if entry != "adapters")
     parts = [libraries] if libraries else []
     return [*parts, ("adapters",)] if "adapters" in environment.libraries else parts
 
 
 class _Run:
-    """The encoders of a run, one after another."""
+    """Measures the encoders of a run, one after another.
+
+    Attributes:
+        done: number of finished turns.
+        of: number of all turns.
+    """
 
     def __init__(
         self, settings: Settings, there: Sequence[Environment], tell: Tell, encoders: int
@@ -132,7 +77,7 @@ class _Run:
         self.settings, self.there, self.tell = settings, there, tell
         self.measured: list[Measured] = []
         self.missing: list[Missing] = []
-        self.towers: dict[str, list[Tower]] = {}
+        self.towers: dict[str, list[TowerSize]] = {}
         parts = [part for environment in there for part in _parts(environment)]
         self.done, self.of = 0, encoders * sum(map(self._turns, parts))
         present = {library for environment in there for library in environment.libraries}
@@ -144,20 +89,20 @@ class _Run:
             self.missing.append(Missing("all", "CUDA graphs", "they need a GPU"))
 
     def _phases(self, libraries: Sequence[str]) -> list[tuple[Phase, list[Case]]]:
-        """What is timed together, a batch size of forward passes at a time."""
+        """Returns the groups of cases that are timed together; each batch size is a group."""
         settings = self.settings
-        found: list[tuple[Phase, list[Case]]] = [
+        phases: list[tuple[Phase, list[Case]]] = [
             ("forward", forward_cases(settings, libraries, batch)) for batch in settings.batches
         ]
-        found.append(("step", step_cases(settings, libraries)))
-        return [*found, ("life", life_cases(settings, libraries))]
+        phases.append(("step", step_cases(settings, libraries)))
+        return [*phases, ("life", life_cases(settings, libraries))]
 
     def _turns(self, libraries: Sequence[str]) -> int:
         cases = sum(len(cases) for _, cases in self._phases(libraries))
         return cases * (1 + self.settings.repeats)
 
     def add(self, name: str, preset: Preset) -> None:
-        """Measures one encoder in every environment that can."""
+        """Measures one encoder in every environment that can run it."""
         lanes = []
         for environment in self.there:
             for libraries in _parts(environment):
@@ -175,7 +120,7 @@ class _Run:
             self._rounds(entries)
 
     def _encoder(self, name: str, preset: Preset, libraries: Sequence[str]) -> Encoder | None:
-        """The encoder on which some libraries work, if they know it."""
+        """Returns the encoder for some libraries, or None if they do not support it."""
         if "adapters" not in libraries:
             return choose(preset)
         if preset.twin is None:
@@ -186,7 +131,7 @@ class _Run:
         settings = self.settings
         try:
             towers = environment.ask(
-                "settle",
+                "set_encoder",
                 name=encoder.name,
                 options=dict(encoder.options),
                 device=settings.device,
@@ -195,25 +140,25 @@ class _Run:
                 size=settings.size,
                 threads=settings.threads,
             )
-        except Refused as problem:
+        except WorkerError as problem:
             if "own" in environment.libraries:
                 raise ValueError(f"{name} cannot be measured: {problem}") from None
             self.missing.append(Missing(name, environment.name, str(problem)))
             return None
-        made = tuple(Tower(**tower) for tower in towers)
+        made = tuple(TowerSize(**tower) for tower in towers)
         for start in settings.starts:
-            step_limit(made, start)  # refuses blocks that are not there
+            step_limit(made, start)  # raises for a block that the encoder does not have
         self.towers.setdefault(name, list(made))
         return Lane(name, environment, encoder, made)
 
     def _rounds(self, entries: Sequence[tuple[Lane, Phase, Case]]) -> None:
-        """Times all entries in turns, in either direction by turns, and closes them."""
+        """Times all entries round by round, every second round in reverse, and closes them."""
         opened: dict[int, dict[str, Any]] = {}
         for key, (lane, _, case) in enumerate(entries):
             self._told(lane, case)
             try:
                 opened[key] = lane.environment.ask("open", key=key, case=case.to_dict())
-            except Refused as problem:
+            except WorkerError as problem:
                 self._fail(lane, case, problem)
                 self.done += self.settings.repeats
         seconds: dict[int, list[float]] = {key: [] for key in opened}
@@ -223,17 +168,17 @@ class _Run:
                 self._told(lane, case)
                 try:
                     seconds[key].append(lane.environment.ask("time", key=key))
-                except Refused as problem:
+                except WorkerError as problem:
                     self._fail(lane, case, problem)
                     self.done += self.settings.repeats - number - 1
                     del seconds[key]
-        for key, found in seconds.items():
+        for key, times in seconds.items():
             lane, phase, case = entries[key]
-            self.measured.append(Measured(lane, phase, case, tuple(found), **opened[key]))
+            self.measured.append(Measured(lane, phase, case, tuple(times), **opened[key]))
         for environment in self.there:
             environment.ask("close")
 
-    def _fail(self, lane: Lane, case: Case, problem: Refused) -> None:
+    def _fail(self, lane: Lane, case: Case, problem: WorkerError) -> None:
         first = f" from block {case.start}" if case.kind in ("step", "cached") else ""
         what = f"{case.name}{first}, {case.kind}, {case.mode}"
         what += f", batch {case.batch}" if case.batch else ""

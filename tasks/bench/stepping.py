@@ -1,4 +1,4 @@
-"""One case, ready to be run over and over: a forward pass, a training step, a switch, a load."""
+"""Prepares one case to run many times: a forward pass, a training step, a switch or a load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.timing import kept_for_backward, seconds
 from .cases import MIXED, Case
-from .contenders import Bare, Contender, Merged, Ours, Work
+from .contenders import Bare, Contender, MergedContender, Ours, Work
 from .encoders import Inputs, make_inputs, pooled
 from .peers import AdapterHub, Peft
 
@@ -30,18 +30,22 @@ LIBRARIES: dict[str, Callable[[nn.Module, Work], Contender]] = {
     "adapters": AdapterHub,
 }
 CLASSES = 100
-LEARNING_RATE = 1e-6  # so small that hundreds of steps leave the weights about as they are
-WARM = 2
-# A turn on an accelerator is so many calls in a row that waiting for their end weighs nothing.
+LEARNING_RATE = 1e-6  # small, so that hundreds of steps hardly change the weights
+WARM = 2  # number of calls before timing
+# A turn has enough calls in a row that waiting for the accelerator at its end does not matter.
 TURN_SECONDS = {"cuda": 0.1, "cpu": 0.02}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """What all cases of a worker have in common.
+class WorkerSetup:
+    """The encoder and the settings that all cases of a worker share.
 
     Attributes:
         encoder: on the CPU, in fp32; each case works on a copy.
+        device: where the cases run.
+        precision: a key of `DTYPES`, of weights and inputs.
+        seconds: length of a waveform.
+        size: bottleneck size.
     """
 
     encoder: nn.Module
@@ -51,18 +55,22 @@ class Place:
     size: int
 
     def make(self) -> nn.Module:
+        """Returns a copy of the encoder on the device, in the precision."""
         return copy.deepcopy(self.encoder).to(self.device, DTYPES[self.precision])
 
 
 @dataclass(kw_only=True)
 class Runner:
-    """`run` is what is timed, `after` what must follow each call, untimed.
+    """A prepared case.
 
     Attributes:
-        parameters: how many are trained, without the head; 0 where nothing is.
+        run: the timed call.
+        after: an untimed call that must follow each turn, or None.
+        parameters: number of trained parameters without the head; 0 if none is trained.
         kept: bytes that a step's forward pass keeps for its backward pass, without parameters.
-        peak: the most bytes that a step allocates on an accelerator, the model's included.
-        times: calls in a row that make a turn.
+        peak: most bytes that a step allocates on an accelerator, with the model's weights.
+        times: number of calls in a turn.
+        held: objects that must live as long as the runner.
     """
 
     run: Callable[[], object]
@@ -74,26 +82,26 @@ class Runner:
     held: list[Any] = field(default_factory=list)
 
     def turn(self, device: torch.device) -> float:
-        """Seconds of one call."""
-        found = seconds(self.run, device, times=self.times)
+        """Runs a turn and returns the seconds of one call."""
+        duration = seconds(self.run, device, times=self.times)
         if self.after is not None:
             self.after()
-        return found
+        return duration
 
-    def settle(self, device: torch.device) -> None:
-        """Warms up, and finds how many calls make a turn."""
+    def calibrate(self, device: torch.device) -> None:
+        """Warms up and sets the number of calls in a turn."""
         once = [self.turn(device) for _ in range(WARM)]
         if self.after is None:
             self.times = min(1000, max(1, math.ceil(TURN_SECONDS[device.type] / once[-1])))
 
 
-def prepare(case: Case, place: Place) -> Runner:
-    """A case that has run a few times already.
+def prepare(case: Case, setup: WorkerSetup) -> Runner:
+    """Prepares a case and runs it a few times.
 
     Raises:
-        whatever the libraries do where they cannot do this.
+        Exception: any error of a library that cannot run the case.
     """
-    makers: dict[str, Callable[[Case, Place], Runner]] = {
+    makers: dict[str, Callable[[Case, WorkerSetup], Runner]] = {
         "forward": _forward,
         "mixed": _forward,
         "step": _step,
@@ -101,30 +109,30 @@ def prepare(case: Case, place: Place) -> Runner:
         "switch": _switch,
         "load": _load,
     }
-    runner = makers[case.kind](case, place)
-    runner.settle(place.device)
+    runner = makers[case.kind](case, setup)
+    runner.calibrate(setup.device)
     return runner
 
 
-def _contender(case: Case, place: Place, *, adapters: int = 1) -> Contender:
+def _contender(case: Case, setup: WorkerSetup, *, adapters: int = 1) -> Contender:
     names = [f"a{index % MIXED}" for index in range(case.batch)] if case.kind == "mixed" else []
     work = Work(
         method=case.method,
-        size=place.size,
+        size=setup.size,
         start=case.start,
         adapters=MIXED if names else adapters,
         mixed=tuple(names),
     )
     if case.library == "mmadapters" and case.method.endswith(" merged"):
-        return Merged(place.make(), work)
-    return LIBRARIES[case.library](place.make(), work)
+        return MergedContender(setup.make(), work)
+    return LIBRARIES[case.library](setup.make(), work)
 
 
-def _inputs(case: Case, place: Place) -> Inputs:
-    inputs = make_inputs(place.encoder, case.batch, seconds=place.seconds)
-    dtype = DTYPES[place.precision]
+def _inputs(case: Case, setup: WorkerSetup) -> Inputs:
+    inputs = make_inputs(setup.encoder, case.batch, seconds=setup.seconds)
+    dtype = DTYPES[setup.precision]
     return inputs.mapped(
-        lambda tensor: tensor.to(place.device, dtype if tensor.is_floating_point() else None)
+        lambda tensor: tensor.to(setup.device, dtype if tensor.is_floating_point() else None)
     )
 
 
@@ -134,12 +142,12 @@ def _call(case: Case, contender: Contender, inputs: Inputs) -> Callable[[], Any]
     return partial(contender.forward, inputs)
 
 
-def _forward(case: Case, place: Place) -> Runner:
-    contender = _contender(case, place)
-    call = _call(case, contender, _inputs(case, place))
+def _forward(case: Case, setup: WorkerSetup) -> Runner:
+    contender = _contender(case, setup)
+    call = _call(case, contender, _inputs(case, setup))
     if case.mode.endswith("graph"):
         call = _captured(call)
-    # What is merged adds nothing to what runs.
+    # A merged adapter adds no parameters to the forward pass.
     parameters = 0 if "merged" in case.method else _count(contender.trainable)
     return Runner(run=_without_gradients(call), parameters=parameters, held=[contender])
 
@@ -157,7 +165,7 @@ def _without_gradients(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The CUDA graph of a call, whose inputs stay where they are."""
+    """Captures a call as a CUDA graph; its inputs must stay at the same addresses."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
@@ -170,12 +178,12 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def _step(case: Case, place: Place) -> Runner:
-    cuda = place.device.type == "cuda"
-    before = torch.cuda.memory_allocated(place.device) if cuda else 0
-    contender = _contender(case, place)
-    inputs = _inputs(case, place)
-    loss = _loss(case, place, contender, inputs)
+def _step(case: Case, setup: WorkerSetup) -> Runner:
+    cuda = setup.device.type == "cuda"
+    before = torch.cuda.memory_allocated(setup.device) if cuda else 0
+    contender = _contender(case, setup)
+    inputs = _inputs(case, setup)
+    loss = _loss(case, setup, contender, inputs)
     trained = contender.trainable
     optimizer = torch.optim.AdamW([*trained, *loss.head.parameters()], LEARNING_RATE, fused=cuda)
     contender.train()
@@ -192,15 +200,20 @@ def _step(case: Case, place: Place) -> Runner:
     runner = Runner(run=step, parameters=_count(trained), kept=kept.bytes)
     if cuda:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(place.device)
+        torch.cuda.reset_peak_memory_stats(setup.device)
         step()
-        runner.peak = torch.cuda.max_memory_allocated(place.device) - before
+        runner.peak = torch.cuda.max_memory_allocated(setup.device) - before
     return runner
 
 
 @dataclass
 class _Loss:
-    """Cross-entropy of a linear head on pooled features, whatever gives these."""
+    """Computes the cross-entropy of a linear head on pooled features.
+
+    Attributes:
+        features: computes the features (B, D).
+        targets: (B,) int64.
+    """
 
     features: Callable[[], Tensor]
     head: nn.Linear
@@ -210,15 +223,15 @@ class _Loss:
         return F.cross_entropy(self.head(self.features()).float(), self.targets)
 
 
-def _loss(case: Case, place: Place, contender: Contender, inputs: Inputs) -> _Loss:
+def _loss(case: Case, setup: WorkerSetup, contender: Contender, inputs: Inputs) -> _Loss:
     with torch.no_grad():
         width = pooled(contender.forward(inputs)).shape[-1]
     if case.kind == "cached":
-        features = _from_cached_prefix(case, contender, inputs)
+        features = _from_cached_trunk(case, contender, inputs)
     else:
         features = partial(_pooled, _call(case, contender, inputs))
-    head = nn.Linear(width, CLASSES, device=place.device, dtype=DTYPES[place.precision])
-    targets = torch.arange(case.batch, device=place.device) % CLASSES
+    head = nn.Linear(width, CLASSES, device=setup.device, dtype=DTYPES[setup.precision])
+    targets = torch.arange(case.batch, device=setup.device) % CLASSES
     return _Loss(features, head, targets)
 
 
@@ -226,12 +239,13 @@ def _pooled(call: Callable[..., Any], *arguments: Any) -> Tensor:
     return pooled(call(*arguments))
 
 
-def _from_cached_prefix(case: Case, contender: Contender, inputs: Inputs) -> Callable[[], Tensor]:
-    """Passes that start from the stored states that enter the first adapted block, which are
-    where the encoder is already.
+def _from_cached_trunk(case: Case, contender: Contender, inputs: Inputs) -> Callable[[], Tensor]:
+    """Returns a forward pass that starts from stored states, which enter the first adapted block.
+
+    The states are stored on the encoder's device.
 
     Raises:
-        ValueError: a tower cannot start there, or gives something else then.
+        ValueError: a tower cannot start there, or its output then differs.
     """
     from mmadapters.trunk.frozen import FrozenTrunk, placeholder
 
@@ -243,32 +257,32 @@ def _from_cached_prefix(case: Case, contender: Contender, inputs: Inputs) -> Cal
     assert isinstance(contender, Ours)
     model = contender.model
     contender.train()
-    # Pooled, as an encoder gives more than that, and what is read below the states is not there.
-    whole, hollow = partial(_pooled, inputs, model), partial(_pooled, inputs.mapped(empty), model)
-    prefix = FrozenTrunk.of(model, whole)
-    for tower, why in prefix.skipped.items():
-        raise ValueError(f"nothing of tower {tower!r} is kept: {why}")
+    # Compare pooled outputs, since other outputs may depend on states that are not stored.
+    whole, above = partial(_pooled, inputs, model), partial(_pooled, inputs.mapped(empty), model)
+    trunk = FrozenTrunk.of(model, whole)
+    for tower, why in trunk.skipped.items():
+        raise ValueError(f"tower {tower!r} has no frozen trunk to store: {why}")
     tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 2e-2
-    prefix.check(whole, resumed=hollow, tolerance=tolerance)
-    states = prefix.capture(whole)
+    trunk.check(whole, resumed=above, tolerance=tolerance)
+    states = trunk.capture(whole)
     if case.mode == "compile":
-        hollow = partial(_pooled, inputs.mapped(empty), torch.compile(model))
+        above = partial(_pooled, inputs.mapped(empty), torch.compile(model))
 
     def resumed() -> Tensor:
-        with prefix.resume(states):
-            return hollow()
+        with trunk.resume(states):
+            return above()
 
     return resumed
 
 
-def _switch(case: Case, place: Place) -> Runner:
-    contender = _contender(case, place, adapters=2)
+def _switch(case: Case, setup: WorkerSetup) -> Runner:
+    contender = _contender(case, setup, adapters=2)
     turns = count(1)
     return Runner(run=lambda: contender.switch(f"a{next(turns) % 2}"), held=[contender])
 
 
-def _load(case: Case, place: Place) -> Runner:
-    contender = _contender(case, place)
+def _load(case: Case, setup: WorkerSetup) -> Runner:
+    contender = _contender(case, setup)
     folder = TemporaryDirectory()
     where = Path(folder.name) / "adapter"
     contender.save(where)

@@ -1,7 +1,7 @@
-"""Measures cases in this process; started by itself, it does what lines of JSON ask for.
+"""Measures cases in this process; as a process of its own, it answers requests in lines of JSON.
 
-A line is {"do": name, ...}; the answer {"value": ...} or {"problem": text}. Names are the methods
-of `Worker`. Answers go to what was standard output, and whatever libraries print to standard error.
+A request is {"do": name, ...}, where the name is a method of `Worker`. The answer is {"value": ...}
+or {"problem": text}. Answers go to standard output; the output of libraries goes to standard error.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from typing import Any
 
 import torch
 
+from mmadapters.errors import first_line
+
 from ..core.machine import versions
 from .cases import Case
 from .encoders import Encoder, make_inputs, measure_towers
-from .stepping import Place, Runner, prepare
+from .stepping import Runner, WorkerSetup, prepare
 
 PACKAGES = ("torch", "timm", "transformers", "open_clip_torch", "peft", "adapters")
 
 
 class Worker:
-    """The cases of one interpreter."""
+    """Answers the requests to one interpreter."""
 
     def __init__(self) -> None:
-        self.place: Place | None = None
+        self.setup: WorkerSetup | None = None
         self.runners: dict[int, Runner] = {}
 
     def facts(self) -> dict[str, Any]:
-        """Versions, and the accelerator's name if there is one."""
+        """Returns versions, the number of threads, and the accelerator's name or None."""
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return {
             "python": platform.python_version(),
@@ -42,7 +44,7 @@ class Worker:
             "threads": torch.get_num_threads(),
         }
 
-    def settle(
+    def set_encoder(
         self,
         *,
         name: str,
@@ -53,11 +55,11 @@ class Worker:
         size: int,
         threads: int | None,
     ) -> list[dict[str, Any]]:
-        """Names the encoder of the cases to come; gives its towers."""
+        """Sets the encoder of the next cases; returns the sizes of its towers."""
         if threads is not None:
             torch.set_num_threads(threads)
         encoder = Encoder(name=name, options=options).make()
-        self.place = Place(
+        self.setup = WorkerSetup(
             encoder=encoder,
             device=torch.device(device),
             precision=precision,
@@ -68,20 +70,20 @@ class Worker:
         return [tower.to_dict() for tower in towers]
 
     def open(self, *, key: int, case: dict[str, Any]) -> dict[str, Any]:
-        """Makes a case ready; gives what is known of it but its time."""
-        assert self.place is not None
+        """Prepares a case; returns its parameters and memory."""
+        assert self.setup is not None
         torch.manual_seed(0)
-        runner = prepare(Case(**case), self.place)
+        runner = prepare(Case(**case), self.setup)
         self.runners[key] = runner
         return {"parameters": runner.parameters, "kept": runner.kept, "peak": runner.peak}
 
     def time(self, *, key: int) -> float:
-        """Seconds of one call."""
-        assert self.place is not None
-        return self.runners[key].turn(self.place.device)
+        """Returns the seconds of one call in another turn."""
+        assert self.setup is not None
+        return self.runners[key].turn(self.setup.device)
 
     def close(self) -> None:
-        """Forgets all cases."""
+        """Frees all cases."""
         self.runners.clear()
         gc.collect()
         torch.compiler.reset()
@@ -90,25 +92,25 @@ class Worker:
 
 
 def quiet() -> None:
-    """Libraries' warnings are not about what is measured."""
+    """Silences the warnings of libraries, which do not concern the measurement."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
 
 
 def answered(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
-    """What a request gives, or why it fails: one library's trouble must not end the others'."""
+    """Answers a request, or says why it failed; one failure must not end the other cases."""
     try:
         return {"value": getattr(worker, request.pop("do"))(**request)}
     except Exception as error:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        line = str(error).strip().partition("\n")[0]
-        return {"problem": f"{type(error).__name__}: {line}" if line else type(error).__name__}
+        name, line = type(error).__name__, first_line(error)
+        return {"problem": name if line == name else f"{name}: {line}"}
 
 
 def serve() -> None:
-    """Answers lines until there are no more."""
+    """Answers requests from standard input until it ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     quiet()

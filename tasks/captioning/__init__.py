@@ -1,1 +1,1 @@
-"""Captioning: what an image shows, written by BLIP."""
+"""Captioning: BLIP writes what an image shows."""

@@ -1,4 +1,4 @@
-"""What a config of `task: captioning` may say."""
+"""The config of `task: captioning`."""
 
 from __future__ import annotations
 
@@ -13,57 +13,66 @@ Deciding = Literal["CIDEr", "BLEU-4", "ROUGE-L", "perplexity"]
 
 class CaptioningDataConfig(DataConfig):
     prompt: str = "a picture of"
-    """What every caption begins with; it is given, not learned, and left out of what is written.
-    That of BLIP's training; "" for none."""
+    """The beginning of every caption, by default that of BLIP's training; "" for none. It is given
+    to the decoder, not learned, and removed from the captions that are written."""
     captions: Literal["one", "all"] = "one"
-    """Of a row with several captions, one drawn anew for each epoch, or all of them, which count
-    together as much as one."""
+    """The captions of a row with several that a training example has. one: a caption that is drawn
+    again in each epoch; all: all captions, which together weigh as much as one."""
     caption_length: int = Field(default=40, ge=4)
-    """Cut captions to so many tokens, start and end included, without the prompt; fewer where the
-    decoder reads fewer."""
+    """The most tokens of a training caption, from 4, with start and end and without the prompt.
+    Longer captions are cut. The decoder may read fewer tokens."""
     resize: Literal["squash", "longest", "shortest"] = "squash"
-    """The whole picture stretched to the encoder's size, or fitted in on black; shortest crops the
-    centre, and with it perhaps what is told."""
+    """How a picture gets the encoder's size. squash: the whole picture is stretched; longest: the
+    whole picture is fitted in, on black; shortest: the centre is cropped, so parts that a caption
+    names may be lost."""
 
 
 class LossConfig(Section):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """Of the training loss; BLIP's is 0.1."""
+    """The share of the target that is spread over all tokens in the training loss, from 0 to below
+    1; 0.1 for BLIP."""
 
 
 class DecodingConfig(Section):
     beams: int = Field(default=3, ge=1)
-    """Of the beam search; 1 is greedy."""
+    """The number of captions that the beam search keeps, from 1; 1 is greedy decoding."""
     max_tokens: int = Field(default=20, ge=1)
-    """The most tokens of a caption, its end included; fewer where the decoder reads fewer."""
+    """The most tokens of a caption, with its end, from 1. The decoder may have room for fewer."""
     min_tokens: int = Field(default=0, ge=0)
-    """The least."""
+    """The fewest tokens of a caption, from 0 to max_tokens."""
     length_penalty: float = 1.0
-    """Above 1 a beam search prefers longer captions, below 1 shorter ones."""
+    """The preference of a beam search: longer captions above 1, shorter ones below 1."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Above 1 words that stand already, those of the prompt too, are less likely to come again."""
+    """Above 1, tokens of the caption and of the prompt are less likely to come again. The value is
+    above 0; 1 changes nothing."""
     no_repeat_ngram: int = Field(default=0, ge=0)
-    """So many tokens never follow each other twice; 0 sets no limit."""
+    """The length in tokens of sequences that must not come twice; 0 allows all."""
 
     @model_validator(mode="after")
     def _lengths(self) -> DecodingConfig:
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"at least {self.min_tokens} tokens and at most {self.max_tokens}")
+            raise ValueError(
+                f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}: lower it"
+            )
         return self
 
 
 class CaptioningEvaluationConfig(EvaluationConfig):
     deciding: Deciding = "CIDEr"
-    """The metric by which the best checkpoint is chosen, on the validation split; perplexity is the
-    exponential of the loss of its captions for each token, without label smoothing."""
+    """The metric on the validation split by which the best checkpoint is chosen. perplexity is the
+    exponential of the captions' loss per token, without label smoothing."""
 
 
 class CaptioningConfig(JobConfig):
     task: Literal["captioning"] = "captioning"
     data: CaptioningDataConfig
+    """The data; its columns are image and caption or captions, and image_id if there is one."""
     loss: LossConfig = LossConfig()
+    """The training loss."""
     decoding: DecodingConfig = DecodingConfig()
+    """How captions are written."""
     evaluation: CaptioningEvaluationConfig = CaptioningEvaluationConfig()
+    """How captions are measured."""
 
     @model_validator(mode="after")
     def _something_to_train(self) -> CaptioningConfig:

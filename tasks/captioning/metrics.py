@@ -1,7 +1,7 @@
-"""What a split's captions amount to: CIDEr, BLEU and ROUGE-L, in total and by group.
+"""Metrics of a split's captions: CIDEr, BLEU, ROUGE-L and perplexity, in total and by group.
 
-As papers print them: CIDEr times 100 (133.3 is what COCO's evaluation calls 1.333), the others in
-percent. METEOR and SPICE need Java and are left out.
+The values are as papers print them: CIDEr times 100 (133.3 is 1.333 in COCO's evaluation), BLEU and
+ROUGE-L in percent. METEOR and SPICE need Java and are left out.
 
 Shape legend: I images, S resamples.
 """
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.metrics import Metric, summed_metric
-from ..core.task import Record, Scores, Table
+from ..core.results import Scores, Table
+from ..core.rows import Record
 from .cider import cider
 from .words import words
 
@@ -27,8 +28,17 @@ SHOWN = 10
 
 @dataclass
 class Image:
-    """What is known of one image after all of its rows were read. `said` and `right` are the words
-    of its caption and of its references."""
+    """One image with the references and sums of all of its rows.
+
+    Attributes:
+        record: of the image's first row.
+        references: the captions that people wrote.
+        said: the words of the caption that was written.
+        right: the words of each reference.
+        likelihood: the log-likelihood of the references, summed.
+        tokens: the number of tokens in `likelihood`.
+        cider: the image's CIDEr, times 100.
+    """
 
     record: Record
     references: list[str]
@@ -44,15 +54,17 @@ class Image:
 
 
 def images_of(records: Sequence[Record]) -> list[Image]:
-    """The images of a split in order, each with the references of all of its rows and its CIDEr
-    among the others, times 100."""
-    found: dict[int, Image] = {}
+    """Returns the images of a split in order, each with the references of all of its rows.
+
+    CIDEr of an image depends on the other images.
+    """
+    by_id: dict[int, Image] = {}
     for record in records:
-        image = found.setdefault(record["image_id"], Image(record, []))
+        image = by_id.setdefault(record["image_id"], Image(record, []))
         image.references += record["captions"]
         image.likelihood += record["likelihood"]
         image.tokens += record["tokens"]
-    images = list(found.values())
+    images = list(by_id.values())
     for image in images:
         image.said = words(image.caption)
         image.right = [words(text) for text in image.references]
@@ -65,19 +77,23 @@ def images_of(records: Sequence[Record]) -> list[Image]:
 def scores(
     records: Sequence[Record], *, deciding: str, groups: Sequence[str], resamples: int
 ) -> Scores:
-    """Images are resampled; rows of one image are one image. In a group, how rare an n-gram is
-    stays that of the whole split, so that CIDEr of groups can be compared.
+    """Returns the scores of a split, with intervals over resampled images.
+
+    Rows of one image are one image. In a group, document frequencies of n-grams are those of the
+    whole split, so that CIDEr of groups can be compared.
 
     Args:
+        records: of the split.
         deciding: the metric that stands first.
-        groups: columns by which the metrics are given.
+        groups: columns whose values form groups.
+        resamples: for the intervals; 0 for none.
     """
     images = images_of(records)
     statistics = _statistics(images)
 
     def of(chosen: np.ndarray) -> list[Metric]:
         count = len(images)
-        found = [
+        metrics = [
             summed_metric(
                 name,
                 np.concatenate([values, np.ones((count, 1))], axis=1)[chosen],
@@ -88,7 +104,7 @@ def scores(
             )
             for name, values in statistics.items()
         ]
-        return sorted(found, key=lambda metric: metric.name != deciding)
+        return sorted(metrics, key=lambda metric: metric.name != deciding)
 
     by_column = {}
     for column in groups:
@@ -100,7 +116,7 @@ def scores(
 
 
 def _statistics(images: Sequence[Image]) -> dict[str, np.ndarray]:
-    """What each metric is summed from, (I, K) by its name."""
+    """Returns the statistics of each image from which a metric is summed: name -> (I, K)."""
     counts = bleu_counts([image.said for image in images], [image.right for image in images])
     rouge = [rouge_l(image.said, image.right) for image in images]
     return {
@@ -114,23 +130,36 @@ def _statistics(images: Sequence[Image]) -> dict[str, np.ndarray]:
 def bleu_counts(
     candidates: Sequence[list[str]], references: Sequence[list[list[str]]]
 ) -> np.ndarray:
-    """(I, 10): matching n-grams of 1 to 4 words, all of them, and the words of the caption and of
-    the reference nearest in length (the shorter of two), as sacrebleu counts them."""
+    """Returns the counts of BLEU for each image, (I, 10), as sacrebleu counts them.
+
+    Returns:
+        Matching n-grams of 1 to 4 words, all n-grams of 1 to 4 words, the words of the caption, and
+        the words of the reference that is nearest in length (the shorter one of two).
+    """
     from sacrebleu.metrics import BLEU as Counter
 
-    # Counts alone are taken, so smoothing does not matter; sacrebleu warns of single sentences
-    # without an effective order.
+    # Only counts are used, so smoothing does not matter. Without an effective order sacrebleu warns
+    # about single sentences.
     counter = Counter(tokenize="none", effective_order=True)
-    found = []
+    counts = []
     for candidate, some in zip(candidates, references, strict=True):
         one = counter.sentence_score(" ".join(candidate), [" ".join(other) for other in some])
-        found.append([*one.counts, *one.totals, one.sys_len, one.ref_len])
-    return np.array(found, dtype=np.float64)
+        counts.append([*one.counts, *one.totals, one.sys_len, one.ref_len])
+    return np.array(counts, dtype=np.float64)
 
 
 def bleu(sums: np.ndarray, order: int) -> np.ndarray:
-    """(…, 10 or more) summed `bleu_counts` -> (…) BLEU of n-grams up to `order` (Papineni et al.
-    2002), without smoothing: 0 where an order has no match."""
+    """Returns BLEU of n-grams up to `order` (Papineni et al. 2002), without smoothing.
+
+    It is 0 if an order has no match.
+
+    Args:
+        sums: (…, 10 or more) sums of `bleu_counts`.
+        order: 1 to 4.
+
+    Returns:
+        (…) values from 0 to 1.
+    """
     matches, totals = sums[..., :order], sums[..., 4 : 4 + order]
     said, right = sums[..., 8], sums[..., 9]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -140,8 +169,11 @@ def bleu(sums: np.ndarray, order: int) -> np.ndarray:
 
 
 def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """F measure of the longest common subsequence (Lin 2004), of the best precision and the best
-    recall among the references, as in COCO's evaluation."""
+    """Returns the F measure of the longest common subsequence (Lin 2004).
+
+    As in COCO's evaluation, it is made of the best precision and the best recall among the
+    references.
+    """
     common = [_common(candidate, reference) for reference in references]
     if not any(common):
         return 0.0
@@ -151,7 +183,7 @@ def rouge_l(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """The length of the longest common subsequence."""
+    """Returns the length of the longest common subsequence."""
     last = [0] * (len(other) + 1)
     for word in one:
         line = [0]

@@ -1,4 +1,4 @@
-"""Captions by BLIP's own decoder; only the adapter is trained.
+"""Captions by BLIP's own decoder. Only the adapter is trained.
 
 Shape legend: B rows, I images, M captions, N image tokens, T caption tokens, P tokens of the prompt
 with [DEC], D width.
@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.blip import LOGITS_AT_A_TIME
 from ..encoders.blip_captioner import BlipCaptioner
 from .config import CaptioningConfig
 
 
 class CaptioningModel(TaskModel):
-    """
+    """BLIP that writes captions; it has no head.
+
     Args:
-        prompt: (P,) int64, [DEC] and the tokens that every caption begins with.
+        encoder: with its adapters.
+        config: the loss and the decoding.
+        prompt: (P,) int64, [DEC] and the tokens with which every caption begins.
     """
 
     def __init__(self, encoder: AdapterModel, config: CaptioningConfig, *, prompt: Tensor) -> None:
@@ -41,16 +44,17 @@ class CaptioningModel(TaskModel):
         weights: Tensor,
         references: Any = None,
     ) -> dict[str, Tensor]:
-        """The loss of captions: the mean over each one's tokens, by its weight.
+        """Returns as "loss" the weighted sum of the captions' mean losses per token.
 
-        BLIP takes the mean over all tokens of a batch instead, in which long captions weigh more
-        and which no longer is the mean of its parts once the batch is cut into several.
+        BLIP takes the mean over all tokens of a batch instead. There long captions weigh more, and
+        the loss of a batch is not the mean of the losses of its parts.
 
         Args:
             pixels: (I, 3, H, W), each image once.
             tokens: (M, T): [DEC] prompt caption [SEP], padded.
             image_of: (M,) the number of a caption's image.
             weights: (M,), of sum 1.
+            references: not used; batches have it for evaluation.
         """
         sums, counts = self.captioner.losses(
             self.captioner.image_tokens(pixels)[image_of],
@@ -63,11 +67,12 @@ class CaptioningModel(TaskModel):
     def likelihoods(
         self, image_tokens: Tensor, tokens: Tensor, image_of: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The log-likelihood of each caption (M,) and of how many tokens it is the sum (M,).
+        """Returns the log-likelihood of each caption, (M,), and its number of tokens, (M,).
 
         Args:
             image_tokens: (I, N, D).
-            tokens, image_of: as of `forward`.
+            tokens: (M, T) as in `forward`.
+            image_of: (M,) as in `forward`.
         """
         step = max(1, LOGITS_AT_A_TIME // (tokens.shape[1] * self.captioner.tokens.vocabulary))
         parts = [
@@ -78,7 +83,7 @@ class CaptioningModel(TaskModel):
         return -sums, counts
 
     def generate(self, image_tokens: Tensor) -> Tensor:
-        """Captions (I, T) of images (I, N, D), without the prompt, padded."""
+        """Returns captions (I, T) of images (I, N, D), without the prompt, padded."""
         options = self.decoding
         room = self.captioner.tokens.context_length - len(self.prompt)
         return self.captioner.generate(

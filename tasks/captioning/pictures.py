@@ -1,4 +1,4 @@
-"""Pictures of the report: images with what was written of them and what people wrote."""
+"""Pictures of the report: images with their captions and with those that people wrote."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import BadRow
-from ..core.task import Figure, Rows, Table
+from ..core.results import Figure, Table
+from ..core.rows import Rows
 from ..data import media
 from .metrics import Image
 
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 INK, GREY = "#24292f", "#656d76"
 SIDE = 1.25  # inches of a picture
-LETTERS = 92  # of a line beside it
-REFERENCES = 5
+LETTERS = 92  # of a line next to a picture
+REFERENCES = 5  # that are shown, at most
 
 
 def illustrate(rows: Rows, images: Sequence[Image], *, count: int) -> list[Figure | Table]:
-    """The images with the highest CIDEr and those with the lowest."""
+    """Returns figures of the images with the highest CIDEr and of those with the lowest."""
     order = np.argsort([image.cider for image in images], kind="stable")
     number = min(count // 2, len(order) // 2) or min(count, 1)
-    found: list[Figure | Table] = []
+    figures: list[Figure | Table] = []
     for title, chosen in (("Highest", order[::-1][:number]), ("Lowest", order[:number])):
         if len(chosen):
             picture = gallery(rows, [images[place] for place in chosen])
@@ -35,12 +36,12 @@ def illustrate(rows: Rows, images: Sequence[Image], *, count: int) -> list[Figur
                 "In bold what was written, below it what people wrote, and the image's own CIDEr "
                 f"among the {len(images):,} of the split."
             )
-            found.append(Figure(f"{title} CIDEr", picture, caption))
-    return found
+            figures.append(Figure(f"{title} CIDEr", picture, caption))
+    return figures
 
 
 def gallery(rows: Rows, images: Sequence[Image]) -> bytes:
-    """PNG: a line for each image, the captions beside it."""
+    """Returns PNG data: a line for each image, with its captions next to it."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(6.2 * SIDE, 1.15 * SIDE * len(images)), layout="constrained")
@@ -57,7 +58,7 @@ def _show(axis: Axes, rows: Rows, image: Image) -> None:
     try:
         picture = np.asarray(media.read_image(rows[image.record["index"]]["image"]))
     except BadRow:
-        picture = np.full((8, 8, 3), 255, np.uint8)  # it could be read when it was evaluated
+        picture = np.full((8, 8, 3), 255, np.uint8)  # evaluation could still read it
     axis.imshow(picture, interpolation="nearest" if max(picture.shape) < 128 else "antialiased")
     axis.set_axis_off()
 

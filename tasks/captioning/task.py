@@ -1,4 +1,4 @@
-"""Captioning: a row is an image with one caption or several, which BLIP learns to write."""
+"""The captioning task: BLIP learns to write what an image shows."""
 
 from __future__ import annotations
 
@@ -14,20 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
+from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures, TowerRow
 from ..core.errors import BadRow, Problem
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data import media
 from ..data.captions import (
     COLUMNS,
@@ -38,18 +30,22 @@ from ..data.captions import (
     one_of_several,
     stated_captions,
 )
-from ..encoders.blip import BlipTokenizer, BlipTokens, blip_tokenizer, is_blip
+from ..encoders.blip import is_blip
+from ..encoders.blip_text import BlipTokenizer, BlipTokens, blip_tokenizer
 from ..encoders.preprocessing import image_preprocessing, to_tensor
-from . import metrics
+from . import metrics, pictures
 from .config import CaptioningConfig
 from .model import CaptioningModel
 
 PREDICTED_AT_ONCE = 32
-SHORTEST = 4  # tokens of a caption that a prompt must leave room for
+SHORTEST = 4  # tokens of a caption for which a prompt must leave room
 
 
-class CaptioningTask(Task[CaptioningConfig]):
-    """`state`: preprocessing and text (the decoder's special tokens and limits)."""
+class CaptioningTask(Task[CaptioningConfig], CacheableInputs, DataChecks, ReportPictures):
+    """A row is an image with one caption or several; rows may share an image.
+
+    `state`: "preprocessing" of the encoder, and "text", the decoder's special tokens and limits.
+    """
 
     name = "captioning"
     metric = metrics.CIDER
@@ -91,12 +87,12 @@ class CaptioningTask(Task[CaptioningConfig]):
 
     @functools.cached_property
     def prompt(self) -> Tensor:
-        """(P,) int64: [DEC] and the tokens that every caption begins with."""
+        """(P,) int64: [DEC] and the tokens with which every caption begins."""
         return self.tokenizer.answers([self.config.data.prompt])[0, :-1]
 
     @property
     def length(self) -> int:
-        """The most tokens of a caption, start and end included, without the prompt's."""
+        """The most tokens of a caption, with start and end and without the prompt."""
         room = self.tokenizer.length - len(self.prompt) + 1
         return min(self.config.data.caption_length, room)
 
@@ -115,20 +111,20 @@ class CaptioningTask(Task[CaptioningConfig]):
         }
 
     def pixels(self, image: Any) -> Tensor:
-        """A picture as the encoder reads it, (3, H, W).
+        """Returns a picture as the encoder reads it, (3, H, W).
 
         Raises:
-            BadRow: it cannot be read.
+            BadRow: the picture cannot be read.
         """
         return to_tensor(media.read_image(image), self.state["preprocessing"])
 
     def tokens(self, captions: Sequence[str]) -> list[Tensor]:
-        """(T,) of each caption: [DEC] prompt caption [SEP]."""
+        """Returns the ids (T,) of each caption: [DEC] prompt caption [SEP]."""
         cut = BlipTokenizer(self.tokenizer.source, self.tokenizer.tokens, length=self.length)
         return [torch.cat([self.prompt, cut([caption])[0, 1:]]) for caption in captions]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Every image once, however many of the rows are of it."""
+        """Returns a batch with every image once, even if several rows share it."""
         references = [example["reference"] for example in examples]
         places: dict[int, int] = {}
         image_of_row = [places.setdefault(r["image_id"], len(places)) for r in references]
@@ -166,10 +162,10 @@ class CaptioningTask(Task[CaptioningConfig]):
                 "image_id": reference["image_id"],
                 "caption": written[reference["image"]],
                 "captions": reference["captions"],
-                "likelihood": float(own.sum()),
+                "likelihood": float(likelihoods.sum()),
                 "tokens": int(number.sum()),
             }
-            for reference, own, number in zip(
+            for reference, likelihoods, number in zip(
                 batch["references"],
                 sums.cpu().split(captions),
                 counts.cpu().split(captions),
@@ -186,9 +182,7 @@ class CaptioningTask(Task[CaptioningConfig]):
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .pictures import illustrate
-
-        return illustrate(rows, metrics.images_of(records), count=count)
+        return pictures.illustrate(rows, metrics.images_of(records), count=count)
 
     def predict(
         self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
@@ -209,8 +203,8 @@ class CaptioningTask(Task[CaptioningConfig]):
             raise ValueError(f"{path}: {error}") from error
 
     def check(self, rows: Rows) -> list[Problem]:
-        """Captions that are cut, and empty ones beside others."""
-        found = []
+        """Returns problems of captions that are cut, and of empty ones among others."""
+        problems = []
         for index, row in enumerate(caption_rows(rows)):
             texts = [text for text in stated_captions(row) if isinstance(text, str)]
             longest = max((self.tokenizer.count(text) for text in texts), default=0)
@@ -221,11 +215,11 @@ class CaptioningTask(Task[CaptioningConfig]):
                 reason = f"{empty} of its {len(texts)} captions say nothing and are left out"
             else:
                 continue
-            found.append(Problem(index, reason))
-        return found
+            problems.append(Problem(index, reason))
+        return problems
 
     def survey(self, rows: Rows) -> list[Table]:
-        """How many captions there are, and of how many words."""
+        """Returns a table with the number of captions and the numbers of their words."""
         captions = [text for texts in all_captions(rows) for text in texts]
         lengths = sorted(len(text.split()) for text in captions)
         if not lengths:

@@ -1,10 +1,10 @@
-"""Captions as the words that their metrics compare, as COCO's evaluation cuts them.
+"""Words of captions, for their metrics, as COCO's evaluation cuts them.
 
-COCO (Chen et al. 2015, §4) takes the Penn Treebank tokenizer of Stanford CoreNLP in lower case and
-drops punctuation. This is the part of it that captions meet, without Java: contractions become two
-words (do n't, man 's, can not, gon na); words with hyphens, numbers with a point, comma or colon,
-abbreviations with dots and signs like $ and % stay. Ours differs in that it drops all brackets,
-which COCO means to drop, but leaves in as -lrb- and -rrb-.
+COCO (Chen et al. 2015, §4) uses the Penn Treebank tokenizer of Stanford CoreNLP in lower case and
+removes punctuation. This file does the part of it that matters for captions, without Java.
+Contractions become two words (do n't, man 's, can not, gon na). Words with hyphens, numbers with a
+point, comma or colon, abbreviations with dots and signs like $ and % stay whole. One thing differs:
+all brackets are removed. COCO means to remove them, but leaves them in as -lrb- and -rrb-.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _WORD = re.compile(
 
 
 def words(caption: str) -> list[str]:
-    """The words of a caption, in lower case and without punctuation."""
+    """Returns the words of a caption, in lower case and without punctuation."""
     text = caption.lower().translate(_QUOTES)
     text = _SHORT.sub(r" \1", _NOT.sub(" n't", text))
-    text = _JOINED.sub(lambda found: " ".join(filter(None, found.groups())), text)
+    text = _JOINED.sub(lambda match: " ".join(filter(None, match.groups())), text)
     return _WORD.findall(text)

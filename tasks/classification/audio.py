@@ -1,4 +1,4 @@
-"""What a speech encoder wants of recordings, and how long they are."""
+"""The preprocessing of recordings for a speech encoder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from ..config.schema import BackboneConfig
 
 
 def audio_preprocessing(config: BackboneConfig, backbone: nn.Module) -> dict[str, Any]:
-    """What recordings must be for the encoder, JSON-ready.
+    """Returns the form in which the encoder reads recordings, JSON-ready.
 
-    rate: samples per second; least: samples that make one frame; longest: samples that it takes,
-    None without a bound; layers: (kernel, stride) of what makes frames of samples; normalise: to
-    zero mean and unit variance.
+    Returns:
+        "rate": samples per second; "least": the fewest samples, which make one frame; "longest":
+        the most samples, None without a bound; "layers": (kernel, stride) of the layers that make
+        frames of samples; "normalise": whether to bring recordings to zero mean and unit variance.
 
     Raises:
-        ValueError: it hears nothing.
+        ValueError: the encoder has no audio tower.
     """
     from ..encoders.speech import SpeechTower, normalises
 

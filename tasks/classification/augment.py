@@ -1,6 +1,6 @@
 """Augmentation of training images and recordings.
 
-All that is drawn comes from torch's global random state, which is seeded for each example.
+All random numbers come from torch's global random state, which is seeded for each example.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from .config import AudioAugmentation, ImageAugmentation
 class ImageAugmenter:
     """Turns a picture into an augmented (3, H, W) float32 tensor, by torchvision v2.
 
-    `size`: (H, W). Can be pickled, for worker processes.
+    It can be pickled, for worker processes.
+
+    Args:
+        config: of the augmentation.
+        preprocessing: of the encoder.
+        size: (H, W) in pixels.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class ImageAugmenter:
         if any(jitter):
             steps.append(v2.ColorJitter(*jitter))
         self.steps = v2.Compose(steps) if steps else v2.Identity()
-        # Of normalised values: 0 is the mean colour.
+        # It acts on normalised values, in which 0 is the mean colour.
         self.erase = v2.RandomErasing(config.erase) if config.erase else v2.Identity()
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -59,7 +64,7 @@ class ImageAugmenter:
 
 
 def augment_audio(samples: Tensor, config: AudioAugmentation) -> Tensor:
-    """A recording (T,) with gain, shift and noise as the config draws them."""
+    """Returns a recording (T,) with random gain, shift and noise, as the config says."""
     if config.shift:
         limit = round(config.shift * len(samples))
         step = int(torch.randint(-limit, limit + 1, ()))
@@ -78,7 +83,8 @@ def augment_audio(samples: Tensor, config: AudioAugmentation) -> Tensor:
 
 
 def cut(samples: Tensor, longest: int, *, train: bool) -> Tensor:
-    """At most `longest` of the samples (T,): from anywhere in training, else from the middle."""
+    """Returns at most `longest` of the samples (T,): from a random place in training, else from the
+    middle."""
     spare = len(samples) - longest
     if spare <= 0:
         return samples

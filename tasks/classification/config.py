@@ -1,4 +1,4 @@
-"""What a classification job may say."""
+"""The config of `task: classification`."""
 
 from __future__ import annotations
 
@@ -14,31 +14,37 @@ MetricName = Literal["accuracy", "balanced accuracy", "macro F1", "mAP", "micro 
 
 
 class ImageAugmentation(Section):
-    """Of training images, in the order in which they act."""
+    """Augmentation of training images. The fields act in this order."""
 
     crop: tuple[float, float] | None = (0.5, 1.0)
-    """The share of the picture's area that a random resized crop takes; null: no crop."""
+    """The least and the greatest share of the picture's area that a random resized crop takes, each
+    above 0; null: no crop."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Width to height of the random resized crop."""
+    """The least and the greatest ratio of width to height of the random resized crop, each above
+    0."""
     horizontal_flip: float = Field(default=0.5, ge=0, le=1)
-    """How often a picture is mirrored; 0 for digits, letters and whatever has a side."""
+    """The probability that a picture is mirrored, from 0 to 1. Set it to 0 for digits, letters and
+    all things for which left and right matter."""
     vertical_flip: float = Field(default=0.0, ge=0, le=1)
-    """How often a picture is turned upside down (microscopes, satellites)."""
+    """The probability that a picture is turned upside down, from 0 to 1 (for microscopes and
+    satellites)."""
     rand_augment: int | None = Field(default=None, ge=0, le=30)
-    """The magnitude of two random operations of RandAugment (9 is usual); null: none."""
+    """The magnitude of RandAugment's two random operations, from 0 to 30 (9 is usual); null: no
+    RandAugment."""
     brightness: float = Field(default=0.2, ge=0)
-    """Colour jitter: a factor of up to 1 ± this."""
+    """Colour jitter: brightness changes by a random factor from 1 − this to 1 + this; from 0."""
     contrast: float = Field(default=0.2, ge=0)
-    """Colour jitter: a factor of up to 1 ± this."""
+    """Colour jitter: contrast changes by a random factor from 1 − this to 1 + this; from 0."""
     saturation: float = Field(default=0.2, ge=0)
-    """Colour jitter: a factor of up to 1 ± this."""
+    """Colour jitter: saturation changes by a random factor from 1 − this to 1 + this; from 0."""
     hue: float = Field(default=0.0, ge=0, le=0.5)
-    """Colour jitter: up to this part of the colour circle either way."""
+    """Colour jitter: hue moves by up to this part of the colour circle either way, from 0 to
+    0.5."""
     erase: float = Field(default=0.0, ge=0, le=1)
-    """How often a rectangle is filled with the mean colour."""
+    """The probability that a rectangle is filled with the mean colour, from 0 to 1."""
 
     def drawn(self) -> str | None:
-        """The first setting by which something is drawn, None where nothing is."""
+        """Returns the name of the first field that makes examples random, or None."""
         if self.crop is not None:
             return "crop"
         if self.rand_augment is not None:
@@ -58,14 +64,16 @@ class ImageAugmentation(Section):
 
 
 class AudioAugmentation(Section):
-    """Of training recordings; all off by default."""
+    """Augmentation of training recordings. All of it is off by default."""
 
     gain: float = Field(default=0.0, ge=0)
-    """Louder or softer by up to so many decibels."""
+    """The most decibels by which a recording is made louder or softer, from 0."""
     shift: float = Field(default=0.0, ge=0, le=1)
-    """Moved in time by up to this share of the recording, silence where it leaves a gap."""
+    """The greatest share of a recording, from 0 to 1, by which it is moved in time. Gaps are filled
+    with silence."""
     noise: tuple[float, float] | None = None
-    """White noise at a random signal-to-noise ratio between two values in decibels."""
+    """The lowest and the highest signal-to-noise ratio of added white noise, in decibels; null: no
+    noise."""
 
     @field_validator("noise")
     @classmethod
@@ -77,26 +85,31 @@ class AudioAugmentation(Section):
 
 class ClassificationData(DataConfig):
     kind: Literal["auto", "image", "audio"] = "auto"
-    """What is classified; auto: what data.columns names, else what the backbone's name stands
-    for: audio for speech encoders, image for all others."""
+    """The inputs that are classified. auto: image or audio, if data.columns names only one of them,
+    else audio for speech encoders and image for all others."""
     multi_label: bool = False
-    """A row may have any number of labels: a list, or text with a separator."""
+    """Let a row have any number of labels: a list, or a text with a separator."""
     separator: str = Field(default=",", min_length=1)
-    """Between the labels of a text, with multi_label."""
+    """The text between the labels of a row, with multi_label; at least one letter."""
     labels: tuple[str, ...] = ()
-    """The classes, in order; by default those of the training split, sorted (of its first rows, if
-    it is streamed)."""
+    """The classes, in order. By default they are those of the training split, sorted (of its first
+    rows, if it is streamed)."""
     shots: int | None = Field(default=None, ge=1)
-    """Use at most so many training rows of each class, drawn with the seed."""
+    """The most training rows of each class that are used, from 1, drawn with the seed; null: all
+    rows."""
     size: int | tuple[int, int] | None = None
-    """Side, or height and width, of the images that the encoder sees; its own by default."""
+    """The side, or height and width, of the images that the encoder reads, in pixels; null: the
+    encoder's own size."""
     max_seconds: float | None = Field(default=None, gt=0)
-    """Longer recordings are cut: at random in training, to their middle in evaluation."""
+    """The most seconds of a recording, above 0. Longer ones are cut: at a random place in training,
+    around their middle in evaluation. null: no limit but the encoder's."""
     augment: ImageAugmentation = ImageAugmentation()
+    """Augmentation of training images."""
     augment_audio: AudioAugmentation = AudioAugmentation()
+    """Augmentation of training recordings."""
 
 
-# Seven templates that do about as well on ImageNet as all eighty of CLIP's; from its repository.
+# Seven of CLIP's eighty templates, which do about as well on ImageNet as all; from its repository.
 TEMPLATES = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -116,37 +129,41 @@ _OF_KIND = {
 
 class HeadConfig(Section):
     kind: Literal["linear", "mlp", "zero_shot", "tip_adapter"] = "linear"
-    """linear, mlp: on pooled features of any encoder; zero_shot: the image's embedding is compared
-    with those of the class names, of CLIP, SigLIP and their like; tip_adapter: with those of a few
-    training pictures, too."""
+    """The kind of head. linear, mlp: layers on pooled features of any encoder; zero_shot: compares
+    the image's embedding with those of the class names (for CLIP, SigLIP and similar encoders);
+    tip_adapter: compares it with those of a few training pictures, too."""
     pooling: Literal["auto", "mean", "cls", "attention"] = "auto"
-    """auto: the class token of an image encoder that has one, else the mean of patches or frames;
-    attention: a learned query."""
+    """How features of patches or frames become one. auto: the class token of an image encoder that
+    has one, else the mean; mean: the mean; cls: the class token; attention: a learned query."""
     layers: Literal["last", "all"] = "last"
-    """all: a learned weighted sum of the states after every block, and before the first one of a
-    speech encoder, as SUPERB does it."""
+    """The layers that the head reads. last: the last one; all: a learned weighted sum of the states
+    after every block, for a speech encoder also before the first one, as SUPERB does it."""
     hidden: int | None = Field(default=None, ge=1)
-    """Width of the MLP's hidden layer; the encoder's by default."""
+    """The width of the MLP's hidden layer, from 1; null: the encoder's width."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Before each linear map of the head."""
+    """The dropout probability before each linear layer of the head, from 0 to below 1."""
     heads: int = Field(default=4, ge=1)
-    """Of the attention pooling; must divide the encoder's width."""
+    """The number of heads of attention pooling, from 1; it must divide the encoder's width."""
     templates: tuple[str, ...] = TEMPLATES
-    """Sentences in which {} stands for a class; a class is the mean of its sentences."""
+    """Sentences in which {} stands for a class. A class is the mean of its sentences'
+    embeddings."""
     class_names: dict[str, str] = Field(default_factory=dict)
-    """What classes are called in the templates, where their labels are no words: {n01443537:
+    """The names of classes in the templates, for labels that are no words: {n01443537:
     goldfish}."""
     shots: int = Field(default=16, ge=1)
-    """Training pictures of each class in the cache of tip_adapter, drawn with data.seed."""
+    """The most training pictures of each class in the cache of tip_adapter, from 1, drawn with
+    data.seed."""
     augment_epochs: int = Field(default=0, ge=0)
-    """Keys of the cache are means over so many passes of augmented pictures (10 in the paper's
-    code); 0: of the pictures as they are."""
+    """The number of passes of augmented pictures over which the cache's keys are means, from 0 (10
+    in the paper's code); 0: one pass of the pictures as they are."""
     alpha: float | None = Field(default=None, ge=0)
-    """Weight of the cache beside the class names; null: searched on the validation split."""
+    """The weight of the cache against the class names, from 0; null: searched on the validation
+    split."""
     beta: float | None = Field(default=None, gt=0)
-    """Sharpness of the cache; null: searched on the validation split."""
+    """The sharpness of the cache, above 0; null: searched on the validation split."""
     finetune: bool = False
-    """Train the keys (Tip-Adapter-F) on the pictures of the cache; else nothing of it learns."""
+    """Train the keys of the cache on its pictures (Tip-Adapter-F); else the cache is not
+    trained."""
 
     @field_validator("templates")
     @classmethod
@@ -168,37 +185,46 @@ class HeadConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> HeadConfig:
         if self.layers == "all" and self.pooling == "cls":
-            raise ValueError("layers: all sums patches or frames; pooling: cls has none of them")
+            raise ValueError(
+                "layers: all sums states of patches or frames, which pooling: cls does not read: "
+                "set one of the two otherwise"
+            )
         return self
 
 
 class LossConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target that is spread over all classes; with multi_label, that labels are moved
-    towards ½."""
+    """The share of the target that is spread over all classes, from 0 to below 1. With multi_label,
+    targets are moved by this share towards ½."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    """Weights of the classes in the loss; balanced: inverse to their number of training rows. With
-    multi_label, weights of a label's presence."""
+    """The weights of the classes in the loss, each from 0. none: equal weights; balanced: inverse
+    to the number of a class's training rows; or a weight for each class by name (1 if it has none).
+    With multi_label, the weight of a label's presence against its absence."""
 
     @field_validator("class_weights")
     @classmethod
     def _positive(cls, value: str | dict[str, float]) -> str | dict[str, float]:
         if isinstance(value, dict) and any(weight < 0 for weight in value.values()):
-            raise ValueError("weights are not below 0")
+            raise ValueError("a weight is below 0: weights are 0 or more")
         return value
 
 
 class ClassificationConfig(JobConfig):
     task: Literal["classification"] = "classification"
     data: ClassificationData
+    """The data; its columns are image or audio, and label."""
     head: HeadConfig = HeadConfig()
+    """The head of the classifier."""
     loss: LossConfig = LossConfig()
+    """The training loss."""
     metric: MetricName | None = None
-    """Decides which checkpoint is best; accuracy by default, mAP with multi_label."""
+    """The metric that decides which checkpoint is best; null: accuracy, or mAP with
+    multi_label."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
-    """The probability from which a label counts as predicted, with multi_label."""
+    """The probability from which a label counts as predicted, above 0 and below 1, with
+    multi_label."""
     top: int = Field(default=5, ge=1)
-    """How many classes `predict` names for each input."""
+    """The number of classes that `predict` names for each input, from 1."""
 
     @model_validator(mode="after")
     def _metric_fits(self) -> ClassificationConfig:
@@ -218,7 +244,7 @@ class ClassificationConfig(JobConfig):
         few = data.shots is not None or head.kind == "tip_adapter"
         if few and (data.multi_label or data.streaming):
             raise ValueError(
-                "shots are drawn of each class: they need one label for each row "
+                "shots are drawn from each class: they need one label for each row "
                 "(data.multi_label: false) and all rows at once (data.streaming: false)"
             )
         if not self.by_embeddings:
@@ -229,7 +255,10 @@ class ClassificationConfig(JobConfig):
                 "several labels or for sound"
             )
         if data.size is not None:
-            raise ValueError(f"head.kind {head.kind} sees pictures of the encoder's own size alone")
+            raise ValueError(
+                f"head.kind {head.kind} reads pictures of the encoder's own size only: leave out "
+                "data.size"
+            )
         if head.kind == "zero_shot" and mode == "head":
             raise ValueError(
                 "trainer.mode head has nothing to train with head.kind zero_shot: take none to "
@@ -253,7 +282,7 @@ class ClassificationConfig(JobConfig):
 
     @property
     def kind(self) -> Literal["image", "audio"]:
-        """What is classified."""
+        """The inputs that are classified: "image" or "audio"."""
         if self.data.kind != "auto":
             return self.data.kind
         if ("audio" in self.data.columns) != ("image" in self.data.columns):
@@ -262,6 +291,7 @@ class ClassificationConfig(JobConfig):
 
     @property
     def deciding_metric(self) -> str:
+        """The metric that decides which checkpoint is best."""
         return self.metric or ("mAP" if self.data.multi_label else "accuracy")
 
 

@@ -1,4 +1,4 @@
-"""Heads of a classifier that compares an image's embedding with those of class names and pictures.
+"""Heads that compare an image's embedding with those of class names and of pictures.
 
 Shape legend: B images, E width of the shared space, C classes, K keys of a cache.
 """
@@ -9,24 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ALPHA, BETA = 1.0, 5.5  # Tip-Adapter's weights before any are searched for (its section 4.4)
+ALPHA, BETA = 1.0, 5.5  # Tip-Adapter's weights before the search (section 4.4 of the paper)
 
 
 def unit(features: Tensor) -> Tensor:
-    """(B, E) -> (B, E) of unit length, in float32 or wider."""
+    """Returns features (B, E) at unit length, in float32 or wider."""
     with torch.autocast(features.device.type, enabled=False):
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         return F.normalize(features, dim=-1)
 
 
 class ZeroShotHead(nn.Module):
-    """s f Wᵀ of unit vectors f and W (C, E), CLIP's zero-shot classifier (Radford et al. 2021,
-    section 3.1). Has no parameters.
+    """CLIP's zero-shot classifier: s f Wᵀ of unit vectors f and W (C, E).
 
-    `current`: whether W is that of the text tower as it is now.
+    It has no parameters. Source: Radford et al. 2021, section 3.1.
 
     Args:
+        width: E.
+        classes: C.
         scale: s, the encoder's inverse temperature.
+
+    Attributes:
+        current: whether W belongs to the text tower in its present state.
     """
 
     def __init__(self, width: int, classes: int, *, scale: Tensor) -> None:
@@ -39,11 +43,16 @@ class ZeroShotHead(nn.Module):
         self.register_load_state_dict_post_hook(_loaded)
 
     def forward(self, features: Tensor, weight: Tensor | None = None) -> Tensor:
-        """(B, E) of the encoder -> (B, C) logits in float32. `weight`: instead of the kept W."""
+        """Returns logits (B, C) in float32.
+
+        Args:
+            features: (B, E) of the encoder, of any length.
+            weight: (C, E), in place of the stored W.
+        """
         return self.zero_shot(unit(features), self.weight if weight is None else weight)
 
     def zero_shot(self, f: Tensor, weight: Tensor) -> Tensor:
-        """(B, E) of unit length -> (B, C)."""
+        """Returns s f Wᵀ (B, C) of unit vectors f (B, E) and W (C, E)."""
         with torch.autocast(f.device.type, enabled=False):
             return self.scale * f @ weight.T
 
@@ -54,14 +63,17 @@ def _loaded(head: nn.Module, keys: object) -> None:
 
 
 class TipAdapterHead(ZeroShotHead):
-    """s f Wᵀ + α exp(-β (1 - f Kᵀ)) V (Zhang et al. 2022, eqs. 4-6), V the one-hot classes of the
-    keys K. α is 0, and so all is zero-shot, until the keys are there.
+    """Tip-Adapter: s f Wᵀ + α exp(-β (1 - f Kᵀ)) V, with keys K and their one-hot classes V.
 
-    Keys are of unit length; those that are trained (Tip-Adapter-F) begin so and may change it, as
-    in the authors' code.
+    Until there are keys, α is 0 and the head is the zero-shot classifier. Keys have unit length.
+    Keys that are trained (Tip-Adapter-F) start at unit length and may leave it, as in the authors'
+    code. Source: Zhang et al. 2022, eqs. 4-6.
 
     Args:
-        keys: K, how many at most; more than are used are dropped by `fill`.
+        width: E.
+        classes: C.
+        scale: s, the encoder's inverse temperature.
+        keys: K, the most keys; `fill` removes those that are not used.
         finetune: whether the keys are trained.
     """
 
@@ -79,7 +91,12 @@ class TipAdapterHead(ZeroShotHead):
 
     @torch.no_grad()
     def fill(self, keys: Tensor, owners: Tensor) -> None:
-        """Takes keys (K, E) of any length and their classes (K,)."""
+        """Sets the keys.
+
+        Args:
+            keys: (K, E), of any length.
+            owners: (K,) the class of each key.
+        """
         like = self.keys
         self.keys = nn.Parameter(unit(keys.to(like)), requires_grad=like.requires_grad)
         self.owners = owners.to(like.device)
@@ -92,10 +109,10 @@ class TipAdapterHead(ZeroShotHead):
             return logits + self.alpha * cached
 
     def values(self) -> Tensor:
-        """V, (K, C)."""
+        """Returns V, (K, C)."""
         return F.one_hot(self.owners, len(self.weight)).to(self.keys)
 
 
 def cache_logits(affinity: Tensor, values: Tensor, beta: Tensor | float) -> Tensor:
-    """exp(-β (1 - A)) V of affinities A (B, K) and values V (K, C): (B, C)."""
+    """Returns exp(-β (1 - A)) V, (B, C), of affinities A (B, K) and values V (K, C)."""
     return (beta * (affinity - 1)).exp() @ values

@@ -1,4 +1,4 @@
-"""A classifier by embeddings: an image-text encoder with a head that knows the class names.
+"""The classifier by embeddings: an image-text encoder with a head that has the class names.
 
 Shape legend: B images, C classes, T templates, L text tokens, E width of the shared space.
 """
@@ -22,23 +22,25 @@ from .embedding_heads import TipAdapterHead, ZeroShotHead, unit
 from .model import Classifier
 
 MAX_SCALE = 100.0  # CLIP's limit (Radford et al. 2021, section 2.5)
-TEXTS = 256  # that pass the text tower at once
+TEXTS = 256  # texts that pass the text tower at once
 
 
 class EmbeddingClassifier(Classifier):
-    """Compares the image's embedding, with the adapters in it, with those of the class names.
+    """Compares the image's adapted embedding with those of the class names.
 
-    W is made of the class names once, and again where the text tower has changed: in training for
-    each batch, with gradients, if something in it is trained; else never.
+    W, the embeddings of the class names, is computed once. If the text tower is trained, W is
+    computed again for each training batch, with gradients.
 
     Args:
+        encoder: with its adapters.
+        config: of the job.
         names: of the classes, as they stand in the templates.
-        keys: how many pictures a cache holds at most.
-        weights: see `Classifier`.
+        keys: the most pictures in the cache of Tip-Adapter.
+        weights: as in `Classifier`.
 
     Raises:
-        ValueError: the encoder has no text tower beside that of images, or the adapter sits where
-            no embedding passes.
+        ValueError: the encoder lacks a text tower or an image tower, or an adapter is at a site
+            that no embedding passes.
     """
 
     head: ZeroShotHead
@@ -72,15 +74,15 @@ class EmbeddingClassifier(Classifier):
 
     @property
     def trains_text(self) -> bool:
-        """Whether something in the text tower is trained."""
+        """Whether a parameter of the text tower, or of the backbone, is trained."""
         return any(parameter.requires_grad for parameter in _of_text(self.encoder))
 
     def logits(self, *, pixels: Tensor) -> Tensor:  # type: ignore[override]
-        """`pixels`: (B, 3, H, W)."""
+        """Returns logits (B, C) of pixels (B, 3, H, W)."""
         return self.head(self.towers.images(pixels), self.text_weights())
 
     def text_weights(self) -> Tensor:
-        """W, (C, E): the mean of each name's texts, of unit length."""
+        """Returns W, (C, E): for each class the mean of its texts' embeddings, at unit length."""
         if self.training and self.trains_text:
             return self._embedded()
         if not self.head.current:
@@ -100,14 +102,14 @@ class EmbeddingClassifier(Classifier):
 
     @functools.cached_property
     def _tokens(self) -> Tensor:
-        """(C * T, L), the templates of a name one after another."""
+        """(C * T, L) ids, the templates of a name one after another."""
         tokenize = tokenizer(self.job.backbone, self.encoder.backbone)
         templates = self.job.head.templates
         return tokenize([text.replace("{}", name) for name in self.names for text in templates])
 
 
 def _of_text(encoder: AdapterModel) -> Iterator[nn.Parameter]:
-    """The parameters of the backbone and of what adapts the text tower."""
+    """Yields the parameters of the backbone and of the modules that adapt the text tower."""
     yield from encoder.backbone.parameters()
     for adapter in (*encoder.adapters.children(), *encoder.fusions.children()):
         assert isinstance(adapter, Adapter)
@@ -117,5 +119,5 @@ def _of_text(encoder: AdapterModel) -> Iterator[nn.Parameter]:
 
 
 def spoken(names: Sequence[str], given: dict[str, str]) -> list[str]:
-    """The words of each class: those that are given, else its name with spaces for underscores."""
+    """Returns the words for each class: those given, else its name with spaces for underscores."""
     return [given.get(name, name.replace("_", " ")) for name in names]

@@ -1,4 +1,4 @@
-"""Heads of a classifier: from the states of an encoder's layers to one number for each class.
+"""Heads of a classifier: from the states of an encoder's layers to a logit for each class.
 
 Shape legend: B examples, L layers, N tokens (patches or frames), D width, C classes.
 """
@@ -15,7 +15,7 @@ from .config import HeadConfig
 class LayerSum(nn.Module):
     """Σ_l softmax(w)_l x_l over the states of L layers (SUPERB, Yang et al. 2021, section 3.2).
 
-    Starts as their mean.
+    At first it is their mean.
     """
 
     def __init__(self, layers: int) -> None:
@@ -23,7 +23,7 @@ class LayerSum(nn.Module):
         self.weight = nn.Parameter(torch.zeros(layers))
 
     def forward(self, states: list[Tensor]) -> Tensor:
-        """L tensors of one shape -> that shape."""
+        """Returns the weighted sum of L tensors of one shape, in that shape."""
         shares = self.weight.softmax(dim=0)
         total = shares[0] * states[0]
         for share, state in zip(shares[1:], states[1:], strict=True):
@@ -32,7 +32,12 @@ class LayerSum(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """softmax(q Kᵀ / √d) V Wᵒ with a learned query q in each head and K, V of the normed tokens."""
+    """softmax(q Kᵀ / √d) V Wᵒ with a learned query q in each head and K, V of normalised tokens.
+
+    Args:
+        width: D.
+        heads: must divide D.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -47,7 +52,12 @@ class AttentionPool(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, D). `mask`: (B, N), true where a token counts."""
+        """Pools tokens (B, N, D) to (B, D).
+
+        Args:
+            tokens: (B, N, D).
+            mask: (B, N), true for a token that is no padding.
+        """
         batch, length, width = tokens.shape
         heads = self.query.shape[1]
         pairs = self.key_value(self.norm(tokens)).view(batch, length, 2, heads, width // heads)
@@ -59,21 +69,30 @@ class AttentionPool(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """The mean of the tokens that count; has no parameters."""
+    """The mean of the tokens that are no padding. It has no parameters."""
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, D). `mask`: (B, N), true where a token counts."""
+        """Pools tokens (B, N, D) to (B, D).
+
+        Args:
+            tokens: (B, N, D).
+            mask: (B, N), true for a token that is no padding.
+        """
         if mask is None:
             return tokens.mean(dim=1)
-        # Not multiplied: what stands in padding may be anything, also infinite.
+        # Padding may hold any value, also infinity, so multiplying by 0 would not remove it.
         tokens = tokens.masked_fill(~mask[:, :, None], 0)
         return tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
 class ClassificationHead(nn.Module):
-    """What is trained beside the adapter: layer weights, pooling and the map to classes.
+    """Layer weights, pooling and the layers that map features to classes.
 
-    `layers`: L, the number of states that it is given.
+    Args:
+        config: of the head.
+        width: D.
+        layers: L, the number of states that the head reads.
+        classes: C.
     """
 
     def __init__(self, config: HeadConfig, *, width: int, layers: int, classes: int) -> None:
@@ -101,12 +120,12 @@ class ClassificationHead(nn.Module):
         *,
         pooled: Tensor | None = None,
     ) -> Tensor:
-        """(B, C) logits in float32.
+        """Returns logits (B, C) in float32.
 
         Args:
             states: (B, N, D) for each layer.
-            mask: (B, N), true where a token counts.
-            pooled: (B, D) instead of states, pooled by the encoder itself.
+            mask: (B, N), true for a token that is no padding.
+            pooled: (B, D) pooled by the encoder itself, in place of states.
         """
         if pooled is None:
             assert states is not None

@@ -1,4 +1,4 @@
-"""From the labels of rows to numbers and back."""
+"""Labels of rows as numbers of classes, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from mmadapters.suggest import nearest
 
 from ..core.errors import BadRow
-from ..core.task import Rows
+from ..core.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,8 @@ class LabelMap:
 
     Attributes:
         names: of the classes.
-        coded: the names that a data set has for its integer labels; empty where those stand for
-            themselves.
-        separator: between the labels of a text; None where a row has one label.
+        coded: the names that a data set has for its integer labels; empty if it has none.
+        separator: between the labels of a text; None if a row has one label.
     """
 
     names: tuple[str, ...]
@@ -33,20 +32,23 @@ class LabelMap:
         object.__setattr__(self, "_index", {name: i for i, name in enumerate(self.names)})
 
     def indices(self, value: Any) -> list[int]:
-        """The classes of a row's label: one of them, or any number with a separator.
+        """Returns the numbers of the classes of a row's label, rising.
+
+        There is one class, or with a separator any number of classes.
 
         Raises:
-            BadRow: there is no label, or one that was not there in training.
+            BadRow: there is no label, or one that the training split does not have.
         """
         index: Mapping[str, int] = self._index  # type: ignore[attr-defined]
         labels = labels_of(value, self.coded, self.separator)
         for label in labels:
             if label not in index:
                 hint = nearest(label, self.names)
-                raise BadRow(f"its label {label!r} is none of the training split's{hint}")
+                raise BadRow(f"its label {label!r} is not a class of the training split{hint}")
         return sorted({index[label] for label in labels})
 
     def to_state(self) -> dict[str, Any]:
+        """Returns the label map in a JSON-ready form."""
         return {
             "names": list(self.names),
             "coded": list(self.coded),
@@ -55,14 +57,21 @@ class LabelMap:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> LabelMap:
+        """Returns the label map that `to_state` gave."""
         return cls(tuple(state["names"]), tuple(state["coded"]), state["separator"])
 
 
 def labels_of(value: Any, coded: Sequence[str], separator: str | None) -> list[str]:
-    """The names in a row's label.
+    """Returns the class names in a row's label.
+
+    Args:
+        value: a text, a number, or with a separator a list of them. An empty text or list is then a
+            label without classes.
+        coded: as in `LabelMap`.
+        separator: as in `LabelMap`.
 
     Raises:
-        BadRow: there is none; with a separator, an empty text or list is one without classes.
+        BadRow: there is no label.
     """
     if separator is None:
         return [_name(value, coded)]
@@ -80,7 +89,7 @@ def _name(value: Any, coded: Sequence[str]) -> str:
         raise BadRow("it has no label")
     if isinstance(value, (list, tuple, dict)):
         raise BadRow(f"its label {value!r} is not one name or number; for several, set multi_label")
-    # A CSV column with gaps is read as floats.
+    # Integers of a CSV column with gaps are read as floats.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if coded and isinstance(value, int) and not isinstance(value, bool):
@@ -93,14 +102,16 @@ def _name(value: Any, coded: Sequence[str]) -> str:
 def fit_labels(
     rows: Rows | None, *, names: Sequence[str], separator: str | None
 ) -> tuple[LabelMap, list[int]]:
-    """The label map of a training split and how many of its rows have each class.
+    """Returns the label map of a training split, and the number of rows of each class.
 
     Args:
-        rows: None where the classes are `names` and nothing is trained.
-        names: the classes, where the config gives them.
+        rows: of the training split; None if nothing is trained and the classes are `names`.
+        names: the classes, if the config gives them; else empty.
+        separator: as in `LabelMap`.
 
     Raises:
-        ValueError: there are fewer classes than a classifier needs, or none of those given.
+        ValueError: there are fewer classes than a classifier needs, a class is named twice, or no
+            row has one of the given classes.
     """
     coded = () if rows is None else coded_names(rows)
     counts: Counter[str] = Counter()
@@ -108,12 +119,12 @@ def fit_labels(
         try:
             counts.update(set(labels_of(value, coded, separator)))
         except BadRow:
-            continue  # counted when the row is used
+            continue  # the row is reported when it is used
     names = tuple(names) or _ordered(counts, coded)
     least = 1 if separator is not None else 2
     if len(set(names)) < least:
-        found = f"only {names[0]!r}" if names else "no label at all"
-        raise ValueError(f"the training split has {found}; a classifier needs {least} classes")
+        labels = f"only {names[0]!r}" if names else "no label at all"
+        raise ValueError(f"the training split has {labels}; a classifier needs {least} classes")
     if len(set(names)) < len(names):
         raise ValueError("data.labels names a class twice")
     if rows is not None and not any(counts[name] for name in names):
@@ -125,14 +136,15 @@ def fit_labels(
 
 
 def coded_names(rows: Rows) -> tuple[str, ...]:
-    """The names in a `datasets.ClassLabel` column, or in one that holds lists of them."""
+    """Returns the names of a `datasets.ClassLabel` column, or of one of lists of such labels."""
     feature = (getattr(rows, "features", None) or {}).get("label")
     feature = getattr(feature, "feature", feature)
     return tuple(getattr(feature, "names", None) or ())
 
 
 def _ordered(counts: Iterable[str], coded: Sequence[str]) -> tuple[str, ...]:
-    """In the data set's own order, else by number where all are numbers, else by name."""
+    """Returns the classes in the data set's own order, else by number if all are numbers, else by
+    name."""
     names = list(counts)
     if coded:
         return tuple(name for name in coded if name in set(names))

@@ -1,4 +1,4 @@
-"""Figures of a classifier, with their bootstrap intervals.
+"""Metrics of a classifier, with their bootstrap intervals.
 
 Shape legend: N examples, C classes, S resamples.
 """
@@ -12,19 +12,26 @@ import numpy as np
 
 from ..core.metrics import CHUNK, Metric, interval, summed_metric
 
-LARGEST = 1e7  # statistics of all examples from which the means over classes get an interval
+LARGEST = 1e7  # the most statistics (examples × classes) for which means over classes get intervals
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """(C, C) counts, int64: rows are the truth, columns the prediction."""
+    """Returns (C, C) int64 counts. Rows are the truth, columns the prediction.
+
+    Args:
+        truth: (N,) class numbers.
+        predicted: (N,) class numbers.
+        classes: C.
+    """
     pairs = np.bincount(truth * classes + predicted, minlength=classes * classes)
     return pairs.reshape(classes, classes).astype(np.int64)
 
 
 def class_figures(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 (C,) of a confusion matrix; NaN where they are 0 / 0.
+    """Returns precision, recall and F1 of each class, (C,), from a confusion matrix (C, C).
 
-    F1 = 2 TP / (2 TP + FP + FN) is NaN only for a class that is neither there nor predicted.
+    A value is NaN where it would be 0 / 0. F1 = 2 TP / (2 TP + FP + FN) is NaN only for a class
+    that neither occurs nor is predicted.
     """
     hit = np.diag(matrix).astype(float)
     told, true = matrix.sum(axis=0), matrix.sum(axis=1)
@@ -37,23 +44,30 @@ def class_figures(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def rank_of_truth(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """(N,) how many classes come before the true one; of equal ones those of lower number."""
-    own = np.take_along_axis(probabilities, truth[:, None], axis=1)
+    """Returns (N,) ranks from 0 of the true class. Of equal classes the lower number comes first.
+
+    Args:
+        truth: (N,) class numbers.
+        probabilities: (N, C).
+    """
+    of_truth = np.take_along_axis(probabilities, truth[:, None], axis=1)
     before = np.arange(probabilities.shape[1]) < truth[:, None]
-    return ((probabilities > own) | ((probabilities == own) & before)).sum(axis=1)
+    return ((probabilities > of_truth) | ((probabilities == of_truth) & before)).sum(axis=1)
 
 
 def single_label(
     truth: np.ndarray, probabilities: np.ndarray, *, resamples: int, first: str = "accuracy"
 ) -> list[Metric]:
-    """Accuracy, balanced accuracy, macro F1 and, from six classes, top-5 accuracy; `first` first.
+    """Returns accuracy, balanced accuracy, macro F1 and, from six classes on, top-5 accuracy.
 
-    Balanced accuracy is the mean recall of the classes that are there; macro F1 is the mean F1 of
-    those that are there or predicted.
+    Balanced accuracy is the mean recall of the classes that occur. Macro F1 is the mean F1 of the
+    classes that occur or are predicted.
 
     Args:
         truth: (N,) class numbers.
         probabilities: (N, C).
+        resamples: S; 0 for no intervals.
+        first: the metric that stands first.
     """
     number, classes = probabilities.shape
     predicted = probabilities.argmax(axis=1)
@@ -91,14 +105,17 @@ def multi_label(
     resamples: int,
     first: str = "mAP",
 ) -> list[Metric]:
-    """mAP, micro F1, macro F1 and the share of examples with exactly the right labels.
+    """Returns mAP, micro F1, macro F1 and the share of examples with exactly the right labels.
 
-    mAP is the mean average precision of the classes that are there; macro F1 the mean of those
-    that are there or predicted.
+    mAP is the mean average precision of the classes that occur. Macro F1 is the mean F1 of the
+    classes that occur or are predicted.
 
     Args:
         truth: (N, C) of 0 and 1.
         probabilities: (N, C).
+        threshold: the probability from which a label counts as predicted.
+        resamples: S; 0 for no intervals.
+        first: the metric that stands first.
     """
     true = truth.astype(float)
     told = (probabilities >= threshold).astype(float)
@@ -119,19 +136,22 @@ def multi_label(
 
 
 def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(S,) area under the precision-recall steps, Σ (R_k − R_k−1) P_k over distinct scores.
+    """Returns the area under the precision-recall steps, Σ (R_k − R_k−1) P_k over distinct scores.
 
-    NaN where no example of positive weight is true. As scikit-learn's average_precision_score.
+    The value is that of scikit-learn's average_precision_score.
 
     Args:
         truth: (N,) of 0 and 1.
         scores: (N,).
         weights: (S, N) of the examples.
+
+    Returns:
+        (S,) values, NaN where no example of positive weight is true.
     """
     order = np.argsort(-scores, kind="stable")
     scores, truth = scores[order], truth[order]
     weights = weights[:, order]
-    # Examples of one score come in together: only the last of them is a step.
+    # Examples of equal score are one step, which stands at the last of them.
     step = np.append(scores[1:] != scores[:-1], True)
     hits = np.cumsum(weights * truth, axis=1)[:, step]
     told = np.cumsum(weights, axis=1)[:, step]
@@ -145,7 +165,14 @@ def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray
 def mean_average_precision(
     truth: np.ndarray, probabilities: np.ndarray, *, resamples: int, seed: int = 0
 ) -> Metric:
-    """mAP with its interval; unlike the other metrics it is no function of sums over examples."""
+    """Returns mAP with its interval. Unlike other metrics it is no function of sums over examples.
+
+    Args:
+        truth: (N, C) of 0 and 1.
+        probabilities: (N, C).
+        resamples: S; 0 for no interval.
+        seed: of the resamples.
+    """
     number = len(truth)
 
     def over(weights: np.ndarray) -> np.ndarray:
@@ -177,9 +204,12 @@ def _of_classes(
     number: int,
     resamples: int,
 ) -> Metric:
-    """A mean over classes of (N, 3C) statistics, or of (1, 3C) sums, which give no interval."""
-    found = summed_metric(name, statistics, function, resamples=resamples)
-    return replace(found, count=number)
+    """Returns a mean over classes, from (N, 3C) statistics or (1, 3C) sums.
+
+    Sums give no interval. `number` is N.
+    """
+    metric = summed_metric(name, statistics, function, resamples=resamples)
+    return replace(metric, count=number)
 
 
 def _share(sums: np.ndarray) -> np.ndarray:
@@ -205,7 +235,7 @@ def _mean_f1(sums: np.ndarray) -> np.ndarray:
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:
-    """The mean over the last dimension without NaN; NaN, without a warning, of nothing else."""
+    """Returns the mean over the last dimension without NaN; NaN, without a warning, if all are."""
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(there, values, 0).sum(-1) / there.sum(-1)

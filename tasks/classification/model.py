@@ -1,4 +1,4 @@
-"""The encoder of a classifier with its head, on images or on recordings.
+"""An encoder with a classification head, for images or for recordings.
 
 Shape legend: B examples, T samples, C classes.
 """
@@ -15,19 +15,23 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 from mmadapters.suggest import nearest
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
+from ..encoders.block_states import BlockStates
 from ..encoders.refusals import refuse_embedding_adapters, refuse_other_towers
 from ..encoders.vision import ImageTower
-from ..encoders.watch import Watch
 from .config import ClassificationConfig
 from .head import ClassificationHead
 
 
 class Classifier(TaskModel):
-    """Logits and loss; subclasses say how the head gets what the encoder sees.
+    """Logits and loss. Subclasses compute the logits from the encoder's inputs.
 
     Args:
-        weights: (C,) of the classes in the loss, or of their presence with several labels.
+        encoder: with its adapters.
+        head: from the encoder's states to logits.
+        config: of the job.
+        weights: (C,) of the classes in the loss, or of their presence with several labels; None for
+            equal weights.
     """
 
     def __init__(
@@ -45,10 +49,11 @@ class Classifier(TaskModel):
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, *, targets: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
-        """Of the batch's inputs: "logits" (B, C), and "loss" where there are targets.
+        """Returns "logits" (B, C), and "loss" if there are targets.
 
         Args:
             targets: (B,) class numbers, or (B, C) of 0 and 1 with several labels.
+            inputs: of `logits`.
         """
         logits = self.logits(**inputs)
         if targets is None:
@@ -56,9 +61,11 @@ class Classifier(TaskModel):
         return {"logits": logits, "loss": self.loss(logits, targets)}
 
     def logits(self, **inputs: Any) -> Tensor:
+        """Returns logits (B, C)."""
         raise NotImplementedError
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the training loss, a scalar, of logits (B, C) and targets as in `forward`."""
         smoothing = self.job.loss.label_smoothing
         if not self.job.data.multi_label:
             return F.cross_entropy(logits, targets, self.weights, label_smoothing=smoothing)
@@ -66,15 +73,15 @@ class Classifier(TaskModel):
         return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.weights)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, C): sigmoids with several labels, else a softmax."""
+        """Returns probabilities (B, C): sigmoids with several labels, else a softmax."""
         return logits.sigmoid() if self.job.data.multi_label else logits.softmax(dim=-1)
 
 
 class ImageClassifier(Classifier):
-    """Of images.
+    """A classifier of images.
 
     Raises:
-        ValueError: the encoder reads none, or has no class token to pool by.
+        ValueError: the encoder has no image tower, or it has no class token and pooling is "cls".
     """
 
     def __init__(self, encoder: AdapterModel, config: ClassificationConfig, **options: Any) -> None:
@@ -92,7 +99,7 @@ class ImageClassifier(Classifier):
         self.tower = tower
 
     def logits(self, *, pixels: Tensor) -> Tensor:  # type: ignore[override]
-        """`pixels`: (B, 3, H, W)."""
+        """Returns logits (B, C) of pixels (B, 3, H, W)."""
         config = self.job.head
         layers = range(self.tower.depth) if config.layers == "all" else (-1,)
         states = self.tower(pixels, layers=layers)
@@ -104,13 +111,16 @@ class ImageClassifier(Classifier):
 
 
 class AudioClassifier(Classifier):
-    """Of recordings, whose padding never counts.
+    """A classifier of recordings. Their padding never changes a result.
 
     Args:
-        normalise: see `SpeechTower`.
+        encoder: with its adapters.
+        config: of the job.
+        normalise: as in `SpeechTower`.
+        options: `classes`, C, and the `weights` of `Classifier`.
 
     Raises:
-        ValueError: the encoder hears none, or is asked for a class token.
+        ValueError: the encoder has no audio tower, or pooling is "cls".
     """
 
     def __init__(
@@ -133,7 +143,12 @@ class AudioClassifier(Classifier):
         self.tower = tower
 
     def logits(self, *, waves: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
-        """`waves`: (B, T) at the encoder's rate; `lengths`: (B,) samples of each."""
+        """Returns logits (B, C).
+
+        Args:
+            waves: (B, T) at the encoder's sampling rate.
+            lengths: (B,) samples of each.
+        """
         if self.job.head.layers == "all":
             states = self._all_layers(waves, lengths)
         else:
@@ -143,14 +158,14 @@ class AudioClassifier(Classifier):
         return self.head(states, mask)
 
     def _all_layers(self, waves: Tensor, lengths: Tensor) -> list[Tensor]:
-        """(B, F, D) before the first block and after each."""
+        """Returns the states (B, F, D) before the first block and after each block."""
         from ..encoders.speech import by_length
 
         tower = self.encoder.sites.towers["audio"]
         layers = range(len(tower.blocks))
 
         def run(waves: Tensor, lengths: Tensor) -> list[Tensor] | None:
-            with Watch(tower, layers, reads_entered=True) as watch:
+            with BlockStates(tower, layers, reads_entered=True) as watch:
                 frames, _ = self.tower(waves, lengths)
             assert watch.entered is not None
             if len(watch.entered) != len(waves):
@@ -158,9 +173,9 @@ class AudioClassifier(Classifier):
             states = [watch.entered, *(watch.states[layer] for layer in layers)]
             return [state[:, : frames.shape[1]] for state in states]
 
-        found = run(waves, lengths)
-        if found is None:
-            # The encoder's blocks saw utterances of one length at a time (torchaudio's WavLM).
+        all_states = run(waves, lengths)
+        if all_states is None:
+            # The encoder's blocks run on utterances of one length at a time (torchaudio's WavLM).
             def together(part: Tensor) -> Tensor:
                 length = torch.full((len(part),), part.shape[1], device=lengths.device)
                 states = run(part, length)
@@ -168,8 +183,8 @@ class AudioClassifier(Classifier):
                 return torch.cat(states, dim=-1)
 
             states = by_length(together, waves, lengths)
-            found = list(states.split(self.tower.width, dim=-1))
-        return found
+            all_states = list(states.split(self.tower.width, dim=-1))
+        return all_states
 
 
 def class_weights(
@@ -179,16 +194,20 @@ def class_weights(
     *,
     rows: int | None,
 ) -> Tensor | None:
-    """(C,) weights of the classes, None for equal ones.
+    """Returns weights (C,) of the classes, or None for equal weights.
 
-    Balanced: N / (C n_c) with n_c rows of class c, whose mean over rows is 1; with several labels,
-    (N - n_c) / n_c, which makes a label's presence weigh as much as its absence.
+    With n_c rows of class c, balanced weights are N / (C n_c), whose mean over rows is 1. With
+    several labels they are (N - n_c) / n_c, so that a label's presence weighs as much as its
+    absence.
 
     Args:
-        rows: N where a row may have several labels, else None.
+        given: "none", "balanced", or a weight for each class by name (1 if it has none).
+        names: of the classes.
+        counts: (C,) n_c.
+        rows: N if a row may have several labels, else None.
 
     Raises:
-        ValueError: a weight for a class that is not there.
+        ValueError: a weight is given for a class that does not exist.
     """
     if given == "none":
         return None

@@ -5,50 +5,102 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..core.errors import BadRow
-from ..core.task import Figure, Record, Rows, Table
+from ..core.results import Figure, Table
+from ..core.rows import Record, Rows
 from ..data import media
 from .metrics import confusion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .task import ClassificationTask
-
-LARGEST = 30  # classes of a confusion matrix that can be read
+LARGEST = 30  # the most classes of a confusion matrix that can be read
 COLUMNS = 6
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
-def illustrate(
-    task: ClassificationTask, rows: Rows, records: Sequence[Record], *, count: int
-) -> list[Figure | Table]:
-    """The report's pictures; of recordings, which cannot be seen, tables."""
-    names = task.labels.names
-    found: list[Figure | Table] = []
-    if not task.config.data.multi_label:
-        found += confusion_figures(records, names)
-    wrong, right = ranked(records, task.config.threshold)
-    groups = (
-        ("Most confident mistakes", wrong, "The surest wrong answers first."),
-        ("Right answers", right, "From all classes in turn."),
-    )
-    for title, chosen, caption in groups:
-        if chosen and count:
-            part = chosen[: count if title.startswith("Most") else max(count // 2, 1)]
-            if task.kind == "image":
-                found.append(gallery(task, rows, part, title, caption))
-            else:
-                found.append(listing(task, rows, part, title, caption))
-    return found
+@dataclass(frozen=True)
+class Answers:
+    """Draws the answers of a classifier.
+
+    Attributes:
+        names: of the classes.
+        threshold: the probability from which a label counts as predicted, with several labels.
+        multi_label: whether an example may have several labels.
+    """
+
+    names: Sequence[str]
+    threshold: float
+    multi_label: bool
+
+    def illustrate(
+        self,
+        rows: Rows,
+        records: Sequence[Record],
+        *,
+        kind: Literal["image", "audio"],
+        count: int,
+    ) -> list[Figure | Table]:
+        """Returns the report's pictures, or tables if recordings are classified.
+
+        Args:
+            count: the number of mistakes; right answers are half as many.
+        """
+        shown: list[Figure | Table] = []
+        if not self.multi_label:
+            shown += confusion_figures(records, self.names)
+        wrong, right = ranked(records, self.threshold)
+        groups = (
+            ("Most confident mistakes", wrong, "The surest wrong answers first."),
+            ("Right answers", right, "From all classes in turn."),
+        )
+        for title, chosen, caption in groups:
+            if chosen and count:
+                part = chosen[: count if title.startswith("Most") else max(count // 2, 1)]
+                if kind == "image":
+                    shown.append(self.gallery(rows, part, title, caption))
+                else:
+                    shown.append(self.listing(rows, part, title, caption))
+        return shown
+
+    def gallery(self, rows: Rows, records: Sequence[Record], title: str, caption: str) -> Figure:
+        """Returns a grid of pictures with truth and prediction."""
+        from matplotlib.figure import Figure as Canvas
+
+        lines = -(-len(records) // COLUMNS)
+        columns = min(COLUMNS, len(records))
+        canvas = Canvas(figsize=(2 * columns, 2.55 * lines), layout="constrained")
+        axes = canvas.subplots(lines, columns, squeeze=False).flatten()
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, record in zip(axes, records, strict=False):
+            truth, prediction = told(record, self.names, self.threshold)
+            try:
+                axis.imshow(media.read_image(rows[record["index"]]["image"]))
+            except BadRow:
+                continue  # evaluation could read it; the report does without it
+            colour = RIGHT if is_right(record, self.threshold) else WRONG
+            axis.text(0.5, -0.03, _short(truth), **_below(axis), color="black")
+            axis.text(0.5, -0.17, _short(prediction), **_below(axis), color=colour)
+        return Figure(title, png(canvas), f"{caption} Above the truth, below the prediction.")
+
+    def listing(self, rows: Rows, records: Sequence[Record], title: str, caption: str) -> Table:
+        """Returns a table of recordings with truth and prediction."""
+        lines = []
+        for record in records:
+            value = rows[record["index"]]["audio"]
+            name = media.media_name(value) or f"row {record['index']}"
+            lines.append([name, *told(record, self.names, self.threshold)])
+        return Table(title, ["recording", "truth", "prediction"], lines, caption)
 
 
 def ranked(records: Sequence[Record], threshold: float) -> tuple[list[Record], list[Record]]:
-    """The wrong records, the surest first, and the right ones, of all classes in turn."""
+    """Returns the wrong records, the surest first, and the right ones, of all classes in turn."""
     wrong: list[Record] = []
     right: list[Record] = []
     for record in records:
@@ -65,6 +117,7 @@ def ranked(records: Sequence[Record], threshold: float) -> tuple[list[Record], l
 
 
 def is_right(record: Record, threshold: float) -> bool:
+    """Returns whether the prediction is the truth; with several labels, whether all of them are."""
     truth, probabilities = record["truth"], record["probabilities"]
     if isinstance(truth, int):
         return int(probabilities.argmax()) == truth
@@ -72,7 +125,7 @@ def is_right(record: Record, threshold: float) -> bool:
 
 
 def badness(record: Record) -> float:
-    """The probability of the wrong answer; with several labels, of the worst of them."""
+    """Returns the probability of the wrong answer; with several labels, of the worst of them."""
     truth, probabilities = record["truth"], record["probabilities"]
     if isinstance(truth, int):
         return float(probabilities.max())
@@ -80,7 +133,7 @@ def badness(record: Record) -> float:
 
 
 def told(record: Record, names: Sequence[str], threshold: float) -> tuple[str, str]:
-    """The truth and the prediction in words."""
+    """Returns the truth and the prediction in words."""
     truth, probabilities = record["truth"], record["probabilities"]
     if isinstance(truth, int):
         best = int(probabilities.argmax())
@@ -93,30 +146,6 @@ def told(record: Record, names: Sequence[str], threshold: float) -> tuple[str, s
     return ", ".join(true) or "none", ", ".join(said) or "none"
 
 
-def gallery(
-    task: ClassificationTask, rows: Rows, records: Sequence[Record], title: str, caption: str
-) -> Figure:
-    """A grid of pictures with truth and prediction."""
-    from matplotlib.figure import Figure as Canvas
-
-    lines = -(-len(records) // COLUMNS)
-    columns = min(COLUMNS, len(records))
-    canvas = Canvas(figsize=(2 * columns, 2.55 * lines), layout="constrained")
-    axes = canvas.subplots(lines, columns, squeeze=False).flatten()
-    for axis in axes:
-        axis.set_axis_off()
-    for axis, record in zip(axes, records, strict=False):
-        truth, prediction = told(record, task.labels.names, task.config.threshold)
-        try:
-            axis.imshow(media.read_image(rows[record["index"]]["image"]))
-        except BadRow:
-            continue  # it was readable when it was evaluated; the report does without
-        colour = RIGHT if is_right(record, task.config.threshold) else WRONG
-        axis.text(0.5, -0.03, _short(truth), **_below(axis), color="black")
-        axis.text(0.5, -0.17, _short(prediction), **_below(axis), color=colour)
-    return Figure(title, png(canvas), f"{caption} Above the truth, below the prediction.")
-
-
 def _below(axis: Axes) -> dict[str, Any]:
     return {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 9}
 
@@ -125,20 +154,8 @@ def _short(text: str) -> str:
     return textwrap.shorten(text, 26, placeholder="…") or text[:25] + "…"
 
 
-def listing(
-    task: ClassificationTask, rows: Rows, records: Sequence[Record], title: str, caption: str
-) -> Table:
-    """Recordings with truth and prediction."""
-    lines = []
-    for record in records:
-        value = rows[record["index"]]["audio"]
-        name = media.media_name(value) or f"row {record['index']}"
-        lines.append([name, *told(record, task.labels.names, task.config.threshold)])
-    return Table(title, ["recording", "truth", "prediction"], lines, caption)
-
-
 def confusion_figures(records: Sequence[Record], names: Sequence[str]) -> list[Figure]:
-    """The confusion matrix; of more classes than can be read, those with the most mistakes."""
+    """Returns the confusion matrix of at most `LARGEST` classes: those with the most mistakes."""
     truth = np.array([record["truth"] for record in records])
     predicted = np.array([record["probabilities"].argmax() for record in records])
     matrix = confusion(truth, predicted, len(names))
@@ -178,7 +195,7 @@ def _matrix(matrix: np.ndarray, names: Sequence[str]) -> bytes:
 
 
 def png(canvas: Any) -> bytes:
-    """The canvas as PNG data."""
+    """Returns the matplotlib figure as PNG data."""
     data = io.BytesIO()
     canvas.savefig(data, format="png", dpi=110)
     return data.getvalue()

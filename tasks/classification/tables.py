@@ -9,17 +9,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core.task import Table
+from ..core.results import Table
 from .metrics import average_precision, class_figures, confusion
 
 MISTAKES = 20
 
 
 def of_classes(matrix: np.ndarray, names: Sequence[str], trained: Sequence[int]) -> Table:
-    """Precision, recall and F1 of each class, in percent.
+    """Returns precision, recall and F1 of each class, in percent.
 
     Args:
         matrix: (C, C) counts, the truth in rows.
+        names: of the classes.
         trained: (C,) rows of the training split.
     """
     figures = class_figures(matrix)
@@ -32,14 +33,15 @@ def of_classes(matrix: np.ndarray, names: Sequence[str], trained: Sequence[int])
     return Table("Classes", columns, rows)
 
 
-def shares(found: Sequence[int], names: Sequence[str], rows: int) -> Table:
-    """How often each class is there.
+def shares(classes: Sequence[int], names: Sequence[str], rows: int) -> Table:
+    """Returns the number and the share of rows of each class.
 
     Args:
-        found: the classes of all rows, one after another.
-        rows: how many rows there are.
+        classes: the class numbers of all rows, one after another.
+        names: of the classes.
+        rows: the number of rows.
     """
-    counts = np.bincount(np.asarray(found, dtype=int), minlength=len(names))
+    counts = np.bincount(np.asarray(classes, dtype=int), minlength=len(names))
     lines = [
         [name, int(count), _percent(count / max(rows, 1))]
         for name, count in zip(names, counts, strict=True)
@@ -48,7 +50,12 @@ def shares(found: Sequence[int], names: Sequence[str], rows: int) -> Table:
 
 
 def confusions(matrix: np.ndarray, names: Sequence[str]) -> list[Table]:
-    """The commonest mistakes, if there are any."""
+    """Returns a table of the commonest mistakes, or no table if there are none.
+
+    Args:
+        matrix: (C, C) counts, the truth in rows.
+        names: of the classes.
+    """
     wrong = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
     pairs = [divmod(int(place), len(names)) for place in order]
@@ -67,11 +74,13 @@ def confusions(matrix: np.ndarray, names: Sequence[str]) -> list[Table]:
 def of_labels(
     truth: np.ndarray, probabilities: np.ndarray, names: Sequence[str], *, threshold: float
 ) -> Table:
-    """Average precision, precision, recall and F1 of each label, in percent.
+    """Returns average precision, precision, recall and F1 of each label, in percent.
 
     Args:
         truth: (N, C) of 0 and 1.
         probabilities: (N, C).
+        names: of the labels.
+        threshold: the probability from which a label counts as predicted.
     """
     one = np.ones((1, len(truth)))
     rows = []

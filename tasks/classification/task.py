@@ -1,11 +1,11 @@
-"""The classification task: its data, head, metrics and pictures."""
+"""The classification task: images or recordings, with one label or several."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,26 +16,25 @@ from mmadapters import AdapterModel
 from mmadapters.suggest import nearest
 
 from ..config.schema import Split
+from ..core.capabilities import (
+    BatchGrouping,
+    CacheableInputs,
+    Calibration,
+    DataChecks,
+    ReportPictures,
+    TowerRow,
+)
 from ..core.device import to_device
 from ..core.errors import BadRow
 from ..core.metrics import Metric
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data import media
 from ..encoders.speech import conv_frames
 from ..encoders.vision import image_preprocessing, to_tensor
-from . import few_shot, metrics
+from . import few_shot, metrics, pictures
 from .audio import audio_preprocessing
 from .augment import ImageAugmenter, augment_audio, cut
 from .config import ClassificationConfig
@@ -43,13 +42,22 @@ from .embedding_heads import ALPHA, BETA, TipAdapterHead
 from .embeddings import EmbeddingClassifier, spoken
 from .labels import LabelMap, fit_labels
 from .model import AudioClassifier, Classifier, ImageClassifier, class_weights
+from .tables import confusions, of_classes, of_labels, shares
 
 
-class ClassificationTask(Task[ClassificationConfig]):
-    """One label of several for an image or a recording, or any number of them.
+class ClassificationTask(
+    Task[ClassificationConfig],
+    CacheableInputs,
+    BatchGrouping,
+    Calibration,
+    DataChecks,
+    ReportPictures,
+):
+    """A row is an image or a recording with one label, or with any number of labels.
 
-    `state`: labels, counts and rows of the training split, and the encoder's preprocessing (of
-    images: see `encoders.preprocessing`; of recordings: see `audio`).
+    `state`: "labels", the label map; "counts" of each class and the number of "rows" in the
+    training split; the encoder's "preprocessing" (see `encoders.preprocessing` for images and
+    `audio` for recordings); "keys", the size of Tip-Adapter's cache, if there is one.
     """
 
     name = "classification"
@@ -63,9 +71,9 @@ class ClassificationTask(Task[ClassificationConfig]):
 
     def __init__(self, config: ClassificationConfig, state: dict[str, Any] | None = None) -> None:
         super().__init__(config, state)
-        # Of this job; the class attributes say what there is for any.
-        own = {role: self.columns[role] for role in (config.kind, "label")}
-        self.__dict__ |= {"metric": config.deciding_metric, "columns": own}
+        # These are of this job; the class attributes are for all jobs of the task.
+        columns = {role: self.columns[role] for role in (config.kind, "label")}
+        self.__dict__ |= {"metric": config.deciding_metric, "columns": columns}
 
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
         config = self.config
@@ -105,8 +113,8 @@ class ClassificationTask(Task[ClassificationConfig]):
         self._weights()
 
     @property
-    def kind(self) -> str:
-        """What is classified: "image" or "audio"."""
+    def kind(self) -> Literal["image", "audio"]:
+        """The inputs that are classified: "image" or "audio"."""
         return self.config.kind
 
     @functools.cached_property
@@ -181,7 +189,7 @@ class ClassificationTask(Task[ClassificationConfig]):
         if not isinstance(head, TipAdapterHead):
             return {}
         if not config.finetune:
-            # Only now: an adapter that was trained has changed what pictures look like.
+            # The keys are computed after training, because the adapter changes the embeddings.
             self._fill(model, head, splits)
         alpha, beta = config.alpha, config.beta
         told: dict[str, Any] = {"keys": len(head.keys)}
@@ -212,16 +220,16 @@ class ClassificationTask(Task[ClassificationConfig]):
         self.state["keys"] = len(head.keys)
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
-        found = self.labels.indices(row.get("label"))
+        classes = self.labels.indices(row.get("label"))
         if self.config.data.multi_label:
             target = torch.zeros(len(self.labels.names))
-            target[found] = 1
+            target[classes] = 1
         else:
-            target = torch.tensor(found[0])
+            target = torch.tensor(classes[0])
         return {**self._input(row.get(self.kind), train=train), "target": target}
 
     def _input(self, value: Any, *, train: bool) -> Example:
-        """A row's picture or recording as a tensor.
+        """Returns a row's picture or recording as a tensor.
 
         Raises:
             BadRow: it cannot be read.
@@ -244,7 +252,7 @@ class ClassificationTask(Task[ClassificationConfig]):
         return {"wave": augment_audio(samples, config.augment_audio) if train else samples}
 
     def _longest(self) -> int | None:
-        """The samples to which longer recordings are cut."""
+        """Returns the samples to which longer recordings are cut, or None without a limit."""
         how, seconds = self.state["preprocessing"], self.config.data.max_seconds
         bounds = [how["longest"]] if how["longest"] is not None else []
         if seconds is not None:
@@ -265,7 +273,7 @@ class ClassificationTask(Task[ClassificationConfig]):
 
     def tower_rows(self, tower: str, example: Example) -> Sequence[TowerRow]:
         how = self.state["preprocessing"]
-        # Pictures have one size; Whisper reads a fixed length, silence and all.
+        # Pictures have one size. Whisper reads a fixed length, with silence after the end.
         if self.kind == "image" or how["longest"] is not None:
             return (TowerRow(),)
         return (TowerRow(tokens=conv_frames(len(example["wave"]), how["layers"])),)
@@ -279,7 +287,7 @@ class ClassificationTask(Task[ClassificationConfig]):
         if name := next((n for n in ("gain", "shift", "noise") if getattr(audio, n)), None):
             return f"data.augment_audio.{name}"
         bound = self._longest()
-        # By its header alone a length is only about right.
+        # A length that comes from a header is only about right.
         if bound is not None and not all(0 < n < bound - 2 for n in self.lengths(rows) or ()):
             return "where longer recordings are cut"
         return None
@@ -311,9 +319,9 @@ class ClassificationTask(Task[ClassificationConfig]):
         for column in self.config.evaluation.groups:
             values = np.array([str(record["row"].get(column)) for record in records])
             groups[column] = {
-                str(value): self._metrics(truth[own], probabilities[own], bootstrap)
+                str(value): self._metrics(truth[members], probabilities[members], bootstrap)
                 for value in np.unique(values)
-                for own in [values == value]
+                for members in [values == value]
             }
         return Scores(
             self._metrics(truth, probabilities, bootstrap),
@@ -335,8 +343,6 @@ class ClassificationTask(Task[ClassificationConfig]):
         return metrics.single_label(truth, probabilities, resamples=bootstrap, first=self.metric)
 
     def _tables(self, truth: np.ndarray, probabilities: np.ndarray) -> list[Table]:
-        from .tables import confusions, of_classes, of_labels
-
         names = self.labels.names
         if self.config.data.multi_label:
             return [of_labels(truth, probabilities, names, threshold=self.config.threshold)]
@@ -344,22 +350,21 @@ class ClassificationTask(Task[ClassificationConfig]):
         return [of_classes(matrix, names, self.state["counts"]), *confusions(matrix, names)]
 
     def survey(self, rows: Rows) -> list[Table]:
-        from .tables import shares
-
-        found = []
+        classes = []
         for value in rows["label"]:
             try:
-                found += self.labels.indices(value)
+                classes += self.labels.indices(value)
             except BadRow:
                 continue  # doctor names such rows
-        return [shares(found, self.labels.names, len(rows))]
+        return [shares(classes, self.labels.names, len(rows))]
 
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .pictures import illustrate
-
-        return illustrate(self, rows, records, count=count)
+        shown = pictures.Answers(
+            self.labels.names, self.config.threshold, multi_label=self.config.data.multi_label
+        )
+        return shown.illustrate(rows, records, kind=self.kind, count=count)
 
     def predict(
         self, model: TaskModel, inputs: Sequence[str], *, out: Path | None

@@ -1,9 +1,9 @@
-"""A run config from YAML and `key=value` overrides, and where in them a mistake is.
+"""Reads a run config from YAML and `key=value` overrides, and names the place of each mistake.
 
     YAML -> OmegaConf (overrides, ${interpolation}) -> the pydantic class of the task
 
-Mistakes are found by the library that reads each stage; here they are given the file and line, or
-the override, from which the value came. A ValueError says all that is wrong, one sentence a line.
+The library that reads each stage detects the mistakes. This module adds the file and line, or the
+override, that the value came from. A ConfigError lists all mistakes, one sentence a line.
 """
 
 from __future__ import annotations
@@ -23,36 +23,21 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from .keys import (
-    TASKS,
-    Key,
-    config_class,
-    describe_keys,
-    nearest,
-    one_of,
-    sections_at,
-    with_defaults,
-)
-from .problems import ConfigError, Place, S, Source, dotted, validate
+from mmadapters.errors import first_line
+from mmadapters.suggest import nearest
+
+from .errors import ConfigError
+from .keys import sections_at, with_defaults
+from .problems import Place, S, Source, dotted, validate
+from .renamed import NewNames, new_path
 from .schema import JobConfig, Section
+from .tasks import TASKS, config_class, one_of
 
-__all__ = [
-    "TASKS",
-    "ConfigError",
-    "Key",
-    "config_class",
-    "config_names",
-    "describe_keys",
-    "from_data",
-    "read_as",
-    "read_config",
-]
-
-# What a file of each kind says at its top; `mmadapters train` reads the first, `continual`,
-# `multitask` and `compare` one each.
+# The key that marks a file of each kind. `mmadapters train` reads jobs; `continual`, `multitask`
+# and `compare` read one kind each.
 KINDS = {"job": "task", "continual": "jobs", "multitask": "tasks", "comparison": "methods"}
-# The command of each kind but jobs, and what such a file lists.
-_OF_JOBS = ("overrides", "contrast_overrides")  # keys of changes to the config of a job
+_OF_JOBS = ("overrides", "contrast_overrides")  # keys that hold changes to the config of a job
+# For each kind but jobs: its command, and the content of its list.
 _COMMANDS = {
     "continual": ("continual", "jobs to be learned in turn"),
     "multitask": ("multitask", "tasks to be learned together"),
@@ -61,23 +46,23 @@ _COMMANDS = {
 
 
 def read_config(name_or_path: str, overrides: Sequence[str] = ()) -> JobConfig:
-    """The config of a YAML file, or of a name that ships with the package.
+    """Reads the config of a YAML file, or of a name that ships with the package.
 
     Args:
         overrides: `dotted.key=value`, values in YAML. A mapping is merged into a section and
             replaces any other value: `adapter={method: lora, rank: 4}`.
 
     Raises:
-        ValueError: everything that is wrong, one sentence a line, with file and line or override.
+        ConfigError: all mistakes, one sentence a line, with file and line or override.
     """
     return _read(_open(name_or_path), overrides)
 
 
 def read_as(cls: type[S], name_or_path: str, overrides: Sequence[str] = ()) -> S:
-    """`read_config` of a file of another kind, which `cls` describes.
+    """Reads a file of another kind, which `cls` describes, like `read_config`.
 
     Raises:
-        ValueError: as `read_config`.
+        ConfigError: as `read_config`.
     """
     source = _open(name_or_path)
     return _finish(source, _parse(source), overrides, cls)
@@ -86,18 +71,21 @@ def read_as(cls: type[S], name_or_path: str, overrides: Sequence[str] = ()) -> S
 def from_data(
     data: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "the job"
 ) -> JobConfig:
-    """The config that `JobConfig.model_dump(mode="json")` gave, with changes; `source` says in
-    messages where it came from.
+    """Returns the config of the data that `JobConfig.model_dump(mode="json")` gave, with changes.
+
+    Args:
+        overrides: as of `read_config`.
+        source: where the data came from, for messages.
 
     Raises:
-        ValueError: as `read_config`.
+        ConfigError: as `read_config`.
     """
     text = yaml.safe_dump(_literal(dict(data)), allow_unicode=True)
     return _read(Source(source, text, lines=False), overrides)
 
 
 def _literal(data: Any) -> Any:
-    """Plain data whose texts OmegaConf leaves as they are: all that it resolves is resolved."""
+    """Returns plain data with escaped interpolations: they were resolved when it was written."""
     if isinstance(data, dict):
         return {key: _literal(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -112,21 +100,23 @@ def _read(source: Source, overrides: Sequence[str]) -> JobConfig:
 
 
 def _finish(source: Source, tree: DictConfig, overrides: Sequence[str], cls: type[S]) -> S:
+    # An override replaces a key of the file by either name: only overrides must not have both.
+    names = NewNames()
     for override in overrides:
-        _override(source, tree, override, cls)
+        _override(source, tree, override, cls, names)
     data = _resolve(source, OmegaConf.create(with_defaults(cls, _plain(tree))))
     return validate(source, cls, data)
 
 
 def config_names(kind: str = "job") -> dict[str, str]:
-    """The configs of a kind that ship with the package, each with its first comment line."""
+    """Returns the shipped configs of a kind: name -> the first comment line."""
     head = re.compile(rf"^{KINDS[kind]}:", re.MULTILINE)
     texts = _shipped()
     return {name: _summary(text) for name, text in texts.items() if head.search(text)}
 
 
 def _shipped() -> dict[str, str]:
-    """The texts of all configs that ship with the package, by name."""
+    """Returns the texts of all shipped configs by name."""
     folder = resources.files("mmadapters.configs")
     files = sorted((file for file in folder.iterdir()), key=lambda file: file.name)
     return {
@@ -167,7 +157,7 @@ def _open(name_or_path: str) -> Source:
 
 
 def _parse(source: Source) -> DictConfig:
-    """The tree of the YAML text; fills the source's origins."""
+    """Returns the tree of the YAML text and fills the source's origins."""
     try:
         node = yaml.compose(source.text, Loader=yaml.SafeLoader)
         if node is None:
@@ -191,14 +181,23 @@ def _parse(source: Source) -> DictConfig:
         path = _steps(error.full_key or "")
         raise ConfigError(f"{source.at(path)}: {_omegaconf_problem(error)}") from None
     assert isinstance(tree, DictConfig)
-    return tree
+    return _with_new_names(source, tree)
+
+
+def _with_new_names(source: Source, tree: DictConfig) -> DictConfig:
+    data = _plain(tree)
+    renamed = NewNames().of(data, source.at)
+    if renamed == data:
+        return tree
+    source.origins = {new_path(path): place for path, place in source.origins.items()}
+    return OmegaConf.create(renamed)
 
 
 def _origins(
     source: Source, node: yaml.Node, path: Place, around: tuple[yaml.Node, ...]
 ) -> Iterator[str]:
-    """Notes the line of everything below a node; gives a sentence for each key written twice."""
-    if node in around:  # an alias of what it lies in, which OmegaConf refuses with its line
+    """Records the line of every value below a node; yields a sentence for each repeated key."""
+    if node in around:  # an alias of a mapping around it, which OmegaConf refuses with its line
         return
     around = (*around, node)
     if isinstance(node, yaml.SequenceNode):
@@ -235,14 +234,14 @@ def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
 
 
 def _omegaconf_problem(error: OmegaConfBaseException) -> str:
-    problem = str(error).partition("\n")[0].strip()
+    problem = first_line(error)
     if isinstance(error, GrammarParseError):
         return f"not an interpolation ${{key}}: {problem}"
     return problem.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
 
 
 def _task(source: Source, tree: DictConfig, overrides: Sequence[str]) -> str:
-    """The task that the file or an override names."""
+    """Returns the task that the file or an override names."""
     task, place = _plain(tree).get("task"), source.at(("task",))
     for override in overrides:
         key, value = _split(override)
@@ -268,7 +267,7 @@ def _override_place(override: str) -> str:
 
 
 def _split(override: str) -> tuple[Place, Any]:
-    """The path and the value of `dotted.key=value`."""
+    """Returns the path and the value of `dotted.key=value`."""
     key, equals, text = override.partition("=")
     path = _steps(key.strip())
     if not equals or not all(path):
@@ -284,14 +283,23 @@ def _split(override: str) -> tuple[Place, Any]:
     raise ConfigError(f"{_override_place(override)}: {problem}")
 
 
-def _override(source: Source, tree: DictConfig, override: str, cls: type[Section]) -> None:
+def _override(
+    source: Source, tree: DictConfig, override: str, cls: type[Section], names: NewNames
+) -> None:
+    def place(path: Sequence[str]) -> str:
+        return _override_place(override)
+
     for path, value in _leaves(*_split(override), cls):
-        _set(source, tree, _of_a_job(path), value, _override_place(override))
+        new = names.path(path, place)
+        _set(source, tree, _of_a_job(new), names.of(value, place, path), place(new))
 
 
 def _of_a_job(path: Place) -> Place:
-    """What stands below `overrides` names a place in a job's own config, whatever lies above it
-    there: it stays one key, so that `overrides.data.options.test=9` leaves the other options."""
+    """Returns a path whose steps below `overrides` are joined to one dotted key.
+
+    They name a place in a job's own config, so `overrides.data.options.test=9` must change that
+    option alone and not replace the section `data`.
+    """
     for length, step in enumerate(path, start=1):
         if step in _OF_JOBS and length < len(path):
             return *path[:length], ".".join(path[length:])
@@ -299,7 +307,7 @@ def _of_a_job(path: Place) -> Place:
 
 
 def _leaves(path: Place, value: Any, cls: type[Section]) -> Iterator[tuple[Place, Any]]:
-    """The values that a mapping sets, in the sections below it too."""
+    """Yields the path of each value that a mapping sets, also in the sections below it."""
     if isinstance(value, Mapping) and sections_at(cls, path):
         for key, inner in value.items():
             yield from _leaves((*path, str(key)), inner, cls)
@@ -319,8 +327,8 @@ def _set(source: Source, tree: DictConfig, path: Place, value: Any, place: str) 
         else:
             OmegaConf.update(tree, ".".join(path), value, merge=False, force_add=True)
     except (OmegaConfBaseException, TypeError) as error:
-        raise ConfigError(f"{place}: {str(error).partition(chr(10))[0]}") from None
-    # What was no mapping before has become one by this override, whose place it takes.
+        raise ConfigError(f"{place}: {first_line(error)}") from None
+    # A value that this override turned into a mapping comes from the override.
     for length, step in enumerate(path[:-1], start=1):
         known = known.get(step) if isinstance(known, Mapping) else known
         if not isinstance(known, (Mapping, list)):
@@ -332,7 +340,7 @@ def _set(source: Source, tree: DictConfig, path: Place, value: Any, place: str) 
 
 
 def _resolve(source: Source, tree: DictConfig) -> dict[str, Any]:
-    """The tree as plain data, interpolation and all."""
+    """Returns the tree as plain data with all interpolations resolved."""
     problems = list(_unresolved(source, tree, ()))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -360,7 +368,7 @@ def _unresolved(source: Source, node: DictConfig | ListConfig, path: Place) -> I
         except OmegaConfBaseException as error:
             yield f"{source.at(here)}: {dotted(here)}: {_omegaconf_problem(error)}"
         else:
-            # Of an interpolation only the value counts; what it points at is checked in its place.
+            # The target of an interpolation is checked at its own place.
             if isinstance(value, (DictConfig, ListConfig)) and value._get_parent() is node:
                 yield from _unresolved(source, value, here)
 
@@ -379,5 +387,5 @@ def _plain(tree: DictConfig) -> dict[Any, Any]:
 
 
 def _steps(key: str) -> Place:
-    """The steps of `a.b[0].c`."""
+    """Returns the steps of `a.b[0].c`."""
     return tuple(re.sub(r"\[(\w+)\]", r".\1", key).split("."))

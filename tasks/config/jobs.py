@@ -1,4 +1,4 @@
-"""Several jobs on one encoder, as the configs of `continual` and `multitask` list them.
+"""The lists of jobs on one encoder in the configs of `continual` and `multitask`.
 
 Nothing here imports torch.
 """
@@ -21,17 +21,24 @@ _NAME = re.compile(r"\w[\w+@ -]*", re.ASCII)
 
 
 class Job(Section):
+    """An entry of such a list."""
+
     config: str
-    """A config of `mmadapters train`: a YAML file, or the name of one that ships."""
+    """A config of `mmadapters train`: a YAML file, or the name of one that ships with the
+    package."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Changes to it, by dotted keys or in sections (trainer.epochs: 3)."""
+    """Changes to this config, by dotted keys or in sections (trainer.epochs: 3)."""
 
 
 def several(value: tuple[Job, ...]) -> tuple[Job, ...]:
-    """For validators: two jobs or more."""
+    """Returns the jobs; for validators.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
     if len(value) < 2:
         raise ValueError(
-            f"there must be at least two, not {len(value)}: one alone is for mmadapters train"
+            f"there must be at least two, not {len(value)}: run one job with mmadapters train"
         )
     return value
 
@@ -39,14 +46,14 @@ def several(value: tuple[Job, ...]) -> tuple[Job, ...]:
 def read_job(
     job: Job, place: str, *, seed: int, output: Path, changes: Mapping[str, Any]
 ) -> JobConfig:
-    """A job's config with its run directory below `output`.
+    """Reads the config of a job, whose run directory is a folder of `output`.
 
     Args:
-        place: where the job stands, for messages ("jobs.0").
-        changes: to it, by dotted keys; they have the last word.
+        place: the job's place in the list, for messages ("jobs.0").
+        changes: further changes by dotted keys; they come after those of the job.
 
     Raises:
-        ValueError: everything that is wrong, after the place.
+        ValueError: all problems of the config, after the place.
     """
     given = [*overrides(job.overrides), f"seed={seed}", *overrides(changes)]
     try:
@@ -57,20 +64,20 @@ def read_job(
 
 
 def overrides(changes: Mapping[str, Any]) -> list[str]:
-    """As the command line has them; JSON is YAML."""
+    """Returns changes as overrides of the command line; JSON is YAML."""
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes.items()]
 
 
 def check_jobs(jobs: Sequence[JobConfig], key: str, *, reserved: Collection[str] = ()) -> None:
-    """Refuses jobs that cannot stand side by side.
+    """Refuses jobs that cannot share an encoder and a run directory.
 
     Args:
-        key: under which the config lists them.
-        reserved: names that the run directory has another use for.
+        key: the config's key that lists the jobs.
+        reserved: names that the run directory uses otherwise.
 
     Raises:
-        ValueError: two have one name, one cannot name a folder, composes adapters or trains none,
-            or they are not all on one encoder.
+        ValueError: two jobs have one name; a name cannot name a folder; a job composes adapters or
+            trains none; or the jobs are on different encoders.
     """
     for number, job in enumerate(jobs):
         place = f"{key}.{number}"
@@ -82,18 +89,18 @@ def check_jobs(jobs: Sequence[JobConfig], key: str, *, reserved: Collection[str]
             )
         if job.members or job.composition is not None:
             raise ValueError(
-                f"{place}: {job.name} has members or a composition, and each job learns with the "
-                "one adapter that it adds: take them out"
+                f"{place}: {job.name} has members or a composition, but each job trains the one "
+                "adapter that it adds: take them out"
             )
         if job.trainer.mode in ("full", "head", "none", "fusion"):
             raise ValueError(
-                f"{place}: trainer.mode is {job.trainer.mode}, and each job gets an adapter; "
-                "sequential full fine-tuning is `contrast: full`"
+                f"{place}: trainer.mode is {job.trainer.mode}, but each job trains an adapter; "
+                "for sequential full fine-tuning set `contrast: full`"
             )
         if job.backbone != jobs[0].backbone:
             raise ValueError(
                 f"{place}: {job.name} is on another encoder than {jobs[0].name}: "
-                f"{_difference(job, jobs[0])}; all jobs share one backbone section"
+                f"{_difference(job, jobs[0])}; give all jobs the same backbone section"
             )
     twice = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]
     if twice:
@@ -101,6 +108,6 @@ def check_jobs(jobs: Sequence[JobConfig], key: str, *, reserved: Collection[str]
 
 
 def _difference(job: JobConfig, other: JobConfig) -> str:
-    own, theirs = job.backbone.model_dump(), other.backbone.model_dump()
-    key = next(key for key in own if own[key] != theirs[key])
-    return f"{key} {own[key]!r}, not {theirs[key]!r}"
+    first, second = job.backbone.model_dump(), other.backbone.model_dump()
+    key = next(key for key in first if first[key] != second[key])
+    return f"{key} {first[key]!r}, not {second[key]!r}"

@@ -1,4 +1,4 @@
-"""The keys of a run config, read off the pydantic classes: for `--help`, defaults and messages.
+"""The keys of a run config, as the pydantic classes define them, for `--help` and messages.
 
 Nothing here imports torch.
 """
@@ -9,23 +9,14 @@ import json
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from .schema import JobConfig, Section
+from .schema import Section
+from .tasks import config_class
 
-# The config class of each task; a task's module is imported when it is asked for.
-TASKS: dict[str, str] = {
-    "segmentation": "mmadapters.tasks.segmentation.config:SegmentationConfig",
-    "asr": "mmadapters.tasks.asr.config:ASRConfig",
-    "vqa": "mmadapters.tasks.vqa.config:VQAConfig",
-    "retrieval": "mmadapters.tasks.retrieval.config:RetrievalConfig",
-    "captioning": "mmadapters.tasks.captioning.config:CaptioningConfig",
-    "classification": "mmadapters.tasks.classification.config:ClassificationConfig",
-}
 _NAMES: dict[Any, str] = {
     str: "text",
     int: "whole number",
@@ -40,7 +31,15 @@ _BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 @dataclass(frozen=True)
 class Key:
-    """A key that a config may have. `path` is dotted; `default` is JSON-ready, None if required."""
+    """A key that a config may have.
+
+    Attributes:
+        path: its dotted path ("trainer.epochs").
+        type: the values that it takes, in words.
+        default: as JSON-ready data; None if the key is required.
+        required: whether a config must have it.
+        description: the text below the attribute of the class.
+    """
 
     path: str
     type: str
@@ -50,38 +49,27 @@ class Key:
 
     @property
     def default_text(self) -> str:
-        """The default as YAML has it, or "required"."""
+        """The default in YAML, or "required"."""
         return "required" if self.required else json.dumps(self.default, ensure_ascii=False)
 
 
-def config_class(task: str) -> type[JobConfig]:
-    """The pydantic class of a task's configs.
-
-    Raises:
-        ValueError: there is no task of that name; names the nearest.
-    """
-    if task not in TASKS:
-        raise ValueError(f"no task is called {task!r}{nearest(task, TASKS)}; {one_of(TASKS)}")
-    module, _, name = TASKS[task].partition(":")
-    return getattr(import_module(module), name)
-
-
 def describe_keys(task: str) -> list[Key]:
-    """Every key of a task's config in the order of the classes, those of sections included.
+    """Returns every key of a task's config, with the keys of its sections, in the order of the
+    classes.
 
     Raises:
-        ValueError: there is no task of that name; names the nearest.
+        ValueError: no task has this name; the message suggests the nearest one.
     """
     return keys_of(config_class(task))
 
 
 def keys_of(cls: type[Section]) -> list[Key]:
-    """Every key of a class of configs in its order, those of sections included."""
+    """Returns every key of a config class, with the keys of its sections, in their order."""
     # Members of a union of sections (one for each kind of head) share some of their keys.
-    found: dict[str, Key] = {}
+    keys: dict[str, Key] = {}
     for key in _keys(cls, "", None):
-        found.setdefault(key.path, key)
-    return list(found.values())
+        keys.setdefault(key.path, key)
+    return list(keys.values())
 
 
 def _keys(cls: type[Section], prefix: str, instance: Section | None) -> Iterator[Key]:
@@ -103,14 +91,15 @@ def _keys(cls: type[Section], prefix: str, instance: Section | None) -> Iterator
 
 
 class _Required:
-    """The default of a key that has none."""
+    """Marks a key without a default."""
 
 
 REQUIRED = _Required()
 
 
 def default_of(name: str, field: FieldInfo, instance: Section | None) -> Any:
-    """What a key is without being set: as in `instance`, the default of its section, if any."""
+    """Returns the value of a key that is not set: its value in `instance`, if that default of its
+    section is given, else its own default, or REQUIRED."""
     if instance is not None:
         return getattr(instance, name)
     if field.is_required():
@@ -119,7 +108,7 @@ def default_of(name: str, field: FieldInfo, instance: Section | None) -> Any:
 
 
 def description(cls: type[Section], name: str) -> str:
-    """The string below the attribute, in the class or in the nearest base that has one."""
+    """Returns the string below the attribute, from the class or the nearest base that has one."""
     for base in cls.__mro__:
         field = getattr(base, "model_fields", {}).get(name)
         if field is not None and field.description:
@@ -130,10 +119,11 @@ def description(cls: type[Section], name: str) -> str:
 def with_defaults(
     cls: type[Section], given: Mapping[Any, Any], instance: Section | None = None
 ) -> dict[Any, Any]:
-    """What is given, with all keys that are not: interpolation may then speak of any key.
+    """Returns the given keys and the defaults of all others, so that interpolation can refer to
+    every key.
 
-    A section of which some keys are given takes the others from the section's default, so that
-    `describe_keys` shows what holds. An empty section counts as not given.
+    A section with some of its keys given takes the others from the section's default, which is the
+    one that `describe_keys` shows. An empty section counts as not given.
     """
     tree: dict[Any, Any] = dict(given)
     for name, field in cls.model_fields.items():
@@ -151,7 +141,7 @@ def with_defaults(
 
 
 def field_at(cls: type[Section], path: Sequence[str]) -> FieldInfo | None:
-    """The field that a path names, None for a path into a value or to nothing."""
+    """Returns the field at a path, or None if the path leads into a value or to nothing."""
     *above, last = path
     for section in sections_at(cls, above):
         if last in section.model_fields:
@@ -160,14 +150,15 @@ def field_at(cls: type[Section], path: Sequence[str]) -> FieldInfo | None:
 
 
 def sections_at(cls: type[Section], path: Sequence[str]) -> list[type[Section]]:
-    """The section that a path names: several where a union of sections stands there."""
-    found, listed = [cls], list[type[Section]]()
+    """Returns the section at a path, several if it is a union of sections, or none."""
+    # The sections at the path so far, and the sections that a list or mapping there holds.
+    there, listed = [cls], list[type[Section]]()
     for step in path:
         if listed and step.isdigit():
-            found, listed = listed, []
+            there, listed = listed, []
             continue
-        fields = [section.model_fields[step] for section in found if step in section.model_fields]
-        found, listed = (
+        fields = [section.model_fields[step] for section in there if step in section.model_fields]
+        there, listed = (
             [
                 inner
                 for field in fields
@@ -176,30 +167,30 @@ def sections_at(cls: type[Section], path: Sequence[str]) -> list[type[Section]]:
             ]
             for inside in (False, True)
         )
-    return found
+    return there
 
 
 def sections(annotation: Any) -> list[type[Section]]:
-    """The sections that an annotation speaks of."""
+    """Returns the section classes in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [found for inner in get_args(annotation) for found in sections(inner)]
+    return [section for inner in get_args(annotation) for section in sections(inner)]
 
 
 def container(annotation: Any) -> bool:
-    """Whether an annotation is a list or mapping of other things."""
+    """Whether an annotation is a list or mapping, or a union with one."""
     if get_origin(annotation) in (Union, types.UnionType, Annotated):
         return any(container(inner) for inner in get_args(annotation))
     return get_origin(annotation) not in (None, Literal)
 
 
 def type_text(field: FieldInfo) -> str:
-    """What a key takes, in words: `whole number ≥ 1 or null`."""
+    """Returns the values that a key takes, in words: `whole number ≥ 1 or null`."""
     return _words(field.annotation, _bounds(field.metadata))
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
-    """Limits in annotated-types' objects, or in the fields of an Annotated."""
+    """Returns the limits in objects of annotated-types or in the fields of an Annotated."""
     flat = [part for item in metadata for part in getattr(item, "metadata", [item])]
     limits = [(sign, getattr(part, name, None)) for part in flat for name, sign in _BOUNDS.items()]
     return " and ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
@@ -210,7 +201,7 @@ def _words(annotation: Any, bounds: str = "", *, plural: bool = False) -> str:
     if origin is Annotated:
         return _words(inner[0], bounds or _bounds(inner[1:]), plural=plural)
     if origin in (Union, types.UnionType, Literal):
-        # A literal's values stand among the other things that a union takes.
+        # The values of a literal stand beside the other members of a union.
         parts = [value for part in inner for value in _alternatives(part, bounds)]
         return " or ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
     if origin is tuple and Ellipsis not in inner:
@@ -229,21 +220,9 @@ def _words(annotation: Any, bounds: str = "", *, plural: bool = False) -> str:
 
 
 def _alternatives(annotation: Any, bounds: str) -> list[str]:
-    """The words of one member of a union or literal."""
+    """Returns the words for one member of a union or literal."""
     if get_origin(annotation) is Literal:
         return [str(value) for value in get_args(annotation)]
     if not isinstance(annotation, type) and not get_origin(annotation):
         return [str(annotation)]
     return [_words(annotation, bounds if annotation in (int, float) else "")]
-
-
-def nearest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
-    """`"; did you mean 'x'?"` for the closest choice, or an empty string."""
-    # Its module needs torch, which nobody who only asks for help should wait for.
-    from mmadapters.suggest import nearest as closest
-
-    return closest(word, choices)
-
-
-def one_of(choices: Sequence[str] | Mapping[str, Any]) -> str:
-    return f"there are {', '.join(choices)}"

@@ -1,16 +1,19 @@
-"""What is wrong with the values of a config, in sentences with the place of each value."""
+"""Checks the values of a config and words each problem as a sentence with the value's place."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from .keys import description, field_at, keys_of, nearest, sections, sections_at, type_text
+from mmadapters.suggest import nearest
+
+from .errors import ConfigError
+from .keys import description, field_at, keys_of, sections, sections_at, type_text
 from .schema import Section
 
 MODES = ("adapter", "full", "head", "none", "fusion")
@@ -19,46 +22,46 @@ Place = tuple[str, ...]
 S = TypeVar("S", bound=Section)
 
 
-class ConfigError(ValueError):
-    """What is wrong with a config: one sentence a line, each with its place."""
-
-
-@dataclass
+@dataclasses.dataclass
 class Source:
-    """The text of a config, and where each of its values was written.
+    """The text of a config, and the place where each of its values was written.
 
-    `name` is what the user called the file; `origins` maps the path of a value to its place;
-    `lines`: whether the user can see the text, so that line numbers say something.
+    Attributes:
+        name: the file's name as the user gave it.
+        text: the YAML.
+        lines: whether places have line numbers; False for a text that the user cannot see.
+        origins: path of a value -> its place.
     """
 
     name: str
     text: str
     lines: bool = True
-    origins: dict[Place, str] = field(default_factory=dict)
+    origins: dict[Place, str] = dataclasses.field(default_factory=dict)
 
     def at(self, path: Sequence[str]) -> str:
-        """The place of a value, or of the innermost mapping around it that was written."""
+        """Returns the place of a value, or of the innermost written mapping around it."""
         for length in range(len(path), 0, -1):
-            if (found := self.origins.get(tuple(path[:length]))) is not None:
-                return found
+            if (place := self.origins.get(tuple(path[:length]))) is not None:
+                return place
         return self.name
 
     def line(self, mark: yaml.Mark | None) -> str:
+        """Returns the place of a mark of the YAML parser."""
         return f"{self.name}:{mark.line + 1}" if self.lines and mark is not None else self.name
 
     def written(self, path: Place, place: str) -> None:
-        """What stands at `path` now comes from `place`, with all below it."""
+        """Records that the value at `path` now comes from `place`, with all values below it."""
         for known in [known for known in self.origins if known[: len(path)] == path]:
             del self.origins[known]
         self.origins[path] = place
 
 
 def validate(source: Source, cls: type[S], data: dict[str, Any]) -> S:
-    """The config that plain data make.
+    """Returns the config of plain data.
 
     Raises:
-        ConfigError: a value is missing, unknown, of the wrong type or out of range; or the adapter
-            section is none that a method takes.
+        ConfigError: a value is missing, unknown, of the wrong type or out of range; or the method
+            does not take the options of the adapter section.
     """
     problems: list[str] = []
     config = None
@@ -92,7 +95,8 @@ def _pydantic_problems(
 
 
 def _data_path(data: Any, steps: Sequence[Any], *, absent: bool) -> Place:
-    """pydantic's path without what it says of types: only steps that are in the data."""
+    """Returns pydantic's path of a value without its steps that name types: those in the data
+    only."""
     path: list[str] = []
     for number, step in enumerate(steps):
         inside = (isinstance(data, Mapping) and step in data) or (
@@ -108,7 +112,7 @@ def _data_path(data: Any, steps: Sequence[Any], *, absent: bool) -> Place:
 def _sentence(cls: type[Section], data: dict[str, Any], path: Place, item: Any) -> str:
     kind, context = item["type"], item.get("ctx", {})
     name, value = dotted(path), _value(data, path)
-    found = field_at(cls, path) if path else None
+    field = field_at(cls, path) if path else None
     if kind == "missing":
         return _missing(cls, path)
     if kind == "extra_forbidden":
@@ -124,17 +128,17 @@ def _sentence(cls: type[Section], data: dict[str, Any], path: Place, item: Any) 
     if item["loc"][-1] == "[key]":
         takes = f"; it takes {context['expected']}" if "expected" in context else ""
         return f"{dotted(path[:-1])} cannot have the key {path[-1]!r}{takes}"
-    if found is None:
+    if field is None:
         problem = item["msg"].replace("Input should be", "must be")
         return f"{name} {problem[0].lower()}{problem[1:]}, not {_show(value)}"
-    if sections(found.annotation):
+    if sections(field.annotation):
         return f"{name} must be a section, keys with values below it, not {_show(value)}"
     hint = ""
     if kind == "literal_error" and isinstance(value, str):
         hint = nearest(value, context["expected"].split("'")[1::2])
     if kind == "string_type" and isinstance(value, (int, float)):
         hint = "; put it in quotes"
-    return f"{name} must be {_article(type_text(found))}, not {_show(value)}{hint}"
+    return f"{name} must be {_article(type_text(field))}, not {_show(value)}{hint}"
 
 
 def _value(data: Any, path: Place) -> Any:
@@ -155,9 +159,9 @@ def _article(words: str) -> str:
 
 
 def _missing(cls: type[Section], path: Place) -> str:
-    found = field_at(cls, path)
+    field = field_at(cls, path)
     above = f"{dotted(path[:-1])} needs" if path[:-1] else "a config needs"
-    inner = sections(found.annotation) if found is not None else []
+    inner = sections(field.annotation) if field is not None else []
     if inner:
         needs = [name for name, part in inner[0].model_fields.items() if part.is_required()]
         return f"{above} a section {path[-1]!r}, with at least {', '.join(needs) or 'one key'}"
@@ -183,12 +187,13 @@ def _unknown(cls: type[Section], path: Place) -> str:
 
 
 def _booleans(source: Source, cls: type[Section], given: Any, path: Place = ()) -> Iterator[str]:
-    """true and false where a number is wanted, which pydantic takes for 1 and 0."""
+    """Yields a problem for each true or false in the place of a number; pydantic reads them as 1
+    and 0."""
     if isinstance(given, Mapping):
         for key, value in given.items():
             yield from _booleans(source, cls, value, (*path, str(key)))
-    elif isinstance(given, bool) and (found := field_at(cls, path)) is not None:
-        wanted = type_text(found)
+    elif isinstance(given, bool) and (field := field_at(cls, path)) is not None:
+        wanted = type_text(field)
         if "number" in wanted and "true or false" not in wanted:
             problem = f"must be {_article(wanted)}, not {_show(given)}"
             yield f"{source.at(path)}: {dotted(path)} {problem}"
@@ -200,7 +205,8 @@ def _adapter_problems(source: Source, adapter: Any) -> Iterator[str]:
 
 
 def _method_problems(source: Source, options: dict[str, Any], path: Place) -> Iterator[str]:
-    """What the methods' own reader has against a method's options, each with its key."""
+    """Yields the problems of a method's options, each with its key, as the method's own reader
+    words them."""
     from mmadapters.methods import METHODS
 
     if (method := options.get("method")) not in METHODS:
@@ -221,7 +227,7 @@ def _method_problems(source: Source, options: dict[str, Any], path: Place) -> It
             yield from problems
             return
     while (problem := _method_problem(options)) is not None:
-        # The option that fails alone as it does among the others is the one that is meant.
+        # The option at fault gives the same problem alone as it does among the others.
         culprits = (
             key
             for key in options
@@ -245,7 +251,7 @@ def _method_problem(options: Mapping[str, Any]) -> str | None:
     except ValueError as error:
         return str(error)
     except TypeError:  # a number where the method iterates over a list
-        return "a value of this kind is not taken"
+        return "a value has a type that the method does not take"
     return None
 
 
@@ -264,6 +270,7 @@ def _mode_problems(source: Source, trainer: Any) -> Iterator[str]:
 
 
 def dotted(path: Sequence[str]) -> str:
+    """Returns a path as the user writes it: `trainer.epochs`."""
     return ".".join(path)
 
 

@@ -1,7 +1,7 @@
-"""What a run config may say. Every task adds its own sections in `<task>/config.py`.
+"""The sections and keys of a run config. Every task adds its own in `<task>/config.py`.
 
-Nothing here imports torch: `mmadapters train segmentation --help` reads these classes alone.
-The string below an attribute is its description, which `--help` prints.
+Nothing here imports torch, so that `mmadapters train segmentation --help` answers at once. The
+string below an attribute is its description, which `--help` prints.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 class Section(BaseModel):
-    """A mapping of the YAML file: unknown keys are errors, values do not change once read."""
+    """A mapping of the YAML file. Unknown keys are errors, and values are fixed once read."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -27,55 +27,63 @@ class Section(BaseModel):
 
 
 class BackboneConfig(Section):
+    """The encoder."""
+
     name: str
-    """What `mmadapters.load_backbone` takes: timm/…, hf/…, open_clip/…, torchaudio/…, nano/…"""
+    """The encoder's name, as `mmadapters.load_backbone` takes it: timm/…, hf/…, open_clip/…,
+    torchaudio/…, nano/…"""
     pretrained: bool | str = False
-    """Download the library's own weights (or a tag of open_clip)."""
+    """true downloads the library's own weights, a text the weights of this tag (open_clip). With
+    false and no `weights` the encoder is untrained; nano encoders always have their weights."""
     weights: str | None = None
-    """A local file of weights instead."""
+    """A local file of weights to load instead of downloaded ones."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """What the library's constructor or config takes over its defaults (img_size: 224)."""
+    """Arguments of the library's constructor or config, over its defaults (img_size: 224)."""
     processor: str | None = None
-    """Hub name or folder of the tokenizer and the normalisation, where the backbone's own name
-    does not say which; nano and open_clip names do."""
+    """Hub name or folder of the tokenizer and the normalisation. Needed where the backbone's name
+    does not determine them; names of nano and open_clip encoders do."""
     layerdrop: bool = False
-    """Let a speech encoder drop layers in training, as its config says."""
+    """Drop layers of a speech encoder at random in training, as the encoder's config says."""
     spec_augment: bool = False
-    """Let a speech encoder mask its features in training, as its config says."""
+    """Mask features of a speech encoder at random in training (SpecAugment), as its config says."""
     freeze_front_end: bool = True
-    """Keep a speech encoder's convolutions frozen in `trainer.mode: full` too, as is usual."""
+    """Keep the convolutions of a speech encoder frozen also in `trainer.mode: full`."""
 
 
 class DataConfig(Section):
+    """The data set, its splits and columns."""
+
     source: str
-    """A hub name, a folder with metadata.csv or .jsonl, a .csv, .json(l) or .parquet file (or a
-    glob of them), or builtin/NAME for data that is made or that a package ships."""
+    """A hub name; a folder with metadata.csv or .jsonl; a .csv, .json(l) or .parquet file, or a
+    glob of them; or builtin/NAME for data that is generated or that a package ships."""
     name: str | None = None
-    """The configuration of a hub data set."""
+    """The configuration of a hub data set, where it has several."""
     revision: str | None = None
-    """The revision of a hub data set."""
+    """The revision of a hub data set: a branch, tag or commit; by default the newest."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of a builtin source."""
+    """Options of a builtin source."""
     streaming: bool = False
-    """Read the training split of a hub data set as it arrives; needs trainer.max_steps."""
+    """Read the training split of a hub data set while it downloads; needs trainer.max_steps."""
     split_column: str | None = None
-    """The column that names each row's split; "split" is found by itself."""
+    """The column that names the split of each row; a column "split" is recognised by its name."""
     splits: dict[Split, str] = Field(default_factory=dict)
-    """What the source calls its splits, where not train, validation, test."""
+    """The source's names of the splits, where they are not train, validation and test
+    (validation: dev)."""
     fractions: dict[Split, float] = Field(default_factory=dict)
-    """Shares of validation and test, drawn from the training rows, where a split is missing."""
+    """Shares of the training rows, between 0 and 1, that become the validation and the test split
+    where the source has none."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Which column holds what the task needs (image: picture_path)."""
+    """The source's column of each role that the task reads (image: picture_path)."""
     keep: dict[Split, dict[str, list[Any]]] = Field(default_factory=dict)
-    """Keep only the rows of a split whose columns have one of these values."""
+    """By split and column: keep only rows whose value in the column is one of these."""
     drop: dict[Split, dict[str, list[Any]]] = Field(default_factory=dict)
-    """Leave out the rows of a split whose columns have one of these values."""
+    """By split and column: leave out rows whose value in the column is one of these."""
     limit: dict[Split, int] = Field(default_factory=dict)
-    """Use at most so many rows of a split, drawn with the seed."""
+    """The largest number of rows of a split; they are drawn with `seed`."""
     on_error: Literal["skip", "refuse"] = "skip"
-    """A row that cannot be used is skipped and counted, or ends the run."""
+    """skip leaves out rows that cannot be used and counts them; refuse ends the run."""
     seed: int = 0
-    """Draws fractions and limits."""
+    """Seed of the random choice of rows for `fractions` and `limit`."""
 
     @field_validator("fractions")
     @classmethod
@@ -88,12 +96,16 @@ class DataConfig(Section):
 
 
 class TrainerConfig(Section):
+    """The training."""
+
     mode: str = "adapter"
-    """adapter (as the section says), full, head, none (evaluate the encoder as it is), fusion (the
-    attention over the members of `composition`), or the name of a method for its defaults: bitfit,
-    lora, …"""
+    """The parameters that are trained: adapter (the head and the adapter of the `adapter` section),
+    full (head and encoder), head, none (the encoder is only evaluated), fusion (the attention over
+    the members of `composition`), or the name of a method (bitfit, lora, …) for an adapter with its
+    defaults."""
     adapter_drop: int | tuple[int, int] = 0
-    """AdapterDrop: no adapters in so many of the lowest blocks; [least, most]: drawn every step."""
+    """AdapterDrop: the number of lowest blocks without adapters, 0 or more. A pair [least, most]
+    draws the number anew for each step."""
 
     @field_validator("adapter_drop")
     @classmethod
@@ -104,111 +116,122 @@ class TrainerConfig(Section):
         return value
 
     epochs: float = Field(default=10.0, gt=0)
-    """Passes over the training split."""
+    """Passes over the training split, above 0."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Steps instead of epochs."""
+    """Number of optimiser steps; replaces `epochs`."""
     batch_size: int = Field(default=32, ge=1)
-    """Examples of one optimiser step, over all processes and accumulated parts."""
+    """Examples of one optimiser step, in all processes and accumulated parts together."""
     accumulation: int = Field(default=1, ge=1)
-    """Parts into which a step's batch is cut to save memory."""
+    """Parts into which the batch of a step is cut to save memory."""
     eval_batch_size: int | None = Field(default=None, ge=1)
-    """Examples of one evaluation batch on each process; that of training by default."""
+    """Examples of one evaluation batch in each process; by default `batch_size`."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak rate of the adapter (of everything in mode full, unless backbone_learning_rate)."""
+    """Peak learning rate of the adapter; in mode full that of encoder and head, unless they have
+    their own."""
     head_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak rate of the head; learning_rate by default."""
+    """Peak learning rate of the head; by default `learning_rate`."""
     backbone_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak rate of the encoder in mode full; learning_rate by default."""
+    """Peak learning rate of the encoder in mode full; by default `learning_rate`."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Of matrices; vectors (biases, norms, scales) have none."""
+    """Weight decay of matrices; vectors (biases, norms, scales) are not decayed."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up."""
+    """How the learning rate falls after the warm-up."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
-    """The share of all steps over which the rate rises."""
+    """Share of all steps, from 0 to below 1, in which the learning rate rises to its peak."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are scaled down to this norm; 0 leaves them."""
+    """Gradients with a larger norm are scaled down to this one; 0 leaves them unchanged."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the autocast regions; parameters stay in fp32."""
+    """Type in which autocast computes; trained parameters stay in fp32."""
     gradient_checkpointing: bool = False
-    """Compute blocks anew in backward instead of keeping their states."""
+    """Recompute the blocks in the backward pass instead of keeping their states; saves memory."""
     trunk_dropout: bool | None = None
-    """Let the encoder's own dropout act in training; by default only in mode full."""
+    """Apply the encoder's own dropout in training; by default only in mode full."""
     evaluate_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations on the validation split; once an epoch by default."""
+    """Steps between evaluations on the validation split; by default once an epoch."""
     early_stopping: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without a better one."""
+    """Stop after this number of evaluations without a new best; by default never."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints to resume from; at each evaluation by default. A multiple or a
-    divisor of evaluate_every."""
+    """Steps between checkpoints that --resume starts from; by default one at each evaluation. Must
+    be a multiple or a divisor of `evaluate_every`."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Processes that read and decode data; auto: one for each core but one, 8 at most, and one at
-    most where the CPU trains and wants the cores (none there for kept states, or where processes
-    are not forked)."""
+    """Number of processes that read and decode data. auto takes all cores but one, at most 8. If
+    the model runs on the CPU, auto takes at most one, and none for cached states or where new
+    processes are not forked."""
     cache_trunk: Literal["auto", "memory", "disk", "off"] = "auto"
-    """Compute what lies below the first adapter once and keep its states, in memory or on disk,
-    where later runs find them; auto: where it pays, in memory if they fit there."""
+    """Compute the frozen trunk (the part of the encoder below the first adapter) once for each row
+    and keep its states: in memory, or on disk, where later runs read them; off computes it in every
+    step. auto caches where this saves time, in memory if the states fit."""
 
     @field_validator("cache_trunk", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
-        return "off" if value is False else value  # as YAML reads an off without quotes
+        return "off" if value is False else value  # YAML reads an off without quotes as false
 
     views: int | None = Field(default=None, ge=1)
-    """Augment each row in so many ways and no more, so that their states can be kept; by default
-    anew each time, which leaves nothing to keep."""
+    """Number of augmented versions of each row, fixed in advance so that their states can be
+    cached. By default every pass draws a new one, which cannot be cached."""
     cache_dtype: Literal["auto", "same", "bf16", "fp16"] = "auto"
-    """In what states are kept; same: as they are; auto: bf16 or fp16 where that is the precision,
-    else as they are."""
+    """Type in which cached states are stored. same stores them as they are computed; auto takes
+    bf16 or fp16 if that is the `precision`, else same."""
     cache_budget: float = Field(default=16.0, gt=0)
-    """GiB that kept states may take, on each machine."""
+    """Largest size of the cached states on each machine, in GiB."""
     cache_folder: str | None = None
-    """Where those on disk lie; by default $MMADAPTERS_CACHE, or mmadapters in the user's folder for
-    caches (~/.cache)."""
+    """Folder of the states that are cached on disk; by default $MMADAPTERS_CACHE, or mmadapters in
+    the user's cache folder (~/.cache)."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between points of the learning curve."""
+    """Steps between two points of the learning curve."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: bool = False
     """Report to Weights & Biases (its package must be installed)."""
     device: Literal["auto", "cpu"] = "auto"
-    """The accelerator that is there, or the CPU all the same."""
+    """auto uses the accelerator of the machine if there is one; cpu never does."""
 
 
 class EvaluationConfig(Section):
+    """The evaluation and the report."""
+
     bootstrap: int = Field(default=1000, ge=0)
-    """Resamples for the 95 % intervals; 0 leaves them out."""
+    """Number of bootstrap resamples for the 95 % intervals; 0 computes no intervals."""
     before: bool = False
-    """Evaluate the test split before training too (a zero-shot or pretrained head)."""
+    """Evaluate the test split also before training (for a zero-shot or pretrained head)."""
     groups: tuple[str, ...] = ()
-    """Columns by whose values every metric is broken down (accent, speaker)."""
+    """Columns whose values divide the rows into groups; each group gets its own metrics (accent,
+    speaker)."""
     pictures: int = Field(default=12, ge=0)
-    """Examples shown in the report."""
+    """Number of examples in the report."""
     adapter_drop: int | None = Field(default=None, ge=0)
-    """Blocks without adapters when evaluating and predicting; those of training by default."""
+    """Number of lowest blocks without adapters in evaluation and prediction; by default
+    `trainer.adapter_drop`, or 0 where that is a pair."""
 
 
 class JobConfig(Section):
-    """The whole file. Tasks subclass this and set their own `head`, `data` and other sections."""
+    """The whole file. Tasks subclass it and set their own `head`, `data` and other sections."""
 
     task: str
-    """segmentation, asr, vqa, retrieval, captioning or classification."""
+    """The kind of job: segmentation, asr, vqa, retrieval, captioning or classification."""
     name: str = "adapter"
-    """Of the run and of its adapter."""
+    """Name of the run and of its adapter."""
     output: str = "runs/${name}"
     """The run directory."""
     seed: int = 0
-    """Of initialisation, order and augmentation."""
+    """Seed of initialisation, order of the rows, and augmentation."""
     backbone: BackboneConfig
+    """The encoder."""
     adapter: dict[str, Any] = Field(default_factory=lambda: {"method": "double_seq_bn"})
-    """A method and its options: {method: lora, rank: 8, sites: ["vision.blocks.[6-9].*"]}."""
+    """The method and its options: {method: lora, rank: 8, sites: ["vision.blocks.[6-9].*"]}."""
     members: dict[str, str] = Field(default_factory=dict)
-    """Further adapters by name, from the directories of earlier runs; they stay as they are."""
+    """Further adapters: name -> directory of an earlier run or of its adapter. They are not
+    trained."""
     composition: Any = None
-    """What acts: a name, or e.g. {fuse: [usa, german]}, {stack: [german, ${name}]}; by default the
-    adapter of this run alone."""
+    """The adapters that act: a name, or a composition such as {fuse: [usa, german]} or
+    {stack: [german, ${name}]}. By default the adapter of this run alone."""
     data: DataConfig
+    """The data set, its splits and columns."""
     trainer: TrainerConfig = TrainerConfig()
+    """The training."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """The evaluation and the report."""
 
     @field_validator("composition")
     @classmethod

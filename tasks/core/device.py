@@ -1,4 +1,4 @@
-"""Devices, precision and processes: where tensors lie and who computes on them."""
+"""Devices, precision and processes of a job."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from mmadapters.trunk.frozen import placeholder
+from mmadapters.trunk.store import DTYPES
 
-from .task import Batch
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from .rows import Batch
 
 
 def processes() -> tuple[int, int]:
-    """This process's rank and how many there are."""
+    """Returns this process's rank and the number of processes."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -25,8 +24,10 @@ def processes() -> tuple[int, int]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor in it, also in lists and dicts, on the device; a tensor without
-    values takes no room there."""
+    """Returns the batch with all of its tensors on the device, also those in lists and dicts.
+
+    A `Blank` becomes a tensor without values, which takes no memory there.
+    """
 
     def move(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -43,23 +44,25 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The autocast region that a `trainer.precision` means."""
+    """Returns the autocast context for `trainer.precision`: "fp32", "bf16" or "fp16"."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def default_device() -> str:
+    """Returns the type of this machine's accelerator, or "cpu" if there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
 
 
 @dataclass(frozen=True)
 class Blank:
-    """Stands for a tensor of which nothing but the shape is needed."""
+    """Stands for a tensor when only its shape and type are needed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def on(self, device: torch.device) -> Tensor:
+        """Returns a tensor of this shape without values on the device."""
         return placeholder(self.shape, dtype=self.dtype, device=device)

@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message says what is wrong with it, not where it is."""
+    """A row cannot be used. The message says what is wrong with it, not where it is."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that could not be used: its number in its split and why."""
+    """A problem of a row: the row's number in its split, and the reason."""
 
     index: int
     reason: str
 
 
 class DataError(ValueError):
-    """Rows that cannot be used, where the config says that they end the run."""
+    """Rows cannot be used, and the config says that the run ends then."""
+
+
+def refuse(
+    problems: Sequence[Problem], *, on_error: Literal["refuse", "skip"], rows: int | None = None
+) -> None:
+    """Raises an error for bad rows that the config does not let pass.
+
+    Args:
+        problems: the bad rows of a batch or a split; may be empty.
+        on_error: `data.on_error` of the config, "skip" or "refuse".
+        rows: the number of rows of the split, if `problems` holds all bad rows of it.
+
+    Raises:
+        DataError: there are problems, and `on_error` is "refuse" or no row of the split is good.
+    """
+    if not problems:
+        return
+    first = problems[0]
+    reason = f"row {first.index} cannot be used: {first.reason}"
+    others = len({problem.index for problem in problems}) - 1
+    if others:
+        reason += f" (and {others} more)"
+    if on_error == "refuse":
+        raise DataError(
+            f"{reason}; mend it, or set data.on_error: skip; `mmadapters doctor` lists all"
+        )
+    if rows is not None and others + 1 == rows:
+        raise DataError(f"no row of the split can be used: {reason}; `mmadapters doctor` lists all")

@@ -1,4 +1,4 @@
-"""What a measurement was made on: the processor, and the versions of packages."""
+"""The machine of a measurement: its processor, and the versions of packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
+    """Returns the name of the processor, as the system gives it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -19,11 +19,11 @@ def processor() -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those of the packages that are installed."""
-    found = {}
+    """Returns the versions of the packages, without those that are not installed."""
+    installed = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -1,8 +1,8 @@
-"""Figures with their uncertainty, in the same form for every task.
+"""Metrics with their uncertainty, in the same form for every task.
 
-Most metrics are a function of sums over examples (correct and all answers; errors and words;
-intersections and unions). `resampled` draws examples, or whole clusters of them (all utterances
-of a speaker), and evaluates the function on all resamples at once.
+Most metrics are a function of sums over examples (correct answers and all answers; errors and
+words; intersections and unions). `resampled` draws examples, or whole clusters of them (all
+utterances of a speaker), and evaluates the function on all resamples at once.
 
 Shape legend: N examples, K statistics of one example, S resamples.
 """
@@ -15,16 +15,24 @@ from typing import Any
 
 import numpy as np
 
-CHUNK = 50  # resamples at a time, so that memory stays below CHUNK × N numbers
+CHUNK = 50  # resamples at a time: memory stays below CHUNK × N numbers
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure. `low` and `high` bound its 95 % interval; `count` is how many examples it is of.
+    """The value of a metric on a split or a part of it.
 
-    `unit` is "%" for shares (the value stays between 0 and 1) and "" for plain numbers. `samples`:
-    (S,) values on resampled examples, where its interval comes from such; as the draws depend on
-    nothing but the number of examples, those of two models on one split belong together in pairs.
+    Attributes:
+        name: of the metric.
+        value: a share lies between 0 and 1.
+        low: the lower end of the 95 % interval; None without an interval.
+        high: the upper end of the 95 % interval; None without an interval.
+        count: the number of examples that were measured.
+        unit: "%" for shares, "" for plain numbers.
+        greater_is_better: whether a higher value is better.
+        samples: (S,) values on resampled examples, if the interval comes from them. The draws
+            depend on the number of examples only, so the samples of two models on one split can be
+            compared pair by pair.
     """
 
     name: str
@@ -44,6 +52,7 @@ class Metric:
         return f"{text} %" if self.unit == "%" else text
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields that are not None, without the samples; JSON-ready."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -57,13 +66,15 @@ def summed_metric(
     clusters: Sequence[Any] | None = None,
     **options: Any,
 ) -> Metric:
-    """`function` of the summed statistics, with its bootstrap interval.
+    """Returns `function` of the summed statistics, with its bootstrap interval.
 
     Args:
-        statistics: (N, K), one row an example.
+        name: of the metric.
+        statistics: (N, K), one row for each example.
         function: (..., K) sums -> (...) values, vectorised.
-        clusters: (N,) labels; those of one label are drawn together.
-        options: fields of `Metric`.
+        resamples: S; 0 for no interval.
+        clusters: (N,) labels; the examples of one label are drawn together.
+        options: other fields of `Metric`.
     """
     statistics = np.asarray(statistics, dtype=np.float64)
     value = float(function(statistics.sum(axis=0)))
@@ -80,8 +91,18 @@ def resampled(
     clusters: Sequence[Any] | None = None,
     seed: int = 0,
 ) -> np.ndarray | None:
-    """(S,) values of `function` over resampled sums (Efron 1979); None without resamples, or where
-    there are fewer than two examples or clusters."""
+    """Returns `function` of the sums over resampled examples (Efron 1979).
+
+    Args:
+        statistics: (N, K), one row for each example.
+        function: (..., K) sums -> (...) values, vectorised.
+        resamples: S.
+        clusters: (N,) labels; the examples of one label are drawn together.
+        seed: of the draws.
+
+    Returns:
+        (S,) values; None if S is 0 or if there are fewer than two examples or clusters.
+    """
     if clusters is not None:
         _, inverse = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
         sums = np.zeros((inverse.max(initial=-1) + 1, statistics.shape[1]))
@@ -99,7 +120,7 @@ def resampled(
 
 
 def interval(samples: np.ndarray | None) -> tuple[float | None, float | None]:
-    """Their 2.5 and 97.5 percentiles; None without samples."""
+    """Returns the 2.5 and 97.5 percentiles of (S,) samples, or None twice without samples."""
     if samples is None:
         return None, None
     low, high = np.nanpercentile(samples, [2.5, 97.5])
@@ -109,5 +130,11 @@ def interval(samples: np.ndarray | None) -> tuple[float | None, float | None]:
 def bootstrap(
     statistics: np.ndarray, function: Callable[[np.ndarray], np.ndarray], **options: Any
 ) -> tuple[float | None, float | None]:
-    """The `interval` of what `resampled` gives with these options."""
+    """Returns the 95 % interval of `function` over resampled sums.
+
+    Args:
+        statistics: (N, K), one row for each example.
+        function: (..., K) sums -> (...) values, vectorised.
+        options: of `resampled`.
+    """
     return interval(resampled(statistics, function, **options))

@@ -1,4 +1,4 @@
-"""Charts and picture grids of one style, as PNG data or as SVG that follows the page's colours.
+"""Charts and picture grids of one style, as PNG data or as SVG in the colours of its page.
 
 matplotlib is imported when something is drawn, without pyplot: no state is kept, no window opened.
 """
@@ -28,7 +28,15 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 @dataclass(frozen=True)
 class Colours:
-    """What a chart is drawn in."""
+    """The colours of a chart, as #rrggbb.
+
+    Attributes:
+        ink: of titles and names.
+        muted: of the labels of axes.
+        line: of grid lines and axes.
+        accent: of curves and bars.
+        second: of points and values that stand out.
+    """
 
     ink: str
     muted: str
@@ -38,23 +46,26 @@ class Colours:
 
 
 LIGHT = Colours(ink="#1c2330", muted="#5b6576", line="#dfe3ea", accent="#2f62d9", second="#c2410c")
-# Stand for the custom properties of the page that an SVG will stand in.
+# They stand for the custom properties of the page that an SVG will be part of.
 PAGE = Colours(ink="#010101", muted="#020202", line="#030303", accent="#040404", second="#050505")
 
 
 def figure_png(figure: Figure, *, dpi: int = 160) -> bytes:
-    """PNG data of a matplotlib figure, on white."""
+    """Returns a matplotlib figure as PNG data, on white."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=dpi, facecolor="white")
     return data.getvalue()
 
 
 def figure_svg(figure: Figure, *, title: str) -> str:
-    """An `<svg>` element to stand in a page. Text stays text, and the colours of `PAGE` become the
-    page's `--ink`, `--muted`, `--line`, `--accent` and `--second`.
+    """Returns a matplotlib figure as an `<svg>` element of a page.
+
+    Text stays text, and the colours of `PAGE` become the page's `--ink`, `--muted`, `--line`,
+    `--accent` and `--second`.
 
     Args:
-        title: what the picture shows, for those who do not see it.
+        figure: drawn in the colours of `PAGE`.
+        title: a description of the picture, for readers who do not see it.
     """
     import matplotlib
 
@@ -86,11 +97,16 @@ def curve(
     mark: tuple[float, float, str] | None = None,
     colours: Colours = LIGHT,
 ) -> Figure:
-    """A line over steps; a y that is NaN leaves a gap.
+    """Draws a line over steps. A y that is NaN leaves a gap.
 
     Args:
-        percent: y are shares, shown as percentages.
-        mark: x, y and label of the point that is pointed out.
+        x: steps.
+        y: a value for each step.
+        title: of the chart.
+        xlabel: of the x axis.
+        percent: whether y are shares, which are shown as percentages.
+        mark: x, y and label of a point that is pointed out.
+        colours: of the chart.
     """
     from matplotlib.figure import Figure as Canvas
 
@@ -115,7 +131,13 @@ def curve(
 def bars_with_intervals(
     metrics: Mapping[str, Metric], *, title: str, colours: Colours = LIGHT
 ) -> Figure:
-    """A bar for each name with its 95 % interval, from top to bottom, and how many it is of."""
+    """Draws a bar for each metric, from top to bottom, with its 95 % interval and its count.
+
+    Args:
+        metrics: by the name that is written next to the bar.
+        title: of the chart.
+        colours: of the chart.
+    """
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(7.0, 0.8 + 0.3 * len(metrics)), layout="constrained")
@@ -145,12 +167,14 @@ def grid(
     *,
     right: Sequence[bool | None] | None = None,
 ) -> Figure:
-    """Pictures in rows, each over its own words.
+    """Draws pictures in rows, each with its words below it.
 
     Args:
-        images: what `imshow` takes: PIL images, (H, W, 3) or (H, W) arrays.
-        titles: lines are kept; what is too wide for a picture is wrapped, at most six lines.
-        right: frames a picture in green (True) or red (False), or leaves it without (None).
+        images: as `imshow` takes them: PIL images, (H, W, 3) or (H, W) arrays.
+        titles: the words of each picture. Line breaks are kept, and longer lines are wrapped; at
+            most six lines are shown.
+        columns: the most pictures of a row.
+        right: the frame of each picture: green (True), red (False) or none (None).
     """
     from matplotlib.figure import Figure as Canvas
 
@@ -178,13 +202,14 @@ def grid(
 def heat_maps(
     maps: Mapping[str, Sequence[Sequence[Metric | None]]], *, rows: str, columns: Sequence[str]
 ) -> Figure:
-    """Square tables of metrics side by side, a row for each column's name; the darker the better.
+    """Draws square tables of metrics side by side. A darker cell is better.
 
-    Shares are shaded from 0 to 1, other figures by the greatest in their column.
+    Shares are shaded from 0 to 1, other metrics by the greatest value in their column.
 
     Args:
-        maps: title -> cells; None leaves one empty.
-        rows: what stands before a column's name to name a row ("after").
+        maps: title -> rows of cells; None leaves a cell empty.
+        rows: the word before a column's name that makes the name of a row ("after").
+        columns: names of the columns, and with `rows` before them of the rows.
     """
     from matplotlib.figure import Figure as Canvas
 
@@ -206,10 +231,11 @@ def heat_maps(
 
 
 def fusion_map(sites: Mapping[str, Sequence[float]], *, members: Sequence[str]) -> Figure:
-    """The attention of an AdapterFusion: a row for each site, a column for each member.
+    """Draws the attention of an AdapterFusion: a row for each site, a column for each member.
 
     Args:
-        sites: site -> the mean weight of each member, NaN where it has no adapter.
+        sites: site -> the mean weight (0 to 1) of each member, NaN if it has no adapter there.
+        members: names of the adapters that are fused.
     """
     from matplotlib.figure import Figure as Canvas
 
@@ -231,7 +257,7 @@ def _cells(
     columns: Sequence[str],
     rows: Sequence[str],
 ) -> None:
-    """A table as shaded cells with a text in each; a shade of 1 is the darkest, NaN is none."""
+    """Draws a table as shaded cells with texts. A shade of 1 is the darkest, and NaN is white."""
     table = np.array(shades, dtype=float)
     axes.imshow(table, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
     for y, row in enumerate(texts):
@@ -246,6 +272,7 @@ def _cells(
 
 
 def _shade(metric: Metric | None, top: float) -> float:
+    """Returns a shade from 0 to 1, 1 for the best value; NaN without a metric."""
     if metric is None:
         return math.nan
     share = metric.value if metric.unit == "%" else abs(metric.value) / (top or 1.0)
@@ -254,6 +281,7 @@ def _shade(metric: Metric | None, top: float) -> float:
 
 
 def _wrapped(text: str, width: int) -> str:
+    """Returns the text in lines of at most `width` letters, six lines at most."""
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]]
     return "\n".join([*lines[:5], f"{lines[5][: width - 2]} …"] if len(lines) > 6 else lines)
 

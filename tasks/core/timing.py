@@ -1,4 +1,4 @@
-"""The time and memory that one call takes, on a CPU or an accelerator."""
+"""Time and memory of one call, on a CPU or an accelerator."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was asked to."""
+    """Waits until the device has finished all of its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(run: Callable[[], object], device: torch.device, *, times: int = 1) -> float:
-    """Seconds of one call, of `times` in a row that the device finishes."""
+    """Returns the mean seconds of a call, over `times` calls that the device finishes."""
     wait(device)
     started = time.perf_counter()
     for _ in range(times):
@@ -28,25 +28,28 @@ def seconds(run: Callable[[], object], device: torch.device, *, times: int = 1) 
 
 
 @dataclass
-class Kept:
-    """What a forward pass keeps for the backward pass, parameters left out."""
+class BackwardMemory:
+    """The bytes that a forward pass keeps for the backward pass, without parameters."""
 
     bytes: int = 0
 
 
 @contextmanager
-def kept_for_backward(parameters: Iterable[nn.Parameter]) -> Iterator[Kept]:
-    """Counts what is kept inside the block, each storage once; the count is there behind it."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+def kept_for_backward(parameters: Iterable[nn.Parameter]) -> Iterator[BackwardMemory]:
+    """Counts the bytes that the block keeps for the backward pass, each storage once.
+
+    The count is complete when the block has ended.
+    """
+    of_parameters = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     sizes: dict[int, int] = {}
-    found = Kept()
+    memory = BackwardMemory()
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in of_parameters:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield found
-    found.bytes = sum(sizes.values())
+        yield memory
+    memory.bytes = sum(sizes.values())

@@ -1,4 +1,4 @@
-"""Which rows a training step reads: the same for any number of processes and after a resume."""
+"""The rows of each training step, the same for any number of processes and after a resume."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ import numpy as np
 from torch.utils.data import IterableDataset, Sampler
 
 from ..core.errors import BadRow, Problem
-from ..core.task import Example, Task
+from ..core.rows import Example
+from ..core.task import Task
 from .examples import seeded_example
 
-_POOL = 50  # batches among which examples are sorted by length
+_POOL = 50  # number of batches whose examples are sorted by length together
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (row, seed) for one process, in an order drawn anew for each epoch.
+    """Batches of (row, seed) for one process, in a new random order for each epoch.
 
-    A step reads `batch_size` rows in all: cut into `accumulation` parts, and each part into one
-    share for each process. A last incomplete batch is left out, as every row has its turn in
-    another epoch; fewer rows than a batch are repeated to fill one. With `lengths`, rows of similar
-    lengths share a batch. With `groups`, whole groups are drawn one after the other, so that a
-    batch holds few of them.
+    A step reads `batch_size` rows in total. They are cut into `accumulation` parts, and each part
+    into one share for each process. An incomplete last batch is left out; its rows come in other
+    epochs. If there are fewer rows than a batch holds, they are repeated.
+
+    Args:
+        rows: number of rows of the split.
+        rank: number of this process, of `world` processes.
+        lengths: with them, rows of similar lengths share a batch.
+        groups: with them, whole groups come one after the other, so that a batch holds few groups.
 
     Raises:
-        ValueError: the batch cannot be cut so, or there are no rows.
+        ValueError: the batch cannot be cut into equal shares, or there are no rows.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch whose batches come next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -62,11 +68,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         seeds = rng.integers(2**32, size=self.rows)  # torch's CPU generator reads 32 bits of a seed
         for batch in self._order(rng):
             for part in np.split(batch, self.accumulation):
-                own = part[self.rank * self.share : (self.rank + 1) * self.share]
-                yield list(zip(own.tolist(), seeds[own].tolist(), strict=True))
+                share = part[self.rank * self.share : (self.rank + 1) * self.share]
+                yield list(zip(share.tolist(), seeds[share].tolist(), strict=True))
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
-        """(steps, batch_size) row numbers."""
+        """Returns (steps, batch_size) row numbers."""
         order = rng.permutation(self.rows)
         if self.groups is not None:
             turn = rng.permutation(self.groups.max() + 1)[self.groups]
@@ -82,12 +88,13 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class MixedBatches(Sampler[list[tuple[int, int, int]]]):
-    """Batches of (task, row, seed) of several tasks in turn, in an order drawn anew each epoch.
+    """Batches of (task, row, seed) of several tasks in turn, in a new random order for each epoch.
 
-    All parts of a step are of one task. An epoch has as many steps as the tasks have in theirs
-    together, of which a task of n steps has a share of n^(1/T), T the temperature (Raffel et al.
-    2020, section 3.5.2), and at least one: at T = 1 every row has one turn in an epoch. Each task
-    goes through its own epochs in the order that it would have alone.
+    All parts of a step are of one task. An epoch has as many steps as the epochs of all tasks
+    together. A task whose epoch has n steps gets a share of them in proportion to n^(1/T) at
+    temperature T (Raffel et al. 2020, section 3.5.2), but at least one step; at T = 1 every row
+    comes once in an epoch. Each task goes through its own epochs in the order that it would have
+    alone.
     """
 
     def __init__(
@@ -101,16 +108,17 @@ class MixedBatches(Sampler[list[tuple[int, int, int]]]):
         self.steps = int(self.counts.sum())
 
     def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch whose batches come next."""
         self.epoch = epoch
 
     def order(self, epoch: int) -> np.ndarray:
-        """(steps,) the number of each step's task."""
+        """Returns (steps,) the number of each step's task."""
         order = np.repeat(np.arange(len(self.tasks)), self.counts)
         np.random.default_rng((self.seed, epoch)).shuffle(order)
         return order
 
     def steps_of_tasks(self, steps: int) -> list[int]:
-        """How many of the first steps are each task's."""
+        """Returns for each task how many of the first `steps` steps are its own."""
         epochs, rest = divmod(steps, self.steps)
         begun = np.bincount(self.order(epochs)[:rest], minlength=len(self.tasks))
         return (epochs * self.counts + begun).tolist()
@@ -129,8 +137,8 @@ class MixedBatches(Sampler[list[tuple[int, int, int]]]):
 
 
 def _quotas(shares: np.ndarray, steps: int) -> np.ndarray:
-    """How many of the steps are each task's: the largest remainders are rounded up, and nobody has
-    none."""
+    """Returns the number of steps of each task: the largest remainders are rounded up, and every
+    task gets at least one."""
     exact = shares * steps
     counts = np.floor(exact).astype(int)
     rest = np.argsort(counts - exact, kind="stable")[: steps - counts.sum()]
@@ -139,7 +147,7 @@ def _quotas(shares: np.ndarray, steps: int) -> np.ndarray:
 
 
 def _endless(batches: EpochBatches, step: int) -> Iterator[list[tuple[int, int]]]:
-    """The parts of a task's batches from a step on, one epoch after the other."""
+    """Yields the parts of a task's batches from a step on, one epoch after the other."""
     epoch, done = divmod(step, batches.steps)
     while True:
         batches.set_epoch(epoch)
@@ -148,9 +156,10 @@ def _endless(batches: EpochBatches, step: int) -> Iterator[list[tuple[int, int]]
 
 
 class StreamExamples(IterableDataset):
-    """Examples of a stream of rows, in its order; each process takes every n-th good one.
+    """Examples of a stream of rows in the stream's order; of n processes, each takes every n-th
+    row.
 
-    Rows are read by one worker at most: a stream has one order.
+    At most one worker reads, since a stream has one order.
     """
 
     def __init__(self, task: Task, stream: Any, *, seed: int, rank: int, world: int) -> None:
@@ -171,7 +180,7 @@ class StreamExamples(IterableDataset):
 
 
 def share_of(batch_size: int, accumulation: int, world: int) -> int:
-    """The examples that one process reads at a time.
+    """Returns the number of examples that one process reads at a time.
 
     Raises:
         ValueError: the batch cannot be cut into equal shares.

@@ -1,4 +1,4 @@
-"""Rows of an image with one caption or several; rows may share an image."""
+"""Rows of an image with one or several captions; several rows may show the same image."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import BadRow
-from ..core.task import Column, Rows
+from ..core.rows import Column, Rows
 from . import media
 
 COLUMNS = {
     "image": Column("image", description="the picture"),
-    "caption": Column("text", required=False, description="a text that tells of it"),
-    "captions": Column("texts", required=False, description="or several of them"),
+    "caption": Column("text", required=False, description="a text that describes it"),
+    "captions": Column("texts", required=False, description="several such texts"),
     "image_id": Column(
-        "text", required=False, description="rows of one image; without it, equal files"
+        "text",
+        required=False,
+        description="equal for all rows of one image; by default equal files",
     ),
 }
 
 
 def captions_of(row: Mapping[str, Any]) -> list[str]:
-    """All captions of a row, without those that say nothing.
+    """Returns all captions of a row without the empty ones.
 
     Raises:
-        BadRow: there is none, or one is not text.
+        BadRow: there is no caption, or one is not text.
     """
     texts = stated_captions(row)
     for text in texts:
@@ -39,7 +41,7 @@ def captions_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def stated_captions(row: Mapping[str, Any]) -> list[Any]:
-    """What stands under `caption` and `captions`, whatever it is."""
+    """Returns the values of `caption` and `captions` as they are, of any type."""
     texts: list[Any] = []
     for value in (row.get("caption"), row.get("captions")):
         texts += value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
@@ -47,7 +49,8 @@ def stated_captions(row: Mapping[str, Any]) -> list[Any]:
 
 
 def image_id(row: Mapping[str, Any]) -> int:
-    """Equal for rows of one image: of its `image_id`, else of the picture's bytes."""
+    """Returns a number that is equal for rows of one image: a hash of `image_id`, or else of the
+    picture's bytes."""
     name = row.get("image_id")
     if name not in (None, ""):
         return number_of(str(name).encode())
@@ -57,12 +60,12 @@ def image_id(row: Mapping[str, Any]) -> int:
 
 
 def number_of(data: bytes) -> int:
-    """63 bits of a hash, to compare in tensors."""
+    """Returns 63 bits of a hash, which fit into an int64 tensor."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 def all_captions(rows: Rows) -> Iterator[list[str]]:
-    """The captions of each row, read without its picture; none where they are not text."""
+    """Yields the captions of each row, read without its picture; an empty list for a bad row."""
     for row in caption_rows(rows):
         try:
             yield captions_of(row)
@@ -71,7 +74,7 @@ def all_captions(rows: Rows) -> Iterator[list[str]]:
 
 
 def caption_rows(rows: Rows) -> Iterator[dict[str, Any]]:
-    """The rows with their captions alone."""
+    """Yields the rows with their captions alone."""
     columns = {
         name: list(rows[name]) for name in ("caption", "captions") if name in rows.column_names
     }
@@ -80,6 +83,6 @@ def caption_rows(rows: Rows) -> Iterator[dict[str, Any]]:
 
 
 def one_of_several(rows: Rows) -> str | None:
-    """What is drawn where a row with several captions shows one of them, if such a row is there."""
+    """Returns the words for the random choice of a caption, or None if no row has several."""
     several = any(len(texts) > 1 for texts in all_captions(rows))
     return "one of the captions of a row" if several else None

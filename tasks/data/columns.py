@@ -1,8 +1,8 @@
-"""Which column of a source is which role of a task, in the one form that tasks read.
+"""Finds a source's column for each role of a task and converts it to the form that tasks read.
 
-Media stay undecoded: `{"bytes", "path"}` with an absolute path. Text is text, whatever the source
-made of it, and "" where there is none; a class of a hub data set is given by its name. All of it is
-done in Arrow, and columns that need nothing keep lying in the file that they came from.
+Media stay undecoded: `{"bytes", "path"}` with an absolute path. Text columns become text, with ""
+for a missing value. Classes of a hub data set become their names. All conversions are done in
+Arrow; columns that need none stay in their memory-mapped file.
 """
 
 from __future__ import annotations
@@ -15,33 +15,38 @@ from typing import TYPE_CHECKING, Any
 
 from mmadapters.suggest import nearest
 
-from ..core.task import Column
+from ..core.rows import Column
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import ClassLabel, Dataset
 
 MEDIA = ("image", "mask", "audio")
-FILE = "file_name"  # the column of a folder's metadata, as Hugging Face's folders have it
+FILE = "file_name"  # the column of paths in a metadata file, as Hugging Face's folders have it
 
 
 def find_columns(
     roles: Mapping[str, Column], mapping: Mapping[str, str], names: Sequence[str]
 ) -> dict[str, str]:
-    """The source's column for each role that has one.
+    """Returns the source's column for each role that has one.
 
-    Without a word of the config a role is the column of its own name; media are also found as
+    A role that `mapping` does not name takes the column of its own name. Media also take
     `<role>_file_name`, `mask_file_name` and `file_name`.
 
+    Args:
+        mapping: role -> column, as in data.columns.
+        names: the columns of the source.
+
     Raises:
-        ValueError: a role that must be there has no column; `mapping` names what is not there.
+        ValueError: a required role has no column, or `mapping` names a role or a column that does
+            not exist.
     """
     if unknown := [role for role in mapping if role not in roles]:
         raise ValueError(
             f"data.columns: there is no {unknown[0]!r} to fill{nearest(unknown[0], roles)}; "
             f"this task reads {', '.join(roles)}"
         )
-    found: dict[str, str] = {}
+    by_role: dict[str, str] = {}
     for role, column in roles.items():
         if role in mapping:
             if mapping[role] not in names:
@@ -49,21 +54,21 @@ def find_columns(
                     f"data.columns: {role} is {mapping[role]!r}, which the data does not have"
                     f"{nearest(mapping[role], names)}; its columns are {', '.join(names)}"
                 )
-            found[role] = mapping[role]
+            by_role[role] = mapping[role]
             continue
         free = [name for name in names if name not in mapping.values()]
         if candidates := [name for name in (role, *_file_names(role, column)) if name in free]:
-            found[role] = candidates[0]
+            by_role[role] = candidates[0]
         elif column.required:
             raise ValueError(_missing(role, column, names))
     by_source: dict[str, str] = {}
-    for role, name in found.items():
+    for role, name in by_role.items():
         if name in by_source:
             raise ValueError(
                 f"data.columns: {by_source[name]} and {role} would both be the column {name!r}"
             )
         by_source[name] = role
-    return found
+    return by_role
 
 
 def _file_names(role: str, column: Column) -> tuple[str, ...]:
@@ -83,47 +88,47 @@ def _missing(role: str, column: Column, names: Sequence[str]) -> str:
 
 
 def to_roles(
-    dataset: Dataset, found: Mapping[str, str], roles: Mapping[str, Column], folder: Path | None
+    dataset: Dataset, names: Mapping[str, str], roles: Mapping[str, Column], folder: Path | None
 ) -> Dataset:
-    """The data set with its columns renamed to roles and each in the form of its kind.
+    """Renames the columns of a data set to roles and converts each to the form of its kind.
 
     Args:
-        found: of `find_columns`.
-        folder: what relative paths start from; None leaves them.
+        names: the source's column of each role, from `find_columns`.
+        folder: the folder from which relative paths start; None leaves them relative.
 
     Raises:
-        ValueError: a column cannot be what its role is.
+        ValueError: a column cannot be converted to the kind of its role.
     """
-    # A column whose name another column's role takes would be two at once: it goes.
-    shadowed = [role for role, name in found.items() if role != name and role in dataset.features]
-    dataset = dataset.remove_columns([name for name in shadowed if name not in found.values()])
-    dataset = _undecoded(dataset, [n for r, n in found.items() if roles[r].kind in MEDIA])
-    # By way of names that nobody has, so that two roles may swap their columns.
-    dataset = dataset.rename_columns({name: f"\0{role}" for role, name in found.items()})
-    dataset = dataset.rename_columns({f"\0{role}": role for role in found})
-    for role in found:
+    # Another column that has the name of a role would be there twice: it is removed.
+    shadowed = [role for role, name in names.items() if role != name and role in dataset.features]
+    dataset = dataset.remove_columns([name for name in shadowed if name not in names.values()])
+    dataset = _undecoded(dataset, [n for r, n in names.items() if roles[r].kind in MEDIA])
+    # Renamed twice, by names that no column has, so that two roles may swap their columns.
+    dataset = dataset.rename_columns({name: f"\0{role}" for role, name in names.items()})
+    dataset = dataset.rename_columns({f"\0{role}": role for role in names})
+    for role in names:
         kind = roles[role].kind
         if kind in MEDIA:
-            dataset = _media(dataset, role, kind, found[role], folder)
+            dataset = _media(dataset, role, kind, names[role], folder)
         elif kind == "text":
             dataset = _text(dataset, role)
     return _named_classes(dataset)
 
 
 def _undecoded(dataset: Dataset, media: Sequence[str]) -> Dataset:
-    """Nothing is decoded when a row is read. Nested media, which no task reads, are left out."""
+    """Turns decoding off. Nested media, which no task reads, are removed."""
     for name, feature in dataset.features.items():
         if getattr(feature, "decode", False):
-            own = copy.copy(feature)
-            own.decode = False
-            dataset = dataset.cast_column(name, own)
+            undecoded = copy.copy(feature)
+            undecoded.decode = False
+            dataset = dataset.cast_column(name, undecoded)
         elif name not in media and "decode=True" in repr(feature):
             dataset = dataset.remove_columns(name)
     return dataset
 
 
 def _media(dataset: Dataset, role: str, kind: str, name: str, folder: Path | None) -> Dataset:
-    """Paths and bytes as an undecoded column; decoded samples and pixels as they are."""
+    """Makes paths and bytes an undecoded column; leaves decoded samples and pixels unchanged."""
     import datasets
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -150,14 +155,14 @@ def _media(dataset: Dataset, role: str, kind: str, name: str, folder: Path | Non
         if pa.types.is_nested(storage):
             return dataset
         raise ValueError(
-            f"the column {name!r} holds {storage}, which is no {kind}: neither paths nor files"
+            f"the column {name!r} holds {storage}, which is no {kind}: give paths or encoded files"
         )
     feature = datasets.Audio if kind == "audio" else datasets.Image
     return _replace(dataset, role, column, feature(decode=False))
 
 
 def _absolute(paths: pa.ChunkedArray, folder: Path | None) -> pa.ChunkedArray:
-    """Relative paths from `folder`; "" is no path."""
+    """Joins relative paths to `folder`; "" becomes a missing value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -191,7 +196,8 @@ def _text(dataset: Dataset, role: str) -> Dataset:
 
 
 def _named_classes(dataset: Dataset) -> Dataset:
-    """Classes by their names; what is outside of them (−1 by custom) has none."""
+    """Replaces classes by their names; a number that is no class (usually −1) becomes a missing
+    value."""
     import datasets
 
     for name, feature in dataset.features.items():
@@ -211,7 +217,7 @@ def _class_names(column: pa.ChunkedArray, feature: ClassLabel) -> pa.ChunkedArra
 
 
 def _replace(dataset: Dataset, name: str, column: Any, feature: Any = None) -> Dataset:
-    """The other columns stay where they are, memory-mapped ones on disk."""
+    """Replaces one column; the others stay in their memory-mapped files."""
     import pyarrow as pa
 
     if feature is not None:

@@ -1,4 +1,4 @@
-"""What is wrong with a data set, found by reading all of it before anything is trained on it."""
+"""Finds the problems of a data set by reading all of it before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ import torch
 from rich.text import Text
 from torch.utils.data import DataLoader
 
+from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
 from ..config.schema import SPLITS, Split
+from ..core.capabilities import DataChecks, capability
 from ..core.errors import BadRow, Problem
-from ..core.task import Figure, Rows, Table, Task
+from ..core.results import Figure, Table
+from ..core.rows import Rows
+from ..core.task import Task
 from .examples import seeded_example
-from .load import Stream
 from .media import media_digest, media_name
+from .stream import Stream
 from .workers import MOST
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 SHOWN = 5  # rows named for each reason
-SHOWN_LINES = 20  # of a task's own tables
+SHOWN_LINES = 20  # lines shown of a task's own tables
 STREAMED = 1000  # rows of a stream that are read
-FEW = 64  # rows that are not worth the start of processes
+FEW = 64  # so few rows are read without worker processes
 READ_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Place:
-    """A row: its number in its split and the name of its file, if it has one."""
+class RowPlace:
+    """A row: its number in its split and the name of its file, or None."""
 
     index: int
     name: str | None
@@ -47,20 +51,31 @@ class Place:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows with the same problem. `reason`: that of the first, numbers and names as they are
-    there; `places`: the first few."""
+    """Rows with the same problem.
+
+    Attributes:
+        reason: the reason of the first row, with its numbers and names.
+        count: number of rows.
+        places: the first few rows.
+    """
 
     reason: str
     count: int
-    places: tuple[Place, ...]
+    places: tuple[RowPlace, ...]
 
 
 @dataclass
 class SplitReport:
-    """One split.
+    """The result for one split.
 
-    `problems`: rows that cannot be used; `notes`: rows that can but of which the task says
-    something; `errors`: what is wrong with all of it; `tables`: what the task shows of it.
+    Attributes:
+        rows: number of rows.
+        usable: number of rows that can be used.
+        problems: rows that cannot be used.
+        notes: rows that can be used but that the task remarks on.
+        errors: problems of the split as a whole.
+        tables: the task's own tables about the split.
+        partial: whether only the first rows of a stream were read.
     """
 
     name: Split
@@ -74,17 +89,20 @@ class SplitReport:
 
     @property
     def ok(self) -> bool:
+        """Whether every row of the split can be used."""
         return not self.errors and not self.problems
 
 
 @dataclass
-class Report:
+class DataReport:
+    """The results for all splits, and warnings about the data set as a whole."""
+
     splits: list[SplitReport]
     warnings: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether every row of every split can be used; warnings and notes do not count."""
+        """Whether every row of every split can be used; warnings and notes are ignored."""
         return bool(self.splits) and all(split.ok for split in self.splits)
 
 
@@ -94,20 +112,20 @@ def examine(
     *,
     workers: int | None = None,
     console: Console | None = None,
-) -> Report:
-    """Makes every example of every split once and tells what failed, grouped by reason.
+) -> DataReport:
+    """Makes every example of every split once and reports the failures, grouped by reason.
 
-    Of a stream it is the first 1,000 rows. No row ends it: what `example` raises beside `BadRow`
-    is a problem of its row, named by its type.
+    Of a stream only the first 1,000 rows are read. No row ends the examination: an error of
+    `example` other than `BadRow` is a problem of its row too, named by its type.
 
     Args:
-        task: fitted.
-        workers: processes that read; by default one for each core, 8 at most.
-        console: where the progress bar goes; by default the terminal, if there is one.
+        task: the fitted task.
+        workers: number of processes that read; by default one for each core, at most 8.
+        console: where the progress bar is shown; by default on the terminal, if there is one.
     """
     if workers is None:
         workers = min(os.cpu_count() or 1, MOST)
-    report = Report([])
+    report = DataReport([])
     digests: dict[Split, _Digests] = {}
     readable: dict[Split, Rows] = {
         split: rows.head(STREAMED) if isinstance(rows, Stream) else rows
@@ -115,9 +133,9 @@ def examine(
     }
     with _progress(console, sum(len(rows) for rows in readable.values())) as advance:
         for name in (split for split in SPLITS if split in readable):
-            found, digests[name] = _split(task, name, readable[name], workers, advance)
-            found.partial = isinstance(data[name], Stream)
-            report.splits.append(found)
+            split, digests[name] = _split(task, name, readable[name], workers, advance)
+            split.partial = isinstance(data[name], Stream)
+            report.splits.append(split)
     if "train" not in data:
         report.warnings.append("there is no training split: name it in data.splits")
     elif "validation" not in data:
@@ -131,19 +149,20 @@ def examine(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is told of a row. `digests`: of its pictures and recordings, by role."""
+    """A row that was read: why it cannot be used (None if it can), and a hash of each of its
+    pictures and recordings by role."""
 
-    place: Place
+    place: RowPlace
     reason: str | None
     digests: dict[str, str]
 
 
-# By role: where each picture or recording was seen, and how many rows the split has.
-_Digests = dict[str, list[tuple[str, Place]]]
+# By role: the hash of every picture or recording of a split, and its row.
+_Digests = dict[str, list[tuple[str, RowPlace]]]
 
 
 class _Reader(torch.utils.data.Dataset):
-    """Makes examples and keeps nothing of them; never raises."""
+    """Makes examples and discards them; never raises."""
 
     def __init__(self, task: Task, rows: Rows, *, train: bool) -> None:
         self.task, self.rows, self.train = task, rows, train
@@ -161,14 +180,14 @@ class _Reader(torch.utils.data.Dataset):
             row = self.rows[index]
             seeded_example(self.task, row, index, train=self.train)
         except BadRow as error:
-            reason = _one_line(error)
-        except Exception as error:  # what is not a BadRow is a fault, but no reason to stop
-            reason = f"{type(error).__name__}: {_one_line(error)}"
+            reason = first_line(error)
+        except Exception as error:  # a fault of the task, but no reason to stop
+            reason = f"{type(error).__name__}: {first_line(error)}"
         values = {role: row.get(role) for role in self.media}
-        found = {role: media_digest(value) for role, value in values.items()}
+        hashes = {role: media_digest(value) for role, value in values.items()}
         name = next((n for value in values.values() if (n := media_name(value))), None)
-        digests = {role: digest for role, digest in found.items() if digest is not None}
-        return _Seen(Place(index, name), reason, digests)
+        digests = {role: digest for role, digest in hashes.items() if digest is not None}
+        return _Seen(RowPlace(index, name), reason, digests)
 
 
 def _split(
@@ -182,8 +201,8 @@ def _split(
     report.errors += _missing_columns(task, name, rows)
     if report.errors:
         return report, digests
-    bad: list[tuple[Place, str]] = []
-    places: dict[int, Place] = {}
+    bad: list[tuple[RowPlace, str]] = []
+    places: dict[int, RowPlace] = {}
     try:
         for seen in _read(_Reader(task, rows, train=name == "train"), workers):
             advance(1)
@@ -193,35 +212,37 @@ def _split(
             for role, digest in seen.digests.items():
                 digests.setdefault(role, []).append((digest, seen.place))
     except RuntimeError as error:
-        # The loader's word for a worker that was killed, by a decoder's crash or for its memory.
+        # The loader raises this when a worker was killed: a decoder crashed, or memory ran out.
         first = len(places)
         report.errors.append(
             f"reading it ended at one of the rows from {first} on, and none after was checked: "
-            f"{_one_line(error)}"
+            f"{first_line(error)}"
         )
     report.usable = len(places) - len(bad)
     report.problems = _grouped(bad)
     failed = {place.index for place, _ in bad}
 
-    def noted() -> None:
-        notes = [problem for problem in task.check(rows) if problem.index not in failed]
+    checks = capability(task, DataChecks)
+
+    def add_notes() -> None:
+        notes = [problem for problem in checks.check(rows) if problem.index not in failed]
         report.notes = _grouped([(_place(places, p), p.reason) for p in notes])
 
-    def surveyed() -> None:
-        report.tables = task.survey(rows)
+    def add_tables() -> None:
+        report.tables = checks.survey(rows)
 
-    for step in (noted, surveyed) if report.usable else ():
+    for step in (add_notes, add_tables) if report.usable else ():
         try:
             step()
-        except Exception as error:  # a fault of the task's, on data that may be at fault too
+        except Exception as error:  # a fault of the task, perhaps caused by the data
             report.errors.append(
-                f"the task's own look at it failed: {type(error).__name__}: {_one_line(error)}"
+                f"the task's own check of it failed: {type(error).__name__}: {first_line(error)}"
             )
     return report, digests
 
 
-def _place(places: Mapping[int, Place], problem: Problem) -> Place:
-    return places.get(problem.index, Place(problem.index, None))
+def _place(places: Mapping[int, RowPlace], problem: Problem) -> RowPlace:
+    return places.get(problem.index, RowPlace(problem.index, None))
 
 
 def _missing_columns(task: Task, name: Split, rows: Rows) -> list[str]:
@@ -256,20 +277,20 @@ def _read(reader: _Reader, workers: int) -> Iterator[_Seen]:
 
 
 def _ignore_warnings(worker: int = 0) -> None:
-    """Decoders warn of what they pass over, once for each file."""
+    """Hides the warnings of decoders, which come once for each file."""
     warnings.simplefilter("ignore")
 
 
-def _grouped(problems: Sequence[tuple[Place, str]]) -> list[Group]:
-    """By reason, whatever numbers and names stand in it; the commonest first."""
-    groups: dict[str, list[tuple[Place, str]]] = {}
+def _grouped(problems: Sequence[tuple[RowPlace, str]]) -> list[Group]:
+    """Groups rows by reason, without its numbers and names; the largest group comes first."""
+    groups: dict[str, list[tuple[RowPlace, str]]] = {}
     for place, reason in sorted(problems, key=lambda problem: problem[0].index):
         groups.setdefault(_pattern(reason), []).append((place, reason))
-    found = [
+    by_reason = [
         Group(some[0][1], len(some), tuple(place for place, _ in some[:SHOWN]))
         for some in groups.values()
     ]
-    return sorted(found, key=lambda group: -group.count)
+    return sorted(by_reason, key=lambda group: -group.count)
 
 
 def _pattern(reason: str) -> str:
@@ -279,8 +300,9 @@ def _pattern(reason: str) -> str:
 
 
 def _leaks(digests: Mapping[Split, _Digests]) -> list[str]:
-    """Pictures and recordings that two splits share: what is measured on them is remembered."""
-    found = []
+    """Returns a warning for each two splits that share pictures or recordings: figures on them are
+    too good."""
+    leaks = []
     names = list(digests)
     for i, later in enumerate(names):
         for earlier in names[:i]:
@@ -290,16 +312,11 @@ def _leaks(digests: Mapping[Split, _Digests]) -> list[str]:
                 if not hits:
                     continue
                 some = "; ".join(f"{place} = {other}" for place, other in hits[:SHOWN])
-                found.append(
+                leaks.append(
                     f"{len(hits)} of {len(digests[later][role])} rows of {later} have the same "
                     f"{role} as a row of {earlier}: {some}" + ("; …" if len(hits) > SHOWN else "")
                 )
-    return found
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return leaks
 
 
 @contextmanager
@@ -315,8 +332,8 @@ def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], N
         yield lambda rows: progress.advance(bar, rows)
 
 
-def print_report(report: Report, console: Console) -> None:
-    """The report as tables: every split, every reason, the first rows of each."""
+def print_report(report: DataReport, console: Console) -> None:
+    """Prints a table for each split: every reason with its first rows."""
     for split in report.splits:
         for part in _split_parts(split):
             console.print(part)

@@ -1,4 +1,4 @@
-"""Examples of a split and their batches, the same for training and evaluation."""
+"""The examples of a split and their batches, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadRow, Problem
-from ..core.task import Batch, Example, Rows, Task
+from ..core.rows import Batch, Example, Rows
+from ..core.task import Task
 
 
 class Examples(torch.utils.data.Dataset):
-    """The examples of a split. Keys are row numbers, or (row number, seed) in training.
+    """The examples of a split. A key is a row number, or (row number, seed) in training.
 
-    The seed decides all that is drawn for an example, so that a run gives the same whatever the
-    number of workers and processes, and after it was resumed. With `views` it chooses one of so
-    many that are drawn for each row once and for all. A bad row gives a `Problem`; in training the
-    next good row stands in for it, and the example names it under "problems".
+    The seed decides every random choice of an example. So a run gives the same result with any
+    number of workers and processes, and after it was resumed. A bad row gives a `Problem`. In
+    training the next good row takes its place, and the example lists the problems under "problems".
+
+    Args:
+        task: makes the examples.
+        rows: of the split.
+        train: whether examples are augmented.
+        views: the number of fixed augmentations of each row, from which the seed chooses one; None
+            augments anew for each seed.
     """
 
     def __init__(self, task: Task, rows: Rows, *, train: bool, views: int | None = None) -> None:
@@ -35,20 +42,20 @@ class Examples(torch.utils.data.Dataset):
         index, seed = key if isinstance(key, tuple) else (key, key)
         problems: list[Problem] = []
         for step in range(len(self.rows) if self.train else 1):
-            found = (index + step) % len(self.rows)
+            row = (index + step) % len(self.rows)
             try:
-                example = self.read(found, seed)
+                example = self.read(row, seed)
             except BadRow as error:
-                problems.append(Problem(found, str(error)))
+                problems.append(Problem(row, str(error)))
             else:
-                return {**example, "index": found, "problems": problems}
+                return {**example, "index": row, "problems": problems}
         return problems[0]
 
     def read(self, row: int, seed: int) -> Example:
-        """One row as it is.
+        """Returns the example of one row.
 
         Raises:
-            BadRow: it cannot be used.
+            BadRow: the row cannot be used.
         """
         if self.views is not None:
             seed = view_seed(self.task.config.seed, row, seed % self.views)
@@ -56,12 +63,15 @@ class Examples(torch.utils.data.Dataset):
 
 
 def view_seed(seed: int, row: int, view: int) -> int:
-    """What draws one of a row's views in a run of a seed."""
+    """Returns the seed of one of a row's views, in a run with this seed."""
     return int(np.random.SeedSequence((seed, row, view)).generate_state(1)[0])
 
 
 def seeded_example(task: Task, row: Mapping[str, Any], seed: int, *, train: bool) -> Example:
-    """`task.example` with the global random states of torch and random seeded, then put back."""
+    """Returns `task.example(row)` with the global random states of torch and `random` seeded.
+
+    Both states are restored afterwards.
+    """
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -74,8 +84,14 @@ def seeded_example(task: Task, row: Mapping[str, Any], seed: int, *, train: bool
 
 @dataclass
 class Loaded:
-    """A batch as it comes from a loader. `batch` is None when no example of it could be used;
-    `task` names one of several that are trained together."""
+    """A batch as it comes from a loader.
+
+    Attributes:
+        indices: the row number of each example.
+        batch: None if no example could be used.
+        problems: of rows that could not be used.
+        task: the name of the batch's task, where several tasks are trained together.
+    """
 
     indices: list[int]
     batch: Batch | None
@@ -83,6 +99,7 @@ class Loaded:
     task: str = ""
 
     def pin_memory(self) -> Loaded:
+        """Pins the memory of the batch; torch's loader calls it."""
         if self.batch is not None:
             self.batch = {
                 key: pinned(value) if isinstance(value, Tensor | dict) else value
@@ -92,14 +109,14 @@ class Loaded:
 
 
 def pinned(value: Any) -> Any:
-    """A tensor, or the tensors of a dict, in memory that copies to a GPU are fast from."""
+    """Returns a tensor, or the tensors of a dict, in pinned memory, for fast copies to a GPU."""
     if isinstance(value, dict):
         return {key: pinned(part) for key, part in value.items()}
     return value.pin_memory() if isinstance(value, Tensor) else value
 
 
 class Collate:
-    """Gathers what `Examples` gives into a `Loaded`; picklable, for worker processes."""
+    """Collates items of `Examples` into a `Loaded`. It can be pickled, for worker processes."""
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -1,11 +1,11 @@
 """Local data sets: tables (CSV, JSON lines, parquet) and folders of files.
 
-| what lies in the folder                            | what is read                    |
+| content of the folder                              | what is read                    |
 |----------------------------------------------------|---------------------------------|
 | metadata.csv, .jsonl or .parquet                   | that table                      |
 | a folder for each split with such a file in it     | those tables                    |
 | train.csv, test-0.parquet, … (also in data/)       | those tables                    |
-| images/ and masks/ (train/images/, images/train/)  | file_name, mask_file_name: by equal names |
+| images/ and masks/ (train/images/, images/train/)  | file_name, mask_file_name: paired by name |
 | a folder for each class (CLASS/, train/CLASS/)     | file_name, label                |
 """
 
@@ -15,13 +15,15 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
+from .media import MEDIA_SUFFIXES
+from .parts import Parts, Piece
 from .splits import KNOWN
 
 if TYPE_CHECKING:
@@ -30,34 +32,17 @@ if TYPE_CHECKING:
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 METADATA = tuple(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet"))
-MEDIA_FILES = frozenset(
-    (
-        *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
-        *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"),
-    )
-)
 IMAGES = ("images", "image", "imgs", "img")
 MASKS = ("masks", "mask", "annotations", "labels")
 _JSON_BLOCK = 64 << 20  # bytes; one row must fit into a block
-_INTEGERS = r"^(0|-?[1-9]\d{0,17})?$"  # written as Python writes them, so nothing is lost
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows that are read together, and the folder from which their relative paths start."""
-
-    read: Callable[[], Dataset]
-    folder: Path | None
-
-
-Parts = dict[str, list[Piece]]  # by the source's own name of a split; "" where it names none
+_INTEGERS = r"^(0|-?[1-9]\d{0,17})?$"  # only numbers that Python writes in the same way
 
 
 def local_parts(source: str) -> Parts | None:
-    """The splits of a local source, None where `source` is not a local path.
+    """Returns the splits of a local source, or None if `source` is not a local path.
 
     Raises:
-        ValueError: it is a local path, but nothing is there that can be read.
+        ValueError: it is a local path, but nothing at it can be read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -75,7 +60,8 @@ def local_parts(source: str) -> Parts | None:
 
 
 def _table_parts(files: Sequence[Path]) -> Parts:
-    """The files of one data set: one split each where all names begin with one's name."""
+    """Returns the splits of the tables of one data set: those that the file names begin with, or
+    one split if some name begins with none."""
     if odd := [file for file in files if file.suffix.lower() not in TABLES]:
         raise ValueError(
             f"data.source: {odd[0]} is none of {', '.join(TABLES)}; a folder of media needs a "
@@ -119,19 +105,16 @@ def _folder_parts(folder: Path) -> Parts:
             return _table_parts(named)
     if parts := _media_parts(folder):
         return parts
-    found = ", ".join(path.name for path in inside[:5]) or "nothing"
+    names = ", ".join(path.name for path in inside[:5]) or "nothing"
     raise ValueError(
         f"data.source: the folder {folder} has no metadata.csv or .jsonl, no table for each split "
-        f"(train.csv), no images/ with masks/ and no folder for each class; it has {found}"
+        f"(train.csv), no images/ with masks/ and no folder for each class; it has {names}"
         + (", …" if len(inside) > 5 else "")
     )
 
 
 def _metadata(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
-
-
-# Folders of media without a table
 
 
 def _media_parts(folder: Path) -> Parts:
@@ -155,22 +138,25 @@ def _media_parts(folder: Path) -> Parts:
 
 
 def _media_files(folder: Path) -> Iterator[str]:
-    """Paths relative to the folder, with forward slashes."""
+    """Yields the paths of media relative to the folder, with forward slashes."""
     for place, _, names in os.walk(folder, followlinks=True):
         relative = Path(place).relative_to(folder)
         for name in names:
-            if os.path.splitext(name)[1].lower() in MEDIA_FILES and not name.startswith("."):
+            if os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES and not name.startswith("."):
                 yield (relative / name).as_posix()
 
 
 def _pairs(
     files: Sequence[PurePosixPath],
 ) -> list[tuple[str, PurePosixPath, PurePosixPath | None]] | None:
-    """(split, image, its mask) by equal paths but for the suffix; None without such folders."""
+    """Returns (split, image, its mask) for each image, or None without folders of images and masks.
+
+    An image and its mask have equal paths but for the suffix.
+    """
     images: dict[tuple[str, PurePosixPath], PurePosixPath] = {}
     masks: dict[tuple[str, PurePosixPath], PurePosixPath] = {}
     for file in files:
-        # The split stands before or after: train/images/a.jpg, images/train/a.jpg.
+        # The split comes first or second: train/images/a.jpg, images/train/a.jpg.
         split, rest = _cut_split(file.parts)
         if len(rest) < 2 or rest[0].lower() not in (*IMAGES, *MASKS):
             continue
@@ -188,7 +174,7 @@ def _pairs(
 
 
 def _cut_split(parts: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """A leading folder's name that is a split's, and the others."""
+    """Splits off the first folder if it has the name of a split: ("train", ("images", …))."""
     if parts and parts[0].lower() in KNOWN:
         return parts[0], parts[1:]
     return "", parts
@@ -201,11 +187,8 @@ def _from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     return datasets.Dataset(pa.Table.from_pylist(rows))
 
 
-# Tables
-
-
 def _read_tables(files: Sequence[Path]) -> Dataset:
-    """One data set of all files; columns that some of them lack are empty there."""
+    """Reads files into one data set; rows of files without a column have no value in it."""
     import datasets
     import pyarrow as pa
 
@@ -217,7 +200,7 @@ def _read_tables(files: Sequence[Path]) -> Dataset:
     except pa.ArrowException as error:
         raise ValueError(
             f"{files[0]} and the {len(files) - 1} other files differ in the kinds of their "
-            f"columns: {_first_line(error)}"
+            f"columns: {first_line(error)}"
         ) from None
     if all(file.suffix.lower() in (".csv", ".tsv") for file in files):
         table = _whole_numbers(table)
@@ -231,7 +214,7 @@ def _read_table(file: Path) -> pa.Table:
     try:
         table = reader(file)
     except (pa.ArrowException, OSError, ValueError) as error:  # bad JSON and UTF-8 are ValueErrors
-        raise ValueError(f"{file} cannot be read: {_first_line(error)}") from None
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from None
     names = table.column_names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{file} has more than one column {twice[0]!r}")
@@ -239,7 +222,7 @@ def _read_table(file: Path) -> pa.Table:
 
 
 def _read_csv(file: Path) -> pa.Table:
-    """All cells as text: no "NA", date or 007 is lost."""
+    """Reads all cells as text, so that "NA", dates and 007 stay as they are."""
     from pyarrow import csv, string
 
     with open(file, encoding="utf-8-sig") as lines:
@@ -256,7 +239,7 @@ def _read_csv(file: Path) -> pa.Table:
 
 
 def _whole_numbers(table: pa.Table) -> pa.Table:
-    """Columns of text whose cells are all whole numbers (or empty) as numbers."""
+    """Turns columns whose cells are all whole numbers (or empty) into numbers."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -271,7 +254,7 @@ def _whole_numbers(table: pa.Table) -> pa.Table:
 
 
 def _read_json(file: Path) -> pa.Table:
-    """JSON lines, or one JSON list of objects."""
+    """Reads JSON lines, or one JSON list of objects."""
     import pyarrow as pa
     from pyarrow import json as lines
 
@@ -281,7 +264,7 @@ def _read_json(file: Path) -> pa.Table:
             text.seek(0)
             rows = json.load(text)
             if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("its list holds other things than objects")
+                raise ValueError("its list holds values that are not objects")
             return pa.Table.from_pylist(rows)
     if not start:
         raise ValueError("it is empty")
@@ -289,7 +272,7 @@ def _read_json(file: Path) -> pa.Table:
 
 
 def _read_parquet(files: Sequence[Path]) -> Dataset:
-    """Through the cache of `datasets`, where it is memory-mapped."""
+    """Reads files through the cache of `datasets`, which memory-maps them."""
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
@@ -299,9 +282,4 @@ def _read_parquet(files: Sequence[Path]) -> Dataset:
     except (DatasetGenerationError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ or error
         what = f"{files[0]}" + (f" (or one of {len(files) - 1} more)" if len(files) > 1 else "")
-        raise ValueError(f"{what} cannot be read: {_first_line(cause)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__
+        raise ValueError(f"{what} cannot be read: {first_line(cause)}") from None

@@ -1,4 +1,4 @@
-"""The splits of a data set, from wherever it lies, with columns named as a task reads them."""
+"""Loads the splits of a data set from any source, with columns named as a task reads them."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..config.schema import SPLITS, DataConfig, Split
-from ..core.task import Column, Rows
+from ..core.rows import Column, Rows
 from .columns import find_columns, to_roles
-from .files import Parts, Piece, local_parts
+from .files import local_parts
 from .hub import hub_parts, hub_streams
-from .rows import Selection, by_values, cut, keep, limit
+from .parts import Parts, Piece
+from .rows import RowSelection, by_values, cut, keep, limit
 from .splits import find_splits
-from .stream import Stream, read_streams
-
-__all__ = ["Stream", "load"]
+from .stream import read_streams
 
 BUILTIN = "builtin/"
 SPLIT_COLUMN = "split"
 
 
-def load(
+def load_splits(
     config: DataConfig, columns: Mapping[str, Column], splits: Sequence[Split] = SPLITS
 ) -> dict[Split, Rows]:
-    """The rows of each of `splits` that there is.
+    """Returns the rows of each of `splits` that the data has.
 
-    Columns are renamed to roles, those without a role keep their names. Media are not decoded: a
-    dict of bytes and absolute path, as `media` reads them. Text is never None. With
-    `data.streaming` the training rows are a `Stream`, unless data.limit.train makes them few.
+    Columns are renamed to roles; those without a role keep their names. Media are not decoded: a
+    value is a dict of bytes and absolute path, which `media` reads. Text is never None. With
+    `data.streaming` the training rows are a `Stream`, unless data.limit.train limits them.
 
     Args:
-        columns: of the task, by role.
+        columns: the task's columns by role.
 
     Raises:
-        ValueError: what is asked for is not there or cannot be read; says what there is.
+        ValueError: the source, a split or a column does not exist or cannot be read; the message
+            says what there is.
     """
     if config.streaming:
         _check_hub_only(config)
@@ -42,42 +42,43 @@ def load(
     source = _Source(config, columns)
     present = find_splits(config, source.names)
     shares = {s: share for s, share in config.fractions.items() if s not in present}
-    found: dict[Split, Selection] = {
+    selected: dict[Split, RowSelection] = {
         split: _filtered(source.split(name), split, config)
         for split, name in present.items()
         if split in splits or (split == "train" and shares)
     }
     if shares:
-        if "train" not in found:
+        if "train" not in selected:
             raise ValueError(
                 f"data.fractions: there are no training rows to cut {', '.join(shares)} from; the "
                 f"data has {', '.join(source.names)}"
             )
-        parts = cut(found["train"], shares, columns, seed=config.seed)
-        found["train"] = parts.pop("train")
-        found |= {split: _filtered(part, split, config) for split, part in parts.items()}
+        parts = cut(selected["train"], shares, columns, seed=config.seed)
+        selected["train"] = parts.pop("train")
+        selected |= {split: _filtered(part, split, config) for split, part in parts.items()}
     return {
-        split: limit(found[split], config.limit.get(split), seed=config.seed).rows()
+        split: limit(selected[split], config.limit.get(split), seed=config.seed).rows()
         for split in SPLITS
-        if split in splits and split in found
+        if split in splits and split in selected
     }
 
 
-def _filtered(part: Selection, split: Split, config: DataConfig) -> Selection:
+def _filtered(part: RowSelection, split: Split, config: DataConfig) -> RowSelection:
     part = keep(part, split, config.keep.get(split, {}))
     return keep(part, split, config.drop.get(split, {}), drop=True)
 
 
 class _Source:
-    """What a config's source holds, read split by split as it is asked for.
+    """The data of a config's source, each split read when it is asked for.
 
-    `names`: what it calls its splits; all rows are "train" where it names none.
+    Attributes:
+        names: the source's names of its splits; if it names none, all rows are "train".
     """
 
     def __init__(self, config: DataConfig, columns: Mapping[str, Column]) -> None:
         self.config, self.columns = config, columns
         self.parts = _parts(config)
-        self.whole: Mapping[str, Selection] = {}
+        self.whole: Mapping[str, RowSelection] = {}
         if len(self.parts) > 1 and config.split_column is not None:
             raise ValueError(
                 f"data.split_column: the data comes in splits already, {', '.join(self.parts)}"
@@ -87,10 +88,11 @@ class _Source:
             self.whole = self._by_column(name or "train", self._read(pieces))
         self.names = list(self.whole or self.parts)
 
-    def split(self, name: str) -> Selection:
+    def split(self, name: str) -> RowSelection:
+        """Reads the split with this name in the source."""
         return self.whole[name] if self.whole else self._read(self.parts[name])
 
-    def _by_column(self, name: str, whole: Selection) -> Mapping[str, Selection]:
+    def _by_column(self, name: str, whole: RowSelection) -> Mapping[str, RowSelection]:
         column = self.config.split_column
         if column is not None:
             return by_values(whole, whole.resolve(column, "data.split_column"))
@@ -98,18 +100,18 @@ class _Source:
             return by_values(whole, SPLIT_COLUMN)
         return {name: whole}
 
-    def _read(self, pieces: Sequence[Piece]) -> Selection:
+    def _read(self, pieces: Sequence[Piece]) -> RowSelection:
         import datasets
 
         parts = []
         for piece in pieces:
             dataset = piece.read()
-            found = find_columns(self.columns, self.config.columns, dataset.column_names)
-            parts.append(to_roles(dataset, found, self.columns, piece.folder))
+            names = find_columns(self.columns, self.config.columns, dataset.column_names)
+            parts.append(to_roles(dataset, names, self.columns, piece.folder))
         whole = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         if not len(whole):
             raise ValueError(f"data.source: {self.config.source} has no rows")
-        return Selection(whole, np.arange(len(whole)), found)
+        return RowSelection(whole, np.arange(len(whole)), names)
 
 
 def _parts(config: DataConfig) -> Parts:

@@ -1,8 +1,8 @@
-"""Pictures, masks and recordings as every task reads them, from whatever a row holds.
+"""Reads pictures, masks and recordings from the values of a row, in one form for every task.
 
 A value is a path, the `{"bytes", "path"}` of an undecoded `datasets.Image` or `Audio` column, or
-what is decoded already. Whatever is wrong with one is a `BadRow`: decoders raise some twenty
-different errors on broken files, and no row may end a run by one of them.
+a decoded picture or recording. Every problem with a value is a `BadRow`: decoders raise some twenty
+different errors on broken files, and none of them may end a run.
 """
 
 from __future__ import annotations
@@ -20,33 +20,43 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from mmadapters.errors import first_line
+
 from ..core.errors import BadRow
 
 if TYPE_CHECKING:
     from PIL import Image
     from torchaudio.transforms import Resample
 
-# A WAV file written to a pipe says that it is as long as can be said.
+# The endings of the files that are taken for pictures and recordings, in lower case.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm"),
+)
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *AUDIO_SUFFIXES))
+
+# A WAV file that was written to a pipe announces the largest possible size.
 UNKNOWN_SIZE = 0x7FFF0000
-# A windowed sinc has as many taps as the reduced rates multiplied: usual rates have at most 3e5,
-# 44,101 to 16,000 Hz would need gigabytes and is resampled in the spectrum instead.
+# A windowed sinc has as many taps as the product of the reduced rates. Usual rates need at most
+# 3e5; 44,101 to 16,000 Hz would need gigabytes and is resampled in the spectrum instead.
 LARGEST_FILTERS = 1_000_000
-LOST = 0.01  # a recording that lacks more than this share of what it announces was cut off
+LOST = 0.01  # a recording that lacks more than this share of its announced length was cut off
 _ANNOUNCED = re.compile(r"^\s*(?:data|SSND)\s*:\s*(\d+)\s*\(should be (\d+)\)", re.MULTILINE)
 
 
 def read_image(value: Any) -> Image.Image:
-    """A picture in RGB, upright (EXIF orientation applied), transparency on white.
+    """Reads a picture in RGB, upright (EXIF orientation applied), with transparency on white.
 
-    16-bit and floating-point pictures are scaled from their type's range ([0, 1] or [0, 255] for
-    floats); of several frames it is the first.
+    16-bit and floating-point pictures are scaled from the range of their type ([0, 1] or [0, 255]
+    for floats). Of several frames the first is read.
 
     Args:
         value: a path, a PIL image, `{"bytes", "path"}`, or an array: (H, W), (H, W, 1 | 3 | 4) or
             (3, H, W) of uint8, uint16, bool or floats.
 
     Raises:
-        BadRow: it cannot be read.
+        BadRow: the picture cannot be read.
     """
     from PIL import Image
 
@@ -57,14 +67,14 @@ def read_image(value: Any) -> Image.Image:
 
 
 def read_mask(value: Any) -> np.ndarray:
-    """The labels of a mask as they are in the file: no palette applied, nothing scaled.
+    """Reads the labels of a mask as they are in the file, without palette or scaling.
 
     Returns:
         (H, W) int64 of class ids (indexed, grey, 1-bit and 16-bit masks), or (H, W, 3) uint8 of
         colours for RGB masks.
 
     Raises:
-        BadRow: it cannot be read, or its values are no whole numbers.
+        BadRow: the mask cannot be read, or its values are not whole numbers.
     """
     if isinstance(value, np.ndarray):
         return _mask_array(value)
@@ -79,17 +89,17 @@ def read_mask(value: Any) -> np.ndarray:
 
 
 def read_audio(value: Any, rate: int) -> np.ndarray:
-    """A recording as (T,) float32 samples at `rate` Hz, the mean of its channels.
+    """Reads a recording as (T,) float32 samples at `rate` Hz, the mean of its channels.
 
-    Resampled by torchaudio's windowed sinc, at unusual ratios in the spectrum. What was written in
-    whole numbers lies in [−1, 1].
+    It is resampled by torchaudio's windowed sinc, at unusual ratios in the spectrum. Integer
+    samples are scaled to [−1, 1].
 
     Args:
         value: a path, `{"bytes", "path"}`, or `{"array", "sampling_rate"}` with (T,), (C, T) or
             (T, C) samples.
 
     Raises:
-        BadRow: it cannot be read, was cut off, is empty, or holds NaN or infinity.
+        BadRow: the recording cannot be read, was cut off, is empty, or holds NaN or infinity.
     """
     if isinstance(value, dict) and value.get("array") is not None:
         samples, original = _audio_array(value)
@@ -104,8 +114,8 @@ def read_audio(value: Any, rate: int) -> np.ndarray:
 
 
 def audio_samples(value: Any, rate: int) -> int:
-    """About how many samples a recording has at `rate`, by its header alone; 0 if that cannot be
-    read."""
+    """Returns about how many samples a recording has at `rate` Hz, from its header alone; 0 if the
+    header cannot be read."""
     import soundfile
 
     if isinstance(value, dict) and value.get("array") is not None:
@@ -119,8 +129,8 @@ def audio_samples(value: Any, rate: int) -> int:
 
 
 def image_size(value: Any) -> tuple[int, int] | None:
-    """The height and width of a picture as it lies in its file, by its header alone; None where
-    that cannot be read."""
+    """Returns the height and width of a picture in its file, from its header alone; None if the
+    header cannot be read."""
     from PIL import Image
 
     if isinstance(value, np.ndarray):
@@ -135,14 +145,14 @@ def image_size(value: Any) -> tuple[int, int] | None:
 
 
 def media_name(value: Any) -> str | None:
-    """The file name of a row's picture or recording, None where it has none."""
+    """Returns the file name of a row's picture or recording, or None if it has none."""
     path = value.get("path") if isinstance(value, dict) else value
     return Path(path).name if isinstance(path, str | Path) and str(path) else None
 
 
 def media_digest(value: Any) -> str | None:
-    """A hash of the encoded picture or recording, equal for equal files; None where there is none
-    to read."""
+    """Returns a hash of the encoded picture or recording, equal for equal files; None if it cannot
+    be read."""
     if isinstance(value, dict) and value.get("array") is not None:
         try:
             value = np.asarray(value["array"])
@@ -158,8 +168,11 @@ def media_digest(value: Any) -> str | None:
 
 
 class _Bytes(io.BytesIO):
-    """Bytes in which a seek before the start goes to the start: libsndfile tries on broken MP3
-    files, and an error in its callback would be printed with its stack."""
+    """A byte stream in which a seek before the start goes to the start.
+
+    libsndfile seeks there in broken MP3 files, and an error in its callback would be printed with
+    its stack.
+    """
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.getbuffer().nbytes}
@@ -168,7 +181,7 @@ class _Bytes(io.BytesIO):
 
 @contextmanager
 def _opened(value: Any, noun: str) -> Iterator[BinaryIO]:
-    """The encoded file as a stream."""
+    """Opens the encoded file as a stream."""
     if isinstance(value, dict):
         data = value.get("bytes")
         value = value.get("path") if data is None else data
@@ -189,7 +202,7 @@ def _opened(value: Any, noun: str) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         if not os.path.lexists(str(value).replace("\0", "")):
             raise BadRow(f"no such file: {value}") from None
-        raise BadRow(f"cannot open {value}: {_first_line(error)}") from None
+        raise BadRow(f"cannot open {value}: {first_line(error)}") from None
     with file:
         if os.fstat(file.fileno()).st_size == 0:
             raise BadRow(f"the {noun} file is empty (0 bytes)")
@@ -197,14 +210,14 @@ def _opened(value: Any, noun: str) -> Iterator[BinaryIO]:
 
 
 def _fetched(url: str) -> _Bytes:
-    """What lies at a URL, such as the hf:// and zip:// paths of streamed data sets."""
+    """Returns the bytes at a URL, such as the hf:// and zip:// paths of streamed data sets."""
     import fsspec
 
     try:
         with fsspec.open(url, "rb") as file:
             data = file.read()
     except Exception as error:  # each file system has its own
-        raise BadRow(f"cannot fetch {url}: {_first_line(error)}") from None
+        raise BadRow(f"cannot fetch {url}: {first_line(error)}") from None
     if not data:
         raise BadRow(f"there are no bytes at {url}")
     return _Bytes(data)
@@ -212,7 +225,7 @@ def _fetched(url: str) -> _Bytes:
 
 @contextmanager
 def _decoded(value: Any, noun: str) -> Iterator[Image.Image]:
-    """The upright first frame, in the mode of its file, with all pixels read."""
+    """Gives the first frame, upright, in the mode of its file and fully decoded."""
     from PIL import Image
 
     if isinstance(value, Image.Image):
@@ -233,10 +246,10 @@ def _upright(source: BinaryIO | Image.Image, noun: str) -> Image.Image:
     except MemoryError:
         raise BadRow(f"the {noun} is too large for the memory") from None
     except Exception as error:  # PIL's plugins raise what their parsing happens to raise
-        raise BadRow(f"the {noun} cannot be decoded: {_first_line(error)}") from None
+        raise BadRow(f"the {noun} cannot be decoded: {first_line(error)}") from None
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that cannot be parsed says nothing of the orientation
+    except Exception:  # EXIF data that cannot be parsed hold no orientation
         return image
 
 
@@ -255,7 +268,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _picture_array(values: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 3 | 4) uint8, as PIL takes it."""
+    """Returns (H, W) or (H, W, 3 | 4) uint8, which PIL takes."""
     if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3, 4):
         values = np.moveaxis(values, 0, 2)
     if values.ndim == 3 and values.shape[2] == 1:
@@ -296,18 +309,18 @@ def _mask_array(values: np.ndarray) -> np.ndarray:
 
 
 def _audio_file(value: Any) -> tuple[np.ndarray, int]:
-    """(T, C) float32 and its rate."""
+    """Returns (T, C) float32 samples and their rate in Hz."""
     import soundfile
 
     with _opened(value, "audio") as file:
-        # By its descriptor libsndfile would not look at a file's start; by its name it does.
+        # libsndfile inspects the start of a file that it opens by name, not by descriptor.
         source = file if isinstance(file, _Bytes) else file.name
         try:
             with soundfile.SoundFile(source) as sound:
                 samples = sound.read(dtype="float32", always_2d=True)
                 announced, info, rate = sound.frames, sound.extra_info, sound.samplerate
         except Exception as error:  # soundfile raises RuntimeError, TypeError and its own
-            reason = _first_line(error).removeprefix(f"Error opening {source!r}: ")
+            reason = first_line(error).removeprefix(f"Error opening {source!r}: ")
             reason = re.sub(r"^Error opening <.*?>: ", "", reason)
             raise BadRow(f"the audio cannot be decoded: {reason}") from None
     there, said = samples.shape[0], announced
@@ -325,7 +338,7 @@ def _audio_array(value: dict[str, Any]) -> tuple[np.ndarray, int]:
     try:
         samples = np.asarray(value["array"])
     except ValueError as error:
-        raise BadRow(f"the samples are no array: {_first_line(error)}") from None
+        raise BadRow(f"the samples are no array: {first_line(error)}") from None
     if samples.ndim not in (1, 2) or samples.dtype.kind not in "iuf":
         raise BadRow(f"samples of shape {samples.shape} and type {samples.dtype} are no recording")
     if samples.dtype.kind == "u":
@@ -340,7 +353,7 @@ def _audio_array(value: dict[str, Any]) -> tuple[np.ndarray, int]:
 
 
 def _resample(samples: np.ndarray, original: int, rate: int) -> np.ndarray:
-    """(T,) at `original` Hz -> (ceil(T · rate / original),) at `rate` Hz."""
+    """Resamples (T,) at `original` Hz to (ceil(T · rate / original),) at `rate` Hz."""
     import torch
 
     if original == rate:
@@ -350,8 +363,8 @@ def _resample(samples: np.ndarray, original: int, rate: int) -> np.ndarray:
     with torch.inference_mode():
         if ratio.numerator * ratio.denominator <= LARGEST_FILTERS:
             return _resampler(ratio)(x_T).numpy()
-        # Zeros to a whole number of periods of the two rates: the ratio is exact, and what the
-        # transform wraps around at the ends falls into silence.
+        # Zeros fill a whole number of periods of the two rates, so the ratio is exact, and the
+        # transform wraps the ends around into silence.
         periods = -(-(len(x_T) + original // 10) // ratio.numerator)
         spectrum = torch.fft.rfft(x_T, n=periods * ratio.numerator)
         wrapped = torch.fft.irfft(spectrum, n=periods * ratio.denominator)
@@ -360,12 +373,7 @@ def _resample(samples: np.ndarray, original: int, rate: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _resampler(ratio: Fraction) -> Resample:
-    """Kept, since making its filters takes longer than using them."""
+    """Caches resamplers, since making the filters takes longer than using them."""
     from torchaudio.transforms import Resample
 
     return Resample(ratio.numerator, ratio.denominator)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__

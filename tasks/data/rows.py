@@ -1,7 +1,7 @@
-"""Which rows of a data set are a split: by a column's values, by share, by number.
+"""Selects the rows of a split: by the values of a column, by share, by number.
 
-A `Selection` is a data set and the numbers of its rows, so that every choice is a few operations
-on whole columns and the data set is cut once, at the end.
+A `RowSelection` is a data set and numbers of its rows. Every selection is a few operations on whole
+columns, and the data set is cut once, at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from mmadapters.suggest import nearest
 
 from ..config.schema import Split
-from ..core.task import Column
+from ..core.rows import Column
 from .columns import MEDIA
 from .media import media_digest
 
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Selection:
+class RowSelection:
     """Rows of a data set whose columns are roles.
 
-    `indices`: (N,) int64, rising. `names`: the source's column of each role.
+    Attributes:
+        dataset: all rows of the source.
+        indices: (N,) int64, the numbers of the selected rows, ascending.
+        names: the source's column of each role.
     """
 
     dataset: Dataset
@@ -39,33 +42,37 @@ class Selection:
         return len(self.indices)
 
     def rows(self) -> Dataset:
+        """Returns the selected rows as a data set."""
         if len(self) == len(self.dataset):
             return self.dataset
         return self.dataset.select(self.indices)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """The whole column, of all rows of the data set."""
+        """Returns the whole column, with all rows of the data set."""
         return self.dataset.data.column(name)
 
     def resolve(self, name: str, setting: str) -> str:
-        """The column's present name, for its own name or a role.
+        """Returns the present name of a column, given its name in the source or its role.
+
+        Args:
+            setting: the config's key, for messages.
 
         Raises:
             ValueError: there is no such column.
         """
         by_source = {source: role for role, source in self.names.items()}
-        own = by_source.get(name, name)
-        if own not in self.dataset.column_names:
+        present = by_source.get(name, name)
+        if present not in self.dataset.column_names:
             known = [*self.dataset.column_names, *by_source]
             raise ValueError(
                 f"{setting}: the data has no column {name!r}{nearest(name, known)}; its columns "
                 f"are {', '.join(self.dataset.column_names)}"
             )
-        return own
+        return present
 
 
-def by_values(selection: Selection, column: str) -> dict[str, Selection]:
-    """The rows of each value of a column of text; rows without a value are in none."""
+def by_values(selection: RowSelection, column: str) -> dict[str, RowSelection]:
+    """Returns the rows of each value of a text column; rows without a value are in none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -78,12 +85,19 @@ def by_values(selection: Selection, column: str) -> dict[str, Selection]:
 
 
 def keep(
-    selection: Selection, split: Split, filters: Mapping[str, Sequence[Any]], *, drop: bool = False
-) -> Selection:
-    """The rows whose columns have one of the values of every filter (of none of them: `drop`).
+    selection: RowSelection,
+    split: Split,
+    filters: Mapping[str, Sequence[Any]],
+    *,
+    drop: bool = False,
+) -> RowSelection:
+    """Returns the rows whose columns match every filter, or with `drop` those that match none.
+
+    Args:
+        filters: column -> the values that match.
 
     Raises:
-        ValueError: a column or a value is not there, or no row is left.
+        ValueError: a column or a value does not exist, or no row is left.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -113,33 +127,37 @@ def keep(
 
 
 def plain(value: Any) -> str | None:
-    """A value as the text that Arrow makes of it, so that 7, "7" and true are what YAML meant."""
+    """Returns a value as the text that Arrow makes of it, so that 7, "7" and true of a YAML file
+    match."""
     if isinstance(value, bool):
         return str(value).lower()
     return None if value is None else str(value)
 
 
 def cut(
-    selection: Selection,
+    selection: RowSelection,
     fractions: Mapping[Split, float],
     roles: Mapping[str, Column],
     *,
     seed: int,
-) -> dict[Split, Selection]:
-    """Training rows in several splits, by share; what is left is "train".
+) -> dict[Split, RowSelection]:
+    """Cuts training rows into several splits by share; the rest is "train".
 
-    Rows that share a picture or a recording stay together: a share of the questions about a
-    picture would else be asked of a model that was trained on the others. The test split is drawn
-    first, so that it is the same with and without a validation split.
+    Rows that share a picture or a recording stay together. Otherwise a model would be tested on
+    some questions about a picture and trained on the others. The test split is drawn first, so it
+    is the same with and without a validation split.
+
+    Args:
+        fractions: the share of each new split, between 0 and 1.
 
     Raises:
         ValueError: there are too few rows (or pictures).
     """
-    units = _units(selection, roles)  # (N,)
-    sizes = np.bincount(units)
+    groups = _media_groups(selection, roles)  # (N,)
+    sizes = np.bincount(groups)
     order = np.random.default_rng(seed).permutation(len(sizes))
     ends = np.cumsum(sizes[order])
-    found: dict[Split, Selection] = {}
+    parts: dict[Split, RowSelection] = {}
     start = taken = 0
     for split in sorted(fractions):  # test, validation
         taken += max(round(fractions[split] * len(selection)), 1)
@@ -149,16 +167,17 @@ def cut(
                 f"data.fractions: {len(order)} rows or groups of rows with the same media are too "
                 f"few to cut {', '.join(fractions)} from"
             )
-        chosen = np.isin(units, order[start:stop])
-        found[split] = replace(selection, indices=selection.indices[chosen])
+        chosen = np.isin(groups, order[start:stop])
+        parts[split] = replace(selection, indices=selection.indices[chosen])
         start = stop
         taken = int(ends[stop - 1])
-    rest = np.isin(units, order[start:])
-    return {"train": replace(selection, indices=selection.indices[rest]), **found}
+    rest = np.isin(groups, order[start:])
+    return {"train": replace(selection, indices=selection.indices[rest]), **parts}
 
 
-def _units(selection: Selection, roles: Mapping[str, Column]) -> np.ndarray:
-    """(N,) the group of each row, 0, 1, … by first appearance."""
+def _media_groups(selection: RowSelection, roles: Mapping[str, Column]) -> np.ndarray:
+    """Returns (N,) the group of each row by its picture or recording, numbered by first
+    appearance."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -171,19 +190,19 @@ def _units(selection: Selection, roles: Mapping[str, Column]) -> np.ndarray:
     if {"bytes", "path"} <= fields and pc.struct_field(column, "bytes").null_count == len(column):
         keys = pc.struct_field(column, "path").take(pa.array(selection.indices))
     else:
-        # A path beside bytes is a name at best, and many may have the same.
+        # A path beside bytes is only a name, and several files may have the same one.
         rows = selection.dataset.select_columns([media[0]]).select(selection.indices)
         keys = pa.chunked_array([[media_digest(row[media[0]]) for row in rows]], type=pa.string())
     encoded = pc.dictionary_encode(keys, null_encoding="mask").combine_chunks()
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    # Rows without media are no group: each stands for itself.
+    # Each row without media is a group of its own.
     alone = codes < 0
     codes[alone] = len(encoded.dictionary) + np.arange(alone.sum())
     return codes
 
 
-def limit(selection: Selection, count: int | None, *, seed: int) -> Selection:
-    """At most `count` rows, in their order; fewer are a part of more for the same seed."""
+def limit(selection: RowSelection, count: int | None, *, seed: int) -> RowSelection:
+    """Returns at most `count` random rows in their order; a smaller count selects a subset."""
     if count is None or len(selection) <= count:
         return selection
     chosen = np.random.default_rng(seed).permutation(len(selection))[:count]

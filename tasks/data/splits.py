@@ -1,4 +1,4 @@
-"""Which of a source's splits is which of ours."""
+"""Finds the train, validation and test split among the splits of a source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mmadapters.suggest import nearest
 
 from ..config.schema import SPLITS, DataConfig, Split
 
-# What data sets call their splits, beside our own names.
+# The names that data sets give to their splits.
 ALIASES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -18,12 +18,15 @@ KNOWN = frozenset(alias for aliases in ALIASES.values() for alias in aliases)
 
 
 def find_splits(config: DataConfig, names: Sequence[str]) -> dict[Split, str]:
-    """The source's name of each of our splits that it has, among `names`.
+    """Returns the source's name of each of our splits that it has.
+
+    Args:
+        names: the source's names of its splits.
 
     Raises:
-        ValueError: the config gives a name that is not there; none is there; or the config says
-            something of a split that is neither there nor cut by a fraction, which would be passed
-            over in silence.
+        ValueError: the config names a split that the source does not have; the source has none of
+            our splits; or a key of the config names a split that neither exists nor is cut by
+            data.fractions, and would have no effect.
     """
     for split, name in config.splits.items():
         if name not in names:
@@ -32,17 +35,17 @@ def find_splits(config: DataConfig, names: Sequence[str]) -> dict[Split, str]:
                 f"{nearest(name, names)}; its splits are {', '.join(names)}"
             )
     by_lower = {n.lower(): n for n in reversed(names) if n not in config.splits.values()}
-    found = dict(config.splits)
+    known = dict(config.splits)
     for split in SPLITS:
-        if split not in found and (aliases := [a for a in ALIASES[split] if a in by_lower]):
-            found[split] = by_lower[aliases[0]]
-    if not found:
+        if split not in known and (aliases := [a for a in ALIASES[split] if a in by_lower]):
+            known[split] = by_lower[aliases[0]]
+    if not known:
         raise ValueError(
             f"data.source: none of its splits {', '.join(names)} is called train, validation or "
             f"test: name them in data.splits, as {{train: {names[0]}}}"
         )
-    _check(config, {*found, *config.fractions})
-    return found
+    _check(config, {*known, *config.fractions})
+    return known
 
 
 def _check(config: DataConfig, present: Collection[Split]) -> None:

@@ -1,4 +1,4 @@
-"""Rows as they arrive from a hub data set, instead of a data set on disk."""
+"""Rows of a hub data set that are read while they download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mmadapters.suggest import nearest
 
 from ..config.schema import SPLITS, DataConfig, Split
-from ..core.task import Column, Rows
+from ..core.rows import Column, Rows
 from .columns import find_columns, to_roles
 from .rows import plain
 from .splits import find_splits
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 READ_AT_ONCE = 16
-SHUFFLED = 10  # rows that are read for each one that a limit draws
+SHUFFLED = 10  # rows in the buffer for each row that a limit draws
 
 
 def read_streams(
@@ -29,12 +29,13 @@ def read_streams(
     roles: Mapping[str, Column],
     splits: Sequence[Split],
 ) -> dict[Split, Rows]:
-    """The training rows as they arrive; the other splits, and what data.limit makes few, in memory.
+    """Returns the training rows as a `Stream`; the other splits, and training rows with a
+    data.limit, in memory.
 
-    A limit draws from a buffer of ten times as many rows: many data sets lie there class by class.
+    A limit draws from a buffer of ten times as many rows, since many data sets are sorted by class.
 
     Raises:
-        ValueError: as `load`.
+        ValueError: as `load_splits`.
     """
     present = find_splits(config, list(source))
     if missing := [split for split in config.fractions if split not in present]:
@@ -46,9 +47,9 @@ def read_streams(
     for split in (split for split in SPLITS if split in splits and split in present):
         dataset = source[present[split]]
         names = _names(dataset)
-        found = find_columns(roles, config.columns, names)
-        wanted = _filter(config, split, found, names)
-        stream = Stream(dataset, found, roles, wanted=wanted)
+        by_role = find_columns(roles, config.columns, names)
+        wanted = _filter(config, split, by_role, names)
+        stream = Stream(dataset, by_role, roles, wanted=wanted)
         count = config.limit.get(split)
         if split == "train" and count is None:
             rows[split] = stream
@@ -64,7 +65,7 @@ def read_streams(
 
 @dataclass(frozen=True)
 class _Filter:
-    """data.keep and data.drop of a split: (column of the source, values, drop) each."""
+    """The data.keep and data.drop of a split, each (column of the source, values, is it a drop)."""
 
     tests: tuple[tuple[str, frozenset[str | None], bool], ...] = ()
 
@@ -73,55 +74,57 @@ class _Filter:
 
 
 def _filter(
-    config: DataConfig, split: Split, found: Mapping[str, str], names: Sequence[str]
+    config: DataConfig, split: Split, by_role: Mapping[str, str], names: Sequence[str]
 ) -> _Filter:
     tests = []
     for setting in ("keep", "drop"):
         for name, values in getattr(config, setting).get(split, {}).items():
-            own = found.get(name, name)
-            if own not in names:
+            column = by_role.get(name, name)
+            if column not in names:
                 raise ValueError(
                     f"data.{setting}.{split}: the data has no column {name!r}"
                     f"{nearest(name, names)}; its columns are {', '.join(names)}"
                 )
-            tests.append((own, frozenset(plain(value) for value in values), setting == "drop"))
+            tests.append((column, frozenset(plain(value) for value in values), setting == "drop"))
     return _Filter(tuple(tests))
 
 
 class Stream:
-    """The rows of a training split, each a dict by role, read again at each pass.
+    """The rows of a training split, each a dict by role; every pass reads them again.
 
     Attributes:
-        column_names: as of `Rows`.
+        column_names: the names of the columns after renaming, as of `Rows`.
     """
 
     def __init__(
         self,
         dataset: IterableDataset,
-        found: Mapping[str, str],
+        by_role: Mapping[str, str],
         roles: Mapping[str, Column],
         *,
         wanted: Callable[[Row], bool] = _Filter(),
     ) -> None:
-        """
+        """Makes the stream of a data set.
+
         Args:
             dataset: media undecoded, columns named as in the source.
-            found: the source's column of each role.
-            wanted: says of a row, with the source's columns, whether it is of the stream.
+            by_role: the source's column of each role.
+            wanted: whether a row, with the source's columns, belongs to the stream.
         """
-        self.dataset, self.found, self.roles, self.wanted = dataset, dict(found), roles, wanted
+        self.dataset, self.by_role, self.roles = dataset, dict(by_role), roles
+        self.wanted = wanted
         self._classes = _class_names(dataset)
-        # As in `to_roles`: a column whose name another column's role takes is gone.
-        kept = [name for name in _names(dataset) if name not in found.values()]
-        self.column_names = [*found, *(name for name in kept if name not in found)]
+        # As in `to_roles`, another column that has the name of a role is removed.
+        kept = [name for name in _names(dataset) if name not in by_role.values()]
+        self.column_names = [*by_role, *(name for name in kept if name not in by_role)]
 
     def __iter__(self) -> Iterator[Row]:
         for row in self._source_rows():
-            own = {role: self._value(role, row.get(name)) for role, name in self.found.items()}
-            yield {name: own[name] if name in own else row.get(name) for name in self.column_names}
+            values = {role: self._value(role, row.get(n)) for role, n in self.by_role.items()}
+            yield {n: values[n] if n in values else row.get(n) for n in self.column_names}
 
     def _source_rows(self) -> Iterator[Row]:
-        """The same rows under the source's names, classes by name."""
+        """Yields the same rows under the source's names, with classes as names."""
         for row in self._rows():
             for name, names in self._classes.items():
                 index = row.get(name)
@@ -131,23 +134,23 @@ class Stream:
                 yield row
 
     def _rows(self) -> Iterator[Row]:
-        # By its own iterator a data set would take a loader's worker for one of many that share
-        # its files, and give them in another order than without workers.
+        # The data set's own iterator would share its files among the workers of a loader, and give
+        # the rows in another order than without workers.
         for batch in self.dataset.iter(batch_size=READ_AT_ONCE):
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
 
     def shuffle(self, buffer: int, seed: int) -> Stream:
-        """The stream in another order: its files by the seed, its rows within a buffer of so many.
-        The same seed gives the same order."""
+        """Returns the stream in another order, the same for the same seed: the files are shuffled,
+        and the rows within a buffer of this size."""
         shuffled = self.dataset.shuffle(seed=seed, buffer_size=buffer)
-        return Stream(shuffled, self.found, self.roles, wanted=self.wanted)
+        return Stream(shuffled, self.by_role, self.roles, wanted=self.wanted)
 
     def head(self, count: int | None) -> Dataset:
-        """The first rows (None: all) as a data set in memory.
+        """Returns the first `count` rows (None: all) as a data set in memory.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are no rows.
         """
         import datasets
         import pyarrow as pa
@@ -163,7 +166,7 @@ class Stream:
             features |= dict.fromkeys(self._classes, datasets.Value("string"))
             table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
             few = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
-        return to_roles(few, self.found, self.roles, None)
+        return to_roles(few, self.by_role, self.roles, None)
 
     def _value(self, role: str, value: Any) -> Any:
         if self.roles[role].kind != "text" or isinstance(value, list | dict):

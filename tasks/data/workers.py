@@ -1,4 +1,4 @@
-"""How many processes read and decode data beside one that trains, and what their loader draws."""
+"""The number of worker processes that read and decode data, and their loader's generator."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import torch
 from ..config.schema import TrainerConfig
 from ..core.device import default_device
 
-MOST = 8  # processes that read
+MOST = 8  # largest number of workers
 
 
 def readers(config: TrainerConfig, *, decoded: bool = False) -> int:
-    """`trainer.workers`; by itself one for each core that this process has beside its own, 8 at
-    most, and one at most where the model runs on the CPU and wants the cores.
+    """Returns `trainer.workers`, or for "auto" all cores of this process but one, at most 8.
 
-    None there where a process is not forked but starts anew, as it imports everything again for
-    each pass over the data; and none where there is nothing to decode.
+    If the model runs on the CPU, "auto" gives at most one. It then gives none if the data are
+    already decoded, and none if new processes are not forked, since they import everything again
+    for each pass over the data.
+
+    Args:
+        decoded: whether nothing is left to decode.
     """
     if config.workers != "auto":
         return config.workers
@@ -30,13 +33,16 @@ def readers(config: TrainerConfig, *, decoded: bool = False) -> int:
 
 
 def forks() -> bool:
-    """Whether a new process starts as a copy of this one, whose memory it shares."""
-    # Without `allow_none` the question itself would settle the way for the whole process.
+    """Whether a new process starts as a copy of this one and shares its memory."""
+    # Without `allow_none` the call itself would fix the start method of this process.
     chosen = multiprocessing.get_start_method(allow_none=True)
     return (chosen or multiprocessing.get_all_start_methods()[0]) == "fork"
 
 
 def loader_generator() -> torch.Generator:
-    """For a loader. It draws a number whenever it starts: from torch's own generator that would
-    change what the model draws next, by how often and with how many workers data is read."""
+    """Returns a generator for a data loader.
+
+    A loader draws a number whenever it starts. Drawn from torch's global generator, it would change
+    the randomness of the model, depending on how often data are read.
+    """
     return torch.Generator()

@@ -1,1 +1,1 @@
-"""The encoders of all libraries as tasks see them: images, speech, images and text."""
+"""Encoders as tasks use them: towers, tokenizers and preprocessing."""

@@ -1,9 +1,10 @@
 """BLIP of transformers: matching images with texts, and answering questions about images.
 
-transformers' own forward functions are not used here. They give the decoder's cross-attention a
-mask that it ignores (4.57 and 5.x alike) and, in `generate`, a mask of ones over the question, so
-that the padding of a question changes its answer. `mend_cross_attention` lets the mask act, and the
-calls below say what is padding. Adapters act, as each module is called as it stands.
+This module does not use the forward functions of transformers. They pass the decoder's
+cross-attention a mask that it ignores (in 4.57 and 5.x), and `generate` passes a mask of ones over
+the question, so that the padding of a question changes its answer. `mend_cross_attention` makes the
+mask effective, and the calls below pass the mask of the padding. Adapters are active, since each
+module is called as a whole.
 
 Shape legend: B images or questions, N image tokens, L question tokens, M answers, T answer tokens,
 D width, E width of the shared space, V vocabulary of the tokenizer.
@@ -13,8 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -23,146 +23,18 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..config.schema import BackboneConfig
+from .blip_text import BlipTokens, token_mask
 
-IGNORED = -100  # a label that counts nothing
-LOGITS_AT_A_TIME = 2**26  # numbers of (M, T, V) held at once when answers are ranked
-
-
-@dataclass(frozen=True)
-class BlipTokens:
-    """What a BLIP's text models read: ids of their special tokens and limits. JSON-ready by
-    `asdict`.
-
-    `start` begins an answer ([DEC]), `end` closes it, `encode` begins a text that is read together
-    with an image ([ENC]); None where the vocabulary has no such token and [CLS] stands for it.
-    """
-
-    context_length: int
-    vocabulary: int
-    pad: int
-    start: int
-    end: int
-    encode: int | None
-
-    @classmethod
-    def of(cls, backbone: nn.Module) -> BlipTokens:
-        """As the encoder's config says.
-
-        BLIP appends [DEC] and [ENC] to BERT's tokens and was trained with [ENC] in place of [CLS]
-        before questions and before texts to match (salesforce/BLIP, models/blip_vqa.py). The
-        config of transformers names only [DEC], as its `bos_token_id`.
-        """
-        text: Any = backbone.config.text_config  # type: ignore[union-attr]
-        appended = text.bos_token_id + 2 == text.vocab_size
-        return cls(
-            context_length=text.max_position_embeddings,
-            vocabulary=text.vocab_size,
-            pad=text.pad_token_id,
-            start=text.bos_token_id,
-            end=text.sep_token_id,
-            encode=text.vocab_size - 1 if appended else None,
-        )
-
-    def to_dict(self) -> dict[str, int | None]:
-        return asdict(self)
-
-
-class BlipTokenizer:
-    """Texts -> token ids, padded to the longest of the call.
-
-    Args:
-        source: a tokenizer of transformers.
-        length: longer texts are cut to so many tokens.
-    """
-
-    def __init__(self, source: Any, tokens: BlipTokens, *, length: int | None = None) -> None:
-        self.source = source
-        self.tokens = tokens
-        self.length = min(length or tokens.context_length, tokens.context_length)
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) int64: [CLS] text [SEP]."""
-        ids = self.source(
-            list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
-        ).input_ids
-        # The tokenizer's own padding token may have another id than the config's.
-        if self.source.pad_token_id != self.tokens.pad:
-            ids = ids.masked_fill(ids == self.source.pad_token_id, self.tokens.pad)
-        return ids
-
-    def with_image(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) int64 of texts that are read together with an image: [ENC] text [SEP]."""
-        return self._begun(texts, self.tokens.encode)
-
-    def answers(self, texts: Sequence[str]) -> Tensor:
-        """(M, T) int64 of texts that the decoder writes: [DEC] text [SEP]."""
-        return self._begun(texts, self.tokens.start)
-
-    def _begun(self, texts: Sequence[str], first: int | None) -> Tensor:
-        ids = self(texts)
-        if first is not None:
-            ids[:, 0] = first
-        return ids
-
-    def count(self, text: str) -> int:
-        """How many tokens the whole text has, start and end included."""
-        return len(self.source(text, verbose=False).input_ids)
-
-    def decode(self, ids: Tensor) -> list[str]:
-        """(M, T) ids as the decoder writes them -> texts, without special tokens."""
-        special = {self.tokens.pad, self.tokens.start, self.tokens.end, self.tokens.encode}
-        plain = [[token for token in row if token not in special] for row in ids.tolist()]
-        return [
-            self.source.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True)
-            for row in plain
-        ]
-
-
-def blip_tokenizer(
-    config: BackboneConfig, tokens: BlipTokens, *, length: int | None = None
-) -> BlipTokenizer:
-    """The tokenizer of `config.processor`, or of the hub name or folder in the backbone's name, or
-    that of a nano encoder.
-
-    Raises:
-        ValueError: none is known or found, or it does not fit the encoder.
-    """
-    from transformers import AutoTokenizer
-
-    library, _, name = config.name.partition("/")
-    if config.processor is None and library == "nano":
-        from mmadapters.zoo import load_tokenizer
-
-        return BlipTokenizer(load_tokenizer(config.name, library="hf"), tokens, length=length)
-    if config.processor is None and (library != "hf" or "/" not in name):
-        raise ValueError(
-            f"nothing says which tokenizer {config.name!r} reads: set backbone.processor to the "
-            "folder or hub name of one (Salesforce/blip-vqa-base)"
-        )
-    place = config.processor or name
-    try:
-        source = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"no tokenizer could be loaded from {place!r} (backbone.processor names another): "
-            f"{reason}"
-        ) from error
-    if len(source) > tokens.vocabulary:
-        raise ValueError(
-            f"the tokenizer {place!r} has {len(source)} tokens and the encoder only "
-            f"{tokens.vocabulary}: set backbone.processor to the one that it was trained with"
-        )
-    return BlipTokenizer(source, tokens, length=length)
+IGNORED = -100  # label of tokens that do not count in the loss
+LOGITS_AT_A_TIME = 2**26  # most values of (M, T, V) in memory at once when answers are ranked
 
 
 def mend_cross_attention(backbone: nn.Module) -> None:
-    """Lets the mask of BLIP's cross-attentions act; without a mask nothing changes. Idempotent.
+    """Makes the mask of BLIP's cross-attentions effective; without a mask nothing changes.
 
-    transformers passes it on as the mask of the text itself, which a cross-attention does not
-    read. The hooks hold no state, so that they also act when checkpointed blocks run again, and
-    stay on the encoder.
+    transformers passes the mask as that of the text, which a cross-attention does not read. The
+    hooks have no state, so they also work when checkpointed blocks run again. They stay on the
+    encoder; further calls add no more hooks.
     """
     for name, module in backbone.named_modules():
         mended = _give_mask in module._forward_pre_hooks.values()
@@ -177,15 +49,15 @@ def _give_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 class BlipMatcher:
-    """Matching of images and texts by a BlipForImageTextRetrieval. Holds no parameters.
+    """Matches images and texts with a BlipForImageTextRetrieval; has no parameters of its own.
 
     Attributes:
         width: E.
-        logit_scale: the logarithm of the inverse temperature with which BLIP's contrastive training
-            begins (0.07); transformers keeps none in the model.
+        logit_scale: logarithm of the inverse temperature at the start of BLIP's contrastive
+            training (0.07); the model of transformers has none.
 
     Raises:
-        ValueError: the encoder is another model.
+        ValueError: the encoder is of another class.
     """
 
     def __init__(self, encoder: AdapterModel) -> None:
@@ -198,19 +70,23 @@ class BlipMatcher:
         self.logit_scale = torch.tensor(-math.log(0.07))
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, D), a class token first."""
+        """Returns image tokens (B, N, D), class token first, of pixels (B, 3, H, W)."""
         return image_tokens_of(self.encoder, pixels)
 
     def images(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> contrastive features (B, E), not of unit length."""
+        """Returns contrastive features (B, E), not of unit length, of pixels (B, 3, H, W)."""
         return self.images_of(self.image_tokens(pixels))
 
     def images_of(self, image_tokens: Tensor) -> Tensor:
-        """`image_tokens`' (B, N, D) -> contrastive features (B, E), not of unit length."""
+        """Returns contrastive features (B, E), not of unit length, of image tokens (B, N, D)."""
         return self.backbone.vision_proj(image_tokens[:, 0])
 
     def texts(self, tokens: Tensor) -> Tensor:
-        """(B, L) of `BlipTokenizer.__call__` -> contrastive features (B, E), not of unit length."""
+        """Returns contrastive features (B, E), not of unit length.
+
+        Args:
+            tokens: (B, L) from `BlipTokenizer.__call__`.
+        """
         states = self.backbone.text_encoder(
             input_ids=tokens, attention_mask=token_mask(tokens, self.tokens), return_dict=True
         ).last_hidden_state
@@ -219,12 +95,12 @@ class BlipMatcher:
     def match(
         self, image_tokens: Tensor, tokens: Tensor, *, itm_head: nn.Module | None = None
     ) -> Tensor:
-        """Logits (B, 2) of "does not match" and "matches", pair by pair.
+        """Returns logits (B, 2) of "does not match" and "matches" for each pair.
 
         Args:
-            image_tokens: (B, N, D) of `image_tokens`.
-            tokens: (B, L) of `BlipTokenizer.with_image`.
-            itm_head: stands in place of the encoder's own last layer.
+            image_tokens: (B, N, D) from `image_tokens`.
+            tokens: (B, L) from `BlipTokenizer.with_image`.
+            itm_head: replaces the encoder's last layer.
         """
         states = self.backbone.text_encoder(
             input_ids=tokens,
@@ -236,13 +112,13 @@ class BlipMatcher:
 
 
 class BlipAnswerer:
-    """Answers by a BlipForQuestionAnswering. Holds no parameters.
+    """Answers questions with a BlipForQuestionAnswering; has no parameters of its own.
 
-    `lm_head` of the functions below stands in place of the decoder's own last layers, which may be
-    trained as a copy while the encoder stays as it is.
+    The argument `lm_head` of its methods replaces the decoder's last layers. A copy of these may be
+    trained while the encoder does not change.
 
     Raises:
-        ValueError: the encoder is another model.
+        ValueError: the encoder is of another class.
     """
 
     def __init__(self, encoder: AdapterModel) -> None:
@@ -253,15 +129,15 @@ class BlipAnswerer:
         self.tokens = BlipTokens.of(encoder.backbone)
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, D)."""
+        """Returns image tokens (B, N, D) of pixels (B, 3, H, W)."""
         return image_tokens_of(self.encoder, pixels)
 
     def question_states(self, image_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Questions read together with their images: states (B, L, D) and their mask (B, L).
+        """Encodes questions with their images: returns states (B, L, D) and their mask (B, L).
 
         Args:
             image_tokens: (B, N, D).
-            tokens: (B, L) of `BlipTokenizer.with_image`.
+            tokens: (B, L) from `BlipTokenizer.with_image`.
         """
         mask = token_mask(tokens, self.tokens)
         states = self.backbone.text_encoder(
@@ -275,11 +151,12 @@ class BlipAnswerer:
     def logits(
         self, states: Tensor, mask: Tensor, answers: Tensor, *, lm_head: nn.Module | None = None
     ) -> Tensor:
-        """What the decoder expects after each token of an answer: (M, T, V) float32.
+        """Returns the logits (M, T, V) float32 of the token after each token of an answer.
 
         Args:
             states, mask: (M, L, D) and (M, L) of the question of each answer.
-            answers: (M, T) of `BlipTokenizer.answers`.
+            answers: (M, T) from `BlipTokenizer.answers`.
+            lm_head: replaces the decoder's last layers.
         """
         decoder = self.backbone.text_decoder
         hidden = decoder.bert(
@@ -302,9 +179,13 @@ class BlipAnswerer:
         lm_head: nn.Module | None = None,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """(M,): the negative log-likelihood of each answer, its end token included.
+        """Returns the negative log-likelihood (M,) of each answer with its end token.
 
-        `label_smoothing`: of torch's cross-entropy; 0.1 in BLIP's training.
+        Args:
+            states, mask: (M, L, D) and (M, L) of the question of each answer.
+            answers: (M, T) from `BlipTokenizer.answers`.
+            lm_head: replaces the decoder's last layers.
+            label_smoothing: that of torch's cross-entropy; 0.1 in BLIP's training.
         """
         logits = self.logits(states, mask, answers, lm_head=lm_head)
         labels = answers.masked_fill(answers == self.tokens.pad, IGNORED)[:, 1:]
@@ -326,18 +207,19 @@ class BlipAnswerer:
         count: int,
         lm_head: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The candidates with the most likely first token, by the likelihood of all their tokens.
+        """Ranks the candidates with the most likely first tokens by the likelihood of all tokens.
 
-        As BLIP answers (Li et al. 2022, §5.3). With `count` of at least M the order is exactly that
-        of all candidates' likelihoods.
+        BLIP answers in this way (Li et al. 2022, §5.3). If `count` is at least M, the order is
+        exactly that of the likelihoods of all candidates.
 
         Args:
             states, mask: (B, L, D) and (B, L) of the questions.
-            candidates: (M, T) of `BlipTokenizer.answers`.
-            count: K, how many are read to their end.
+            candidates: (M, T) from `BlipTokenizer.answers`.
+            count: K, the number of candidates that are scored in full.
+            lm_head: replaces the decoder's last layers.
 
         Returns:
-            Log-likelihoods (B, K), the greatest first, and the candidates' numbers (B, K).
+            log-likelihoods (B, K) in descending order, and the indices (B, K) of the candidates.
         """
         count = min(count, len(candidates))
         first = self.logits(
@@ -367,11 +249,13 @@ class BlipAnswerer:
         max_tokens: int = 10,
         lm_head: nn.Module | None = None,
     ) -> Tensor:
-        """Answers (B, T) in the tokenizer's ids, [DEC] first, padded; greedily, or by beam search.
+        """Writes answers (B, T) as padded ids, [DEC] first, greedily or by beam search.
 
         Args:
             states, mask: (B, L, D) and (B, L) of the questions.
-            max_tokens: the most tokens after [DEC].
+            beams: number of beams; 1 is greedy.
+            max_tokens: most tokens after [DEC].
+            lm_head: replaces the decoder's last layers.
         """
         decoder = self.backbone.text_decoder
         start = torch.full((len(states), 1), self.tokens.start, device=states.device)
@@ -390,7 +274,7 @@ class BlipAnswerer:
 
 
 def is_blip(backbone: nn.Module) -> bool:
-    """Whether the encoder is one of transformers' BLIP models."""
+    """Tells whether the encoder is a BLIP model of transformers."""
     return any(
         kind.__module__.startswith("transformers.models.blip.") for kind in type(backbone).__mro__
     )
@@ -398,7 +282,7 @@ def is_blip(backbone: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _in_place_of(module: nn.Module, other: nn.Module | None) -> Iterator[None]:
-    """Inside the block `module` gives what `other` would give."""
+    """Replaces the output of `module` by that of `other` inside the block."""
     if other is None:
         yield
         return
@@ -410,18 +294,13 @@ def _in_place_of(module: nn.Module, other: nn.Module | None) -> Iterator[None]:
 
 
 def require_blip(encoder: AdapterModel, kind: str, name: str) -> None:
-    """Raises a ValueError unless the encoder is BLIP's class `kind`, which `name` builds."""
-    found = type(encoder.backbone)
-    if not is_blip(encoder.backbone) or found.__name__ != kind:
-        raise ValueError(f"this needs a {kind} ({name}), not a {found.__name__}")
+    """Raises a ValueError unless the encoder is BLIP's class `kind`, which loads as `name`."""
+    actual = type(encoder.backbone)
+    if not is_blip(encoder.backbone) or actual.__name__ != kind:
+        raise ValueError(f"this needs a {kind} ({name}), not a {actual.__name__}")
 
 
 def image_tokens_of(encoder: AdapterModel, pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, N, D), a class token first."""
+    """Returns image tokens (B, N, D), class token first, of pixels (B, 3, H, W)."""
     backbone = cast(Any, encoder.backbone)
     return backbone.vision_model(pixel_values=pixels, return_dict=True).last_hidden_state
-
-
-def token_mask(tokens: Tensor, special: BlipTokens) -> Tensor:
-    """(B, L) ids -> (B, L) int64, 0 where padding stands."""
-    return (tokens != special.pad).long()

@@ -1,8 +1,8 @@
-"""BLIP of transformers that writes captions: likelihoods of texts, and generation.
+"""BLIP of transformers as a captioner: likelihoods of captions, and generation.
 
-The decoder is called with an image's tokens directly, so that an image is read once for all of its
-captions and for what is generated. All images have equally many tokens: their mask, which
-transformers ignores in the cross-attention (see `blip`), has nothing to hide here.
+The decoder takes image tokens directly, so an image is encoded once for all its captions and for
+generation. All images have the same number of tokens, so it does not matter that transformers
+ignores their mask in the cross-attention (see `blip`).
 
 Shape legend: B images, M captions, N image tokens, T caption tokens, P tokens of the prompt with
 [DEC], D width.
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from mmadapters import AdapterModel
 
-from .blip import IGNORED, BlipTokens, image_tokens_of, require_blip, token_mask
+from .blip import IGNORED, image_tokens_of, require_blip
+from .blip_text import BlipTokens, token_mask
 
 
 class BlipCaptioner:
-    """Captions by a BlipForConditionalGeneration. Holds no parameters.
+    """Captions images with a BlipForConditionalGeneration; has no parameters of its own.
 
     Raises:
-        ValueError: the encoder is another model.
+        ValueError: the encoder is of another class.
     """
 
     def __init__(self, encoder: AdapterModel) -> None:
@@ -35,7 +36,7 @@ class BlipCaptioner:
         self.tokens = BlipTokens.of(encoder.backbone)
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, D)."""
+        """Returns image tokens (B, N, D) of pixels (B, 3, H, W)."""
         return image_tokens_of(self.encoder, pixels)
 
     def losses(
@@ -46,19 +47,19 @@ class BlipCaptioner:
         prompt: int,
         label_smoothing: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """The negative log-likelihood of each caption's tokens, summed, and how many they are.
+        """Sums the negative log-likelihoods of each caption's tokens, and counts the tokens.
 
-        The end token counts, the prompt and padding do not. Of one caption the quotient is the loss
-        that BlipForConditionalGeneration gives for these labels.
+        The end token counts; prompt and padding do not. For one caption, sum / count is the loss of
+        BlipForConditionalGeneration for these labels.
 
         Args:
             image_tokens: (M, N, D) of the image of each caption.
             captions: (M, T): [DEC] prompt caption [SEP], padded.
             prompt: P.
-            label_smoothing: of torch's cross-entropy; 0.1 in BLIP's training.
+            label_smoothing: that of torch's cross-entropy; 0.1 in BLIP's training.
 
         Returns:
-            (M,) float32 and (M,) int64.
+            the sums (M,) float32 and the counts (M,) int64.
         """
         logits = self.backbone.text_decoder(
             input_ids=captions,
@@ -91,26 +92,26 @@ class BlipCaptioner:
         no_repeat_ngram: int = 0,
         use_cache: bool = True,
     ) -> Tensor:
-        """Captions (B, T) without their prompt, padded; greedily, or by beam search.
+        """Writes padded captions (B, T) without their prompt, greedily or by beam search.
 
-        As BlipForConditionalGeneration.generate, which takes off the last token of a prompt, where
-        its tokenizer has put [SEP].
+        BlipForConditionalGeneration.generate gives the same; it removes the last token of a prompt,
+        which is the [SEP] of its tokenizer.
 
         Args:
-            image_tokens: (B, N, D).
-            prompt: (P,) int64, [DEC] and the tokens that every caption begins with.
-            max_tokens, min_tokens: the most and the least tokens behind the prompt, [SEP] included.
-            length_penalty: above 1 a beam search prefers longer captions.
-            repetition_penalty: above 1 tokens that were written are less likely; the prompt's too.
-            no_repeat_ngram: so many tokens never follow each other twice; 0 for no limit.
+            image_tokens: (B, N, D). prompt: (P,) int64, [DEC] and the tokens that every caption
+            begins with. beams: number of beams; 1 is greedy. max_tokens, min_tokens: most and least
+            tokens after the prompt, with [SEP]. length_penalty: above 1, beam search prefers longer
+            captions. repetition_penalty: above 1, tokens of the prompt and the caption so far are
+            less likely. no_repeat_ngram: length of sequences that must not repeat; 0 for no limit.
+            use_cache: whether keys and values of earlier tokens are reused.
         """
-        begun = prompt.to(image_tokens.device).expand(len(image_tokens), -1)
+        start = prompt.to(image_tokens.device).expand(len(image_tokens), -1)
         only_beams = {"length_penalty": length_penalty} if beams > 1 else {}
-        found = self.backbone.text_decoder.generate(
-            input_ids=begun,
-            attention_mask=torch.ones_like(begun),
+        written = self.backbone.text_decoder.generate(
+            input_ids=start,
+            attention_mask=torch.ones_like(start),
             encoder_hidden_states=image_tokens,
-            encoder_attention_mask=begun.new_ones(image_tokens.shape[:2]),
+            encoder_attention_mask=start.new_ones(image_tokens.shape[:2]),
             num_beams=beams,
             do_sample=False,
             max_new_tokens=max_tokens,
@@ -122,4 +123,4 @@ class BlipCaptioner:
             use_cache=use_cache,
             **only_beams,
         )
-        return found[:, len(prompt) :]
+        return written[:, len(prompt) :]

@@ -1,7 +1,7 @@
 """Image-text encoders of open_clip and transformers as two towers with one interface.
 
-Adapters act in all that is read here, token states included: everything goes through the encoder's
-own functions, and states are taken from its last block as it runs.
+Adapters are active in all outputs, also in token states: everything goes through the encoder's own
+functions, and a hook reads the states of its last block.
 
 Shape legend: B images or texts, N image tokens, L text tokens, E width of the shared space,
 D width of a tower.
@@ -17,24 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from mmadapters import AdapterModel
+from mmadapters.errors import first_line
 from mmadapters.sites.sitemap import Tower
 
 from ..config.schema import BackboneConfig
 
 _OPEN_CLIP = ("CLIP", "CustomTextCLIP", "CoCa")
 _TRANSFORMERS = ("CLIPModel", "SiglipModel")
-OF_OPEN_CLIP = 77  # tokens of a text, where its configs do not say otherwise
+OF_OPEN_CLIP = 77  # open_clip's default number of tokens of a text
 
 
 class ClipTowers:
-    """Embeddings and token states of a CLIP, CustomTextCLIP or CoCa of open_clip, or of a CLIPModel
-    or SiglipModel of transformers. Holds no parameters of its own.
+    """The two towers of an image-text encoder; has no parameters of its own.
+
+    The encoder is a CLIP, CustomTextCLIP or CoCa of open_clip, or a CLIPModel or SiglipModel of
+    transformers.
 
     Attributes:
         width: E.
-        image_width, text_width: D of the token states.
-        logit_scale: the encoder's own parameter, the logarithm of the inverse temperature.
-        logit_bias: SigLIP's bias of the logits, None without one.
+        image_width, text_width: D of the token states of each tower.
+        logit_scale: the encoder's parameter, the logarithm of the inverse temperature.
+        logit_bias: SigLIP's bias of the logits; None for other encoders.
 
     Raises:
         ValueError: the encoder is not one of these.
@@ -50,39 +53,41 @@ class ClipTowers:
 
     @property
     def logit_scale(self) -> Tensor:
+        """Returns the logarithm of the inverse temperature."""
         backbone: Any = self.encoder.backbone
         return backbone.logit_scale
 
     @property
     def logit_bias(self) -> Tensor | None:
+        """Returns SigLIP's bias of the logits, or None."""
         return getattr(self.encoder.backbone, "logit_bias", None)
 
     def images(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, E), projected, not of unit length."""
+        """Returns projected features (B, E), not of unit length, of pixels (B, 3, H, W)."""
         if self._native:
             return self.encoder.encode_image(pixels, normalize=False)
         return _features(self.encoder.get_image_features(pixel_values=pixels))
 
     def texts(self, tokens: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, E), projected, not of unit length."""
+        """Returns projected features (B, E), not of unit length, of tokens (B, L) int64."""
         if self._native:
             return self.encoder.encode_text(tokens, normalize=False)
-        # No mask: CLIP's is causal, and SigLIP was trained to read its padding.
+        # No mask is needed: CLIP's is causal, and SigLIP was trained to read its padding.
         return _features(self.encoder.get_text_features(input_ids=tokens))
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, D): the last block's states, normed, a class token first."""
+        """Returns the last block's normed states (B, N, D), class token first, of pixels."""
         tower = self.encoder.sites.towers["vision"]
         states = _last_states(tower, lambda: self.images(pixels))
         visual = getattr(self.encoder.backbone, "visual", None)
         if getattr(visual, "attn_pool", None) is not None:
-            return states  # the norm behind an attentional pooler is of what the pooler gives
+            return states  # with an attentional pooler, the norm is for the pooler's output
         return _normed(tower, states)
 
     def text_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) int64 -> the last block's states (B, L, D), normed, and which are text (B, L).
+        """Returns the last block's normed states (B, L, D) of tokens (B, L) int64, and their mask.
 
-        The mask is True up to the end token, start and end included.
+        The mask (B, L) is True from the start token to the end token.
         """
         tower = self.encoder.sites.towers["text"]
         states = _last_states(tower, lambda: self.texts(tokens))
@@ -91,11 +96,11 @@ class ClipTowers:
 
 
 def text_mask(backbone: nn.Module, tokens: Tensor) -> Tensor:
-    """(B, L) token ids -> (B, L), True where they are text, by the rule of the encoder."""
+    """Returns the mask (B, L) of token ids (B, L) by the encoder's rule: True for text."""
     if not _is_open_clip(backbone):
         config: Any = backbone.config
         if config.model_type == "clip":
-            # As in transformers: 2 stands in old configs, where the end has the highest id.
+            # As in transformers: old configs have 2 here; then the end token has the highest id.
             end = config.text_config.eos_token_id
             return _up_to(tokens.argmax(dim=1) if end == 2 else _first(tokens == end), tokens)
         return _up_to(_last_run(tokens), tokens)
@@ -117,14 +122,14 @@ def _up_to(last: Tensor, tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device) <= last[:, None]
 
 
-def _first(found: Tensor) -> Tensor:
-    """(B, L) bool -> (B,): the first True, the last position where there is none."""
-    length = found.shape[1]
-    return torch.where(found.any(dim=1), found.int().argmax(dim=1), length - 1)
+def _first(marks: Tensor) -> Tensor:
+    """Returns the position (B,) of the first True of (B, L) bool, or the last position."""
+    length = marks.shape[1]
+    return torch.where(marks.any(dim=1), marks.int().argmax(dim=1), length - 1)
 
 
 def _last_run(tokens: Tensor) -> Tensor:
-    """(B,): where the run of equal ids at the end begins: one end token, then padding like it."""
+    """Returns the start (B,) of the equal ids at the end: one end token, then padding like it."""
     same = (tokens == tokens[:, -1:]).flip(1).int()
     return tokens.shape[1] - same.cumprod(dim=1).sum(dim=1)
 
@@ -156,25 +161,25 @@ def _width(backbone: Any, native: bool) -> int:
 
 
 def _features(output: Any) -> Tensor:
-    """transformers 4 gives the projected features, transformers 5 an output that holds them."""
+    """Returns the features; transformers 4 returns them directly, transformers 5 in an output."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def _last_states(tower: Tower, run: Callable[[], Any]) -> Tensor:
-    """What the tower's last block gives while `run` runs, after adapters and without prompts."""
-    found: list[Tensor] = []
+    """Runs `run` and returns the output of the tower's last block without prompts."""
+    states: list[Tensor] = []
     thread = threading.get_ident()
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() == thread:
-            found.append(output if isinstance(output, Tensor) else output[0])
+            states.append(output if isinstance(output, Tensor) else output[0])
 
     handle = tower.blocks[-1].module.register_forward_hook(keep)
     try:
         run()
     finally:
         handle.remove()
-    return found[-1]
+    return states[-1]
 
 
 def _normed(tower: Tower, states: Tensor) -> Tensor:
@@ -182,11 +187,12 @@ def _normed(tower: Tower, states: Tensor) -> Tensor:
 
 
 class Tokenizer:
-    """Texts -> token ids (N, L) int64, cut and padded to the encoder's context length L.
+    """Turns texts into token ids (N, L) int64, cut and padded to the context length L.
 
     Args:
-        source: what gives the ids: `open_clip.tokenizer.SimpleTokenizer` or `HFTokenizer`, or a
-            tokenizer of transformers.
+        source: `open_clip.tokenizer.SimpleTokenizer` or `HFTokenizer`, or a tokenizer of
+            transformers.
+        context_length: L.
     """
 
     def __init__(self, source: Any, context_length: int) -> None:
@@ -207,7 +213,7 @@ class Tokenizer:
         ).input_ids
 
     def count(self, text: str) -> int:
-        """How many tokens the whole text has, start and end included; beyond L it is cut."""
+        """Returns the number of tokens of the uncut text, with start and end."""
         if self._hf:
             return len(self.source(text, verbose=False).input_ids)
         inner = getattr(self.source, "tokenizer", None)
@@ -217,16 +223,16 @@ class Tokenizer:
 
 
 def tokenizer(config: BackboneConfig, backbone: nn.Module) -> Tokenizer:
-    """The tokenizer of an image-text encoder: `config.processor`, or what its name says.
+    """Loads the tokenizer of an image-text encoder, from `config.processor` or its name.
 
     Raises:
-        ValueError: none is known or found, or it has more tokens than the encoder.
+        ValueError: no tokenizer is known or can be loaded, or it has more tokens than the encoder.
     """
     return load_tokenizer(config, **text_limits(backbone))
 
 
 def text_limits(backbone: nn.Module) -> dict[str, int]:
-    """`context_length` and `vocabulary` of an image-text encoder, JSON-ready."""
+    """Returns `context_length` and `vocabulary` of an image-text encoder, JSON-ready."""
     if not _is_open_clip(backbone):
         config: Any = backbone.config
         text = config.text_config
@@ -234,26 +240,30 @@ def text_limits(backbone: nn.Module) -> dict[str, int]:
     holder: Any = getattr(backbone, "text", backbone)
     length = holder.context_length
     if hasattr(holder, "config"):
-        length = min(length, OF_OPEN_CLIP)  # BERT could read 512, but was trained here with fewer
+        length = min(length, OF_OPEN_CLIP)  # BERT can read 512, but was trained with fewer here
     return {"context_length": length, "vocabulary": holder.vocab_size}
 
 
 def load_tokenizer(config: BackboneConfig, *, context_length: int, vocabulary: int) -> Tokenizer:
-    """`tokenizer` where the encoder itself is not at hand, from its `text_limits`."""
+    """Loads the tokenizer of an encoder that is not loaded, from its `text_limits`.
+
+    Raises:
+        ValueError: see `tokenizer`.
+    """
     library, _, name = config.name.partition("/")
     if config.processor is not None:
         source = _from_transformers(config.processor)
     elif library == "nano":
-        from mmadapters.zoo import load_tokenizer as of_zoo
+        from mmadapters import zoo
 
-        source = of_zoo(config.name)
+        source = zoo.load_tokenizer(config.name)
     elif library == "open_clip":
         source = _from_open_clip(name)
     elif library == "hf" and "/" in name:
         source = _from_transformers(name)
     else:
         raise ValueError(
-            f"nothing says which tokenizer {config.name!r} reads: set backbone.processor to the "
+            f"the tokenizer of {config.name!r} is not known: set backbone.processor to the "
             "folder or hub name of one"
         )
     size = _size(source)
@@ -276,7 +286,7 @@ def _from_transformers(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_no_tokenizer(name)}: {_line(error)}") from error
+        raise ValueError(f"{_no_tokenizer(name)}: {first_line(error)}") from error
 
 
 def _from_open_clip(name: str) -> Any:
@@ -285,12 +295,8 @@ def _from_open_clip(name: str) -> Any:
     try:
         return open_clip.get_tokenizer(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_no_tokenizer(name)}: {_line(error)}") from error
+        raise ValueError(f"{_no_tokenizer(name)}: {first_line(error)}") from error
 
 
 def _no_tokenizer(name: str) -> str:
     return f"no tokenizer could be loaded from {name!r} (backbone.processor names another)"
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,9 +1,9 @@
-"""Image towers of timm and open_clip at sizes that they were not built for.
+"""Runs image towers of timm and open_clip at sizes that they were not built for.
 
-Both add position embeddings of one grid of patches; timm resizes them only where the model was
-built with `dynamic_img_size=True`. Here they are resized as timm and open_clip resize them when
-they load a checkpoint (bicubic with antialiasing), kept for each size, and put into the model for
-the length of one call: its own tensors, keys and settings never change.
+Both add position embeddings of one grid of patches. timm resizes them only in models that were
+built with `dynamic_img_size=True`. This module resizes them as both libraries do when they load a
+checkpoint (bicubic with antialiasing), caches them for each size, and puts them into the model for
+one call. The model's own tensors, keys and settings never change.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ import torch
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
-SIZES = 32  # grids kept; multi-scale inference uses about ten
+SIZES = 32  # most cached grids; multi-scale inference uses about ten
 _MISSING = object()
 
 
-class Kept:
-    """What was computed for the latest grids, as long as the tensors it came from are the same.
+class GridCache:
+    """Caches values for the latest grids, as long as their source tensors do not change.
 
     Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple, Any] = OrderedDict()
+        self._values: OrderedDict[tuple, Any] = OrderedDict()
 
     def __reduce__(self) -> tuple:
-        return Kept, ()
+        return GridCache, ()
 
     def get(self, grid: Grid, source: Tensor, make: Callable[[], Any]) -> Any:
-        """`make()`, which depends on `grid` and `source` alone."""
+        """Returns the cached result of `make()`, which depends only on `grid` and `source`."""
         if source.requires_grad and torch.is_grad_enabled():
             return make()
         key = (grid, source.data_ptr(), source._version, source.device, source.dtype)
-        if key not in self._kept:
-            # What is made in inference mode could never be used in training afterwards.
+        if key not in self._values:
+            # Tensors that are made in inference mode could not be used in training later.
             with torch.inference_mode(False), torch.no_grad():
-                self._kept[key] = make()
-            while len(self._kept) > SIZES:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+                self._values[key] = make()
+            while len(self._values) > SIZES:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]
 
 
-class Lock:
+class CopyableLock:
     """A re-entrant lock that can be copied and pickled, as a new one."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple:
-        return Lock, ()
+        return CopyableLock, ()
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -68,7 +68,7 @@ class Lock:
 
 @contextlib.contextmanager
 def replaced(*changes: tuple[dict[str, Any], str, Any]) -> Iterator[None]:
-    """Inside the block, `table[key]` is `value` for each (table, key, value)."""
+    """Sets `table[key]` to `value` inside the block, for each (table, key, value)."""
     before = [(table, key, table.get(key, _MISSING)) for table, key, _ in changes]
     for table, key, value in changes:
         table[key] = value
@@ -82,17 +82,17 @@ def replaced(*changes: tuple[dict[str, Any], str, Any]) -> Iterator[None]:
                 table[key] = value
 
 
-def resized(embedding: Tensor, old: Grid, new: Grid, *, prefix: int) -> Tensor:
-    """Position embeddings (1, prefix + h·w, D) of grid `old` for grid `new`."""
+def resized(embedding: Tensor, old: Grid, new: Grid, *, num_prefix_tokens: int) -> Tensor:
+    """Resizes position embeddings (1, num_prefix_tokens + h·w, D) from grid `old` to `new`."""
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(
-        embedding, new_size=list(new), old_size=list(old), num_prefix_tokens=prefix
+        embedding, new_size=list(new), old_size=list(old), num_prefix_tokens=num_prefix_tokens
     )
 
 
-def timm_at(model: Any, grid: Grid, kept: Kept) -> contextlib.AbstractContextManager[None]:
-    """A block inside which a timm vision transformer takes images of `grid` patches."""
+def timm_at(model: Any, grid: Grid, cache: GridCache) -> contextlib.AbstractContextManager[None]:
+    """Makes a timm vision transformer accept images of `grid` patches inside the block."""
     embed = model.patch_embed
     changes: list[tuple[dict[str, Any], str, Any]] = [
         (embed.__dict__, "strict_img_size", False),
@@ -100,9 +100,15 @@ def timm_at(model: Any, grid: Grid, kept: Kept) -> contextlib.AbstractContextMan
     ]
     position = getattr(model, "pos_embed", None)
     if position is not None:
-        prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+        num_prefix_tokens = (
+            0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+        )
         old = embed.grid_size
-        value = kept.get(grid, position, lambda: resized(position, old, grid, prefix=prefix))
+        value = cache.get(
+            grid,
+            position,
+            lambda: resized(position, old, grid, num_prefix_tokens=num_prefix_tokens),
+        )
         changes.append((model._parameters, "pos_embed", value))
     if hasattr(model, "dynamic_img_size"):
         from timm.layers import Format
@@ -115,15 +121,15 @@ def timm_at(model: Any, grid: Grid, kept: Kept) -> contextlib.AbstractContextMan
     rope = getattr(model, "rope", None)
     if rope is not None and _is_of_one_size(rope):
         buffer = next(rope.buffers())
-        changes.append((model._modules, "rope", kept.get(grid, buffer, lambda: _rope(rope, grid))))
+        changes.append((model._modules, "rope", cache.get(grid, buffer, lambda: _rope(rope, grid))))
     return replaced(*changes)
 
 
 def _is_of_one_size(rope: nn.Module) -> bool:
-    """Whether rotary embeddings were computed once, from nothing that is trained.
+    """Tells whether rotary embeddings are computed once for one size, without parameters.
 
-    Others make them for the grid they are asked for: those with parameters, and DINOv3's in
-    timm 1.0.20, which has no such function.
+    Other modules compute them for each grid: those with parameters, and DINOv3's in timm 1.0.20,
+    which has no `update_feat_shape`.
     """
     return (
         getattr(rope, "feat_shape", None) is not None
@@ -138,12 +144,14 @@ def _rope(rope: Any, grid: Grid) -> nn.Module:
     return rope
 
 
-def open_clip_at(visual: Any, grid: Grid, kept: Kept) -> contextlib.AbstractContextManager[None]:
-    """A block inside which open_clip's own image tower takes images of `grid` patches."""
+def open_clip_at(
+    visual: Any, grid: Grid, cache: GridCache
+) -> contextlib.AbstractContextManager[None]:
+    """Makes open_clip's own image tower accept images of `grid` patches inside the block."""
     position = visual.positional_embedding
-    value = kept.get(
+    value = cache.get(
         grid,
         position,
-        lambda: resized(position[None], visual.grid_size, grid, prefix=1)[0],
+        lambda: resized(position[None], visual.grid_size, grid, num_prefix_tokens=1)[0],
     )
     return replaced((visual._parameters, "positional_embedding", value))

@@ -1,13 +1,13 @@
-"""What an image encoder wants of a picture: size, cropping, normalisation; and making it.
+"""The preprocessing of image encoders: size, cropping and normalisation of pictures.
 
 A preprocessing is a JSON-ready dict, saved with the adapter:
 
     height, width   pixels
-    mean, std       of the three channels, of values between 0 and 1
+    mean, std       of the three channels, for values between 0 and 1
     interpolation   nearest, bilinear, bicubic, lanczos, box or hamming
-    resize          squash (to height × width), shortest (cover it, then crop the centre) or
-                    longest (fit into it, on black)
-    crop            the share of the covered size that is kept, for shortest
+    resize          squash (to height × width), shortest (cover height × width, then crop the
+                    centre) or longest (fit into height × width, on black)
+    crop            share of the resized picture that the crop keeps, for shortest
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmadapters.errors import first_line
+
 from ..config.schema import BackboneConfig
 
 Preprocessing = dict[str, Any]
@@ -28,8 +30,8 @@ HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
-# What the published checkpoints of transformers' model types say, where no file is there to ask.
-# The defaults of its processor classes are not that: DINOv2's has CLIP's normalisation.
+# The preprocessing of published checkpoints by model type, for models without a processor file. The
+# defaults of transformers' processor classes differ: DINOv2's has CLIP's normalisation.
 _TRANSFORMERS: dict[str, Preprocessing] = {
     "vit": {"mean": HALF, "std": HALF, "interpolation": "bilinear", "resize": "squash"},
     "beit": {"mean": HALF, "std": HALF, "interpolation": "bicubic", "resize": "squash"},
@@ -73,11 +75,11 @@ _FILTERS = {
 
 
 def image_preprocessing(config: BackboneConfig, backbone: nn.Module) -> Preprocessing:
-    """What the encoder was trained on, from where its library keeps it.
+    """Returns the preprocessing of the encoder's training.
 
-    nano: its card; timm: its pretrained_cfg; open_clip: its preprocess_cfg; transformers: the
-    processor of `config.processor` or of the backbone's own hub name or folder, else what is usual
-    for its model type. The size is the one that the backbone was built for.
+    It comes from the config of a nano encoder, timm's pretrained_cfg, open_clip's preprocess_cfg,
+    or for transformers from the processor of `config.processor` or of the backbone's hub name or
+    folder, else from the usual values of its model type. The size is that of the backbone.
 
     Raises:
         ValueError: the processor cannot be loaded, or the encoder reads no images.
@@ -85,24 +87,24 @@ def image_preprocessing(config: BackboneConfig, backbone: nn.Module) -> Preproce
     """
     library, _, name = config.name.partition("/")
     if library == "nano":
-        found = _nano(config.name, backbone)
+        values = _nano(config.name, backbone)
     elif library == "timm":
-        found = _timm(backbone)
+        values = _timm(backbone)
     elif library == "open_clip":
-        found = _open_clip(backbone)
+        values = _open_clip(backbone)
     elif library == "hf":
-        found = _transformers(config, name, backbone)
+        values = _transformers(config, name, backbone)
     else:
         raise ValueError(f"{config.name} reads no images")
-    height, width = found.pop("size")
+    height, width = values.pop("size")
     return {
         "height": int(height),
         "width": int(width),
-        "mean": [float(value) for value in found["mean"]],
-        "std": [float(value) for value in found["std"]],
-        "interpolation": str(found["interpolation"]),
-        "resize": found["resize"],
-        "crop": float(found.get("crop", 1.0)),
+        "mean": [float(value) for value in values["mean"]],
+        "std": [float(value) for value in values["std"]],
+        "interpolation": str(values["interpolation"]),
+        "resize": values["resize"],
+        "crop": float(values.get("crop", 1.0)),
     }
 
 
@@ -111,10 +113,10 @@ def to_tensor(
     preprocessing: Preprocessing,
     size: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """A picture as the encoder wants it: (3, H, W) float32, resized, cropped and normalised.
+    """Prepares a picture for the encoder: (3, H, W) float32, resized, cropped and normalised.
 
     Args:
-        size: (H, W), or a side, instead of the preprocessing's own.
+        size: (H, W) or a side in pixels; None means that of the preprocessing.
     """
     if size is None:
         height, width = preprocessing["height"], preprocessing["width"]
@@ -124,7 +126,11 @@ def to_tensor(
 
 
 def normalised(image: Image.Image | Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(3, H, W) float32 of a picture as it is, or of a tensor of uint8 or of values in [0, 1]."""
+    """Normalises a picture without resizing: (3, H, W) float32.
+
+    Args:
+        image: a picture, or a tensor (3, H, W) of uint8 or of floats in [0, 1].
+    """
     if isinstance(image, Tensor):
         pixels = image
     else:
@@ -149,7 +155,7 @@ def _fitted(image: Image.Image, height: int, width: int, how: Preprocessing) -> 
         canvas.paste(image.resize(inner, resample), corner)
         return canvas
     tall, wide = int(height / how.get("crop", 1.0)), int(width / how.get("crop", 1.0))
-    # The longer side is cut down to whole pixels, as torchvision does it.
+    # The longer side is rounded down to whole pixels, as in torchvision.
     if wide * image.height >= tall * image.width:
         tall = max(tall, int(wide * image.height / image.width))
     else:
@@ -188,41 +194,41 @@ def _nano(name: str, backbone: Any) -> Preprocessing:
 def _timm(backbone: Any) -> Preprocessing:
     from timm.data import resolve_model_data_config
 
-    found = resolve_model_data_config(backbone)
+    config = resolve_model_data_config(backbone)
     built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-    size = found["input_size"][1:] if built is None else built
+    size = config["input_size"][1:] if built is None else built
     return {
-        **{key: found[key] for key in ("mean", "std")},
+        **{key: config[key] for key in ("mean", "std")},
         "size": size,
-        "interpolation": _filter(found["interpolation"]),
-        "resize": "squash" if found["crop_mode"] == "squash" else "shortest",
-        "crop": found["crop_pct"] if tuple(size) == tuple(found["input_size"][1:]) else 1.0,
+        "interpolation": _filter(config["interpolation"]),
+        "resize": "squash" if config["crop_mode"] == "squash" else "shortest",
+        "crop": config["crop_pct"] if tuple(size) == tuple(config["input_size"][1:]) else 1.0,
     }
 
 
 def _filter(name: str) -> str:
-    """timm's "random" and open_clip's means bicubic when a picture is not augmented."""
+    """Returns the filter of a name; "random" means bicubic for pictures that are not augmented."""
     return name if name in _FILTERS else "bicubic"
 
 
 def _open_clip(backbone: Any) -> Preprocessing:
     visual = backbone.visual
-    found = getattr(visual, "preprocess_cfg", None) or {}
+    config = getattr(visual, "preprocess_cfg", None) or {}
     mean, std = OPENAI
     return {
-        "size": _pair(getattr(visual, "image_size", None) or found["size"]),
-        "mean": found.get("mean") or getattr(visual, "image_mean", None) or mean,
-        "std": found.get("std") or getattr(visual, "image_std", None) or std,
-        "interpolation": _filter(found.get("interpolation", "bicubic")),
-        "resize": found.get("resize_mode", "shortest"),
+        "size": _pair(getattr(visual, "image_size", None) or config["size"]),
+        "mean": config.get("mean") or getattr(visual, "image_mean", None) or mean,
+        "std": config.get("std") or getattr(visual, "image_std", None) or std,
+        "interpolation": _filter(config.get("interpolation", "bicubic")),
+        "resize": config.get("resize_mode", "shortest"),
     }
 
 
 def _vision_config(backbone: Any) -> Any:
-    """The config of what reads images in a model of transformers.
+    """Returns the vision config of a model of transformers.
 
     Raises:
-        ValueError: nothing in it does.
+        ValueError: the model reads no images.
     """
     config = getattr(backbone.config, "vision_config", backbone.config)
     if not hasattr(config, "image_size"):
@@ -247,14 +253,14 @@ def _transformers(config: BackboneConfig, name: str, backbone: Any) -> Preproces
     )
     if usual is None:
         raise ValueError(
-            f"nothing says how pictures are prepared for {config.name}; name a hub model or a "
-            "folder with a preprocessor_config.json as backbone.processor"
+            f"the preprocessing of {config.name} is not known; set backbone.processor to a hub "
+            "name or a folder with a preprocessor_config.json"
         )
     return {**usual, "size": _pair(vision.image_size)}
 
 
 def _published(name: str) -> str | None:
-    """The hub name or folder in a backbone's name that comes with a processor, None for a type."""
+    """Returns the hub name or folder in a backbone's name if it has a processor, else None."""
     import transformers
 
     if Path(name).is_dir():
@@ -267,7 +273,7 @@ def _prepares(folder: Path) -> bool:
 
 
 def _only_tokenizes(folder: Path) -> bool:
-    """Whether a local folder holds a tokenizer and says nothing of pictures."""
+    """Tells whether a local folder has a tokenizer but no image processor."""
     return (folder / "tokenizer_config.json").is_file() and not _prepares(folder)
 
 
@@ -276,9 +282,9 @@ def _processor(source: str) -> Any:
 
     try:
         return transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    # Its own errors and those of the hub's client, which are of many classes.
+    # Errors of transformers and of the hub's client have many classes.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(
             f"the image processor of {source!r} cannot be loaded: {reason}; give a hub name that "
             "can be reached, or a folder, as backbone.processor"
@@ -312,7 +318,7 @@ def _of_processor(processor: Any, config: BackboneConfig, vision: Any) -> Prepro
 
 
 def _sides(size: Any) -> dict[str, int]:
-    """A processor's size as a dict, which it is in transformers 4; 5 has a class with Nones."""
+    """Returns a processor's size as a dict; in transformers 5 it is a class with Nones."""
     if size is None:
         return {}
     if isinstance(size, int):

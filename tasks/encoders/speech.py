@@ -1,9 +1,9 @@
 """`SpeechTower`: any speech encoder of transformers or torchaudio, from waveforms to valid frames.
 
-An utterance gives the same frames whatever it is batched with. The two places in which libraries
-let padding leak are run differently: front ends with group norm (wav2vec 2.0, HuBERT base), whose
-statistics are over time, see utterances of one length at a time; so do encoders that take no mask.
-(A masked norm over the whole batch gives the same and takes four times as long on a CPU.)
+The frames of an utterance do not depend on its batch. In two cases padding would change them, so
+utterances of each length run separately: in front ends with group norm (wav2vec 2.0, HuBERT base),
+whose statistics are over time, and in encoders that take no mask. (A masked norm over the whole
+batch gives the same frames but takes four times as long on a CPU.)
 
 Shape legend: B utterances, T samples, F frames, D width, M mel bands.
 """
@@ -27,28 +27,32 @@ SAMPLE_RATE = 16_000
 
 
 class SpeechTower:
-    """The speech encoder of an `AdapterModel`, with its adapters acting.
+    """The speech encoder of an `AdapterModel` with its active adapters.
 
-    Holds no parameters of its own: a `TaskModel` keeps it as a plain attribute.
+    It has no parameters of its own, so a `TaskModel` can keep it as a plain attribute.
 
     Attributes:
         width: D.
-        depth: the number of blocks.
-        sample_rate: of the waveforms that it takes, in Hz.
-        longest: samples of the longest utterance that it takes, None without a bound.
-        layers: (kernel, stride) of what makes frames of samples, for `conv_frames`.
+        depth: number of blocks.
+        sample_rate: sample rate of the waveforms in Hz.
+        longest: most samples of an utterance, None without a bound.
+        layers: (kernel, stride) of the layers that turn samples into frames, for `conv_frames`.
 
     Raises:
-        ValueError: the encoder hears nothing, or changes the number of frames behind its blocks.
+        ValueError: the encoder reads no audio, or changes the number of frames after its blocks.
     """
 
     def __init__(self, encoder: AdapterModel, *, normalise: bool = False) -> None:
-        """`normalise`: bring each utterance to zero mean and unit variance, as `normalises` says;
-        a bundle of torchaudio that does so by itself need not be told."""
+        """Finds the front end of the encoder.
+
+        Args:
+            normalise: whether each utterance gets zero mean and unit variance, see `normalises`.
+                Bundles of torchaudio that need it get it in any case.
+        """
         tower = encoder.sites.towers.get("audio")
         if tower is None:
             raise ValueError(
-                f"{encoder.sites.architecture} hears nothing: it has the towers "
+                f"{encoder.sites.architecture} reads no audio: it has the towers "
                 f"{', '.join(encoder.sites.towers)}"
             )
         self.encoder = encoder
@@ -61,15 +65,15 @@ class SpeechTower:
         self.layers = self._front.layers
 
     def frames(self, samples: Any) -> Any:
-        """How many frames so many samples give: an int, or a tensor of them."""
+        """Returns the number of frames of a number of samples, an int or a tensor."""
         return conv_frames(samples, self.layers)
 
     def __call__(self, waves: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames (B, F, D) and how many of each utterance's are its own, (B,).
+        """Returns frames (B, F, D) and the number of valid frames of each utterance (B,).
 
         Args:
-            waves: (B, T) at `sample_rate`; what lies behind an utterance's length never counts.
-            lengths: (B,) samples.
+            waves: (B, T) at `sample_rate`; samples after the length of an utterance have no effect.
+            lengths: (B,) in samples.
 
         Raises:
             ValueError: an utterance is too short for one frame, or longer than the encoder takes.
@@ -91,7 +95,7 @@ class SpeechTower:
         return self._front.run(waves, lengths, counts), counts
 
     def _cleaned(self, waves: Tensor, lengths: Tensor) -> Tensor:
-        """Zeros behind each utterance, and the rest normalised where that is asked for."""
+        """Sets samples after each utterance to 0 and normalises the others if requested."""
         longest = waves.shape[1]
         valid = torch.arange(longest, device=waves.device) < lengths[:, None]
         waves = waves.masked_fill(~valid, 0.0)
@@ -99,7 +103,10 @@ class SpeechTower:
 
 
 def normalised(waves: Tensor, valid: Tensor) -> Tensor:
-    """Zero mean and unit variance over each utterance's own samples, (B, T); zeros elsewhere."""
+    """Returns waves (B, T) with zero mean and unit variance over each utterance's valid samples.
+
+    Other samples are 0.
+    """
     count = valid.sum(dim=1, keepdim=True)
     mean = waves.sum(dim=1, keepdim=True) / count
     centred = (waves - mean).masked_fill(~valid, 0.0)
@@ -108,12 +115,12 @@ def normalised(waves: Tensor, valid: Tensor) -> Tensor:
 
 
 def normalises(config: BackboneConfig, backbone: nn.Module) -> bool:
-    """Whether the encoder was trained on waveforms of zero mean and unit variance.
+    """Tells whether the encoder was trained on waveforms of zero mean and unit variance.
 
-    Hub models say so in their feature extractor; without one the answer is no.
+    The feature extractor of hub models says so; without one, the answer is no.
 
     Raises:
-        RuntimeError, OSError: the feature extractor must be downloaded and cannot be.
+        RuntimeError, OSError: the feature extractor cannot be downloaded.
     """
     if _is_whisper(backbone) or not config.name.startswith("hf/"):
         return False
@@ -126,7 +133,11 @@ def normalises(config: BackboneConfig, backbone: nn.Module) -> bool:
 
 
 def conv_frames(samples: Any, layers: list[tuple[int, int]]) -> Any:
-    """⌊(n − k) / s⌋ + 1 through convolutions of (kernel, stride), never below 0."""
+    """Returns the number of frames: ⌊(n − k) / s⌋ + 1 for each (kernel, stride), at least 0.
+
+    Args:
+        samples: an int or a tensor.
+    """
     for kernel, stride in layers:
         samples = (samples - kernel) // stride + 1
         samples = samples.clamp(min=0) if isinstance(samples, Tensor) else max(samples, 0)
@@ -134,7 +145,14 @@ def conv_frames(samples: Any, layers: list[tuple[int, int]]) -> Any:
 
 
 class _FrontEnd:
-    """How a library's speech encoder is run. `normalises`: it says that it wants waveforms so."""
+    """Runs the speech encoder of a library.
+
+    Attributes:
+        normalises: whether the encoder itself asks for zero mean and unit variance.
+        longest: most samples of an utterance, None without a bound.
+        layers: (kernel, stride) of the layers that turn samples into frames.
+        convolutions: the modules of these layers.
+    """
 
     normalises = False
     longest: int | None = None
@@ -142,8 +160,8 @@ class _FrontEnd:
     convolutions: tuple[nn.Module, ...]
 
     def run(self, waves: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
-        """(B, T) zeros behind each utterance -> (B, F, D)."""
-        raise TypeError(f"{type(self).__name__} does not say how it runs")
+        """Returns frames (B, F, D) of waves (B, T) with zeros after each utterance."""
+        raise TypeError(f"{type(self).__name__} does not implement run")
 
 
 class _HuggingFace(_FrontEnd):
@@ -153,7 +171,7 @@ class _HuggingFace(_FrontEnd):
         model = getattr(backbone, getattr(backbone, "base_model_prefix", ""), backbone)
         if getattr(model, "adapter", None) is not None:
             raise ValueError(
-                f"this {type(model).__name__} has convolutions behind its blocks (add_adapter), "
+                f"this {type(model).__name__} has convolutions after its blocks (add_adapter), "
                 "which change the number of frames; load it with options {add_adapter: false}"
             )
         self.model, config = model, model.config
@@ -171,16 +189,16 @@ class _HuggingFace(_FrontEnd):
             states = features(waves)
         mask = torch.arange(states.shape[1], device=states.device) < counts[:, None]
         states = self.model.feature_projection(states)
-        # HuBERT gives the states alone, wav2vec 2.0 and WavLM the normed features too.
+        # HuBERT returns states only; wav2vec 2.0 and WavLM also return the normed features.
         states = states[0] if isinstance(states, tuple) else states
-        # SpecAugment; transformers refuses what is shorter than one of its masks.
+        # SpecAugment; transformers refuses inputs that are shorter than one of its masks.
         if self.model.training and states.shape[1] >= self.model.config.mask_time_length:
             states = self.model._mask_hidden_states(states, attention_mask=mask)
         return self.model.encoder(states, attention_mask=mask).last_hidden_state
 
 
 class _TorchAudio(_FrontEnd):
-    """Wav2Vec2, HuBERT and WavLM of torchaudio, alone or as a bundle gives them."""
+    """Wav2Vec2, HuBERT and WavLM of torchaudio, alone or from a bundle."""
 
     def __init__(self, backbone: Any) -> None:
         self.normalises = bool(getattr(backbone, "normalize_waveform", False))
@@ -215,7 +233,7 @@ class _Whisper(_FrontEnd):
 
         self.model = getattr(getattr(backbone, "model", backbone), "encoder", backbone)
         self.convolutions = (self.model.conv1, self.model.conv2)
-        # A spectrum every HOP samples, then a convolution of stride 2.
+        # There is a spectrum every HOP samples, then a convolution of stride 2.
         self.layers = [(self.HOP, self.HOP), (1, 2)]
         self.longest = self.model.max_source_positions * 2 * self.HOP
         filters = mel_filter_bank(
@@ -236,8 +254,11 @@ class _Whisper(_FrontEnd):
         return states[:, : int(counts.max())]
 
     def log_mel(self, waves: Tensor) -> Tensor:
-        """(B, T) -> (B, M, T / 160), as OpenAI's `log_mel_spectrogram`: decibels within 80 of the
-        utterance's loudest, scaled to about −1 to 1."""
+        """Returns log-mel spectrograms (B, M, T / 160) of waves (B, T).
+
+        As in OpenAI's `log_mel_spectrogram`, values are within 80 dB of the utterance's maximum and
+        scaled to about −1 to 1.
+        """
         window = torch.hann_window(self.WINDOW, device=waves.device)
         with torch.autocast(waves.device.type, enabled=False):
             spectrum = torch.stft(
@@ -251,12 +272,16 @@ class _Whisper(_FrontEnd):
 
 
 def _has_values(waves: Tensor) -> bool:
-    """Whether these are more than a placeholder, in a pass that starts from kept states."""
+    """Tells whether waves have values; a pass that starts from stored states gets a placeholder."""
     return waves.numel() <= 1 or any(waves.stride())
 
 
 def by_length(run: Callable[[Tensor], Tensor], waves: Tensor, lengths: Tensor) -> Tensor:
-    """`run` on the utterances of each length without padding; (B, F, D) with zeros behind them."""
+    """Runs `run` on the utterances of each length without padding.
+
+    Returns:
+        (B, F, D) with zeros after the frames of each utterance.
+    """
     order: list[Tensor] = []
     parts: list[Tensor] = []
     for length in lengths.unique().tolist():
@@ -269,7 +294,7 @@ def by_length(run: Callable[[Tensor], Tensor], waves: Tensor, lengths: Tensor) -
 
 
 def convolutions(backbone: nn.Module) -> tuple[nn.Module, ...]:
-    """The front end of a speech encoder, which usually stays frozen where all else is trained.
+    """Returns the front end of a speech encoder, which usually stays frozen in full fine-tuning.
 
     Raises:
         ValueError: see `SpeechTower`.
@@ -291,6 +316,6 @@ def _front_end(backbone: Any) -> _FrontEnd:
     if hasattr(model, "feature_projection"):
         return _HuggingFace(backbone)
     raise ValueError(
-        f"{type(backbone).__name__} is no speech encoder that mmadapters can run: wav2vec 2.0, "
-        "HuBERT, WavLM and Whisper's encoder are"
+        f"{type(backbone).__name__} is no speech encoder that mmadapters can run; take wav2vec "
+        "2.0, HuBERT, WavLM or Whisper's encoder"
     )

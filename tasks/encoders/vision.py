@@ -1,6 +1,6 @@
-"""`ImageTower`: any image encoder of timm, transformers or open_clip, as maps of features.
+"""`ImageTower`: feature maps of any image encoder of timm, transformers or open_clip.
 
-Images are (B, 3, H, W), normalised as `image_preprocessing` says; a map is (B, D, h, w) with
+Images are (B, 3, H, W), normalised by `image_preprocessing`; a map is (B, D, h, w) with
 h = H / patch and w = W / patch.
 """
 
@@ -17,21 +17,22 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 from mmadapters.sites.sitemap import Tower
 
-from .positions import Grid, Kept, Lock, open_clip_at, timm_at
+from .block_states import AllStatesRead, BlockStates, StateChange
+from .positions import CopyableLock, Grid, GridCache, open_clip_at, timm_at
 from .preprocessing import image_preprocessing, normalised, to_tensor
-from .watch import Change, Reached, Watch
 
 __all__ = ["ImageStates", "ImageTower", "image_preprocessing", "normalised", "to_tensor"]
 
 
 @dataclass(frozen=True)
 class ImageStates:
-    """What an image tower says of a batch of images.
+    """The output of an image tower for a batch of images.
 
-    maps: (B, D, h, w) for each requested layer, without class, register and prompt tokens.
-    cls: (B, D), the class token of the last of the requested layers; None where there is none.
-    pooled: (B, D), the class token where the encoder has one, else the mean of the patches; where
-        the encoder norms the mean of the patches (BEiT, EVA), that.
+    Attributes:
+        maps: (B, D, h, w) of each requested layer, without class, register and prompt tokens.
+        cls: (B, D), the class token of the last requested layer; None if the encoder has none.
+        pooled: (B, D), the class token if the encoder has one, else the mean of the patches. For
+            encoders that norm the mean of the patches (BEiT, EVA), it is this normed mean.
     """
 
     maps: list[Tensor]
@@ -40,9 +41,12 @@ class ImageStates:
 
 
 class FrontEnd(Protocol):
-    """How a library's image tower is run on images of any size.
+    """Runs the image tower of a library on images of any size.
 
-    `patch` in pixels; `size`: (H, W) that it was built for, None if it is for any.
+    Attributes:
+        patch: side of a patch in pixels.
+        size: (H, W) in pixels that it was built for, None if it takes any size.
+        has_class_token: whether the tower has a class token.
     """
 
     patch: int
@@ -50,7 +54,10 @@ class FrontEnd(Protocol):
     has_class_token: bool
 
     def run(self, pixels: Tensor, grid: Grid) -> None:
-        """Lets the blocks run on `pixels` (B, 3, H, W); what comes out is not looked at.
+        """Runs the blocks on `pixels` (B, 3, H, W); its output is not used.
+
+        Args:
+            grid: (h, w) in patches.
 
         Raises:
             ValueError: the encoder takes images of its own size only.
@@ -58,16 +65,16 @@ class FrontEnd(Protocol):
 
 
 class ImageTower:
-    """The image tower of an encoder, with its adapters acting.
+    """The image tower of an encoder with its active adapters.
 
-    Holds no parameters of its own: a `TaskModel` keeps it as a plain attribute.
+    It has no parameters of its own, so a `TaskModel` can keep it as a plain attribute.
 
     Attributes:
         width: D.
-        depth: the number of blocks.
-        patch: the side of a patch in pixels.
-        size: (H, W) in pixels that the encoder was built for, None if for any.
-        has_class_token: whether there is one to pool by.
+        depth: number of blocks.
+        patch: side of a patch in pixels.
+        size: (H, W) in pixels that the encoder was built for, None if it takes any size.
+        has_class_token: whether the encoder has a class token.
 
     Raises:
         ValueError: the encoder reads no images.
@@ -98,36 +105,38 @@ class ImageTower:
         norm: bool = True,
         between: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     ) -> ImageStates:
-        """The states after some blocks; blocks above the last of them do not run.
+        """Returns the states after some blocks; blocks above the last of these do not run.
 
         Args:
-            pixels: (B, 3, H, W), multiples of the patch.
+            pixels: (B, 3, H, W); H and W are multiples of the patch.
             layers: blocks counted from 0, or from the end by negative numbers.
-            norm: whether the encoder's final norm is applied, to every layer alike.
-            between: by the number of a block, from 0: from the patches (B, h·w, D) that would enter
-                it to those that do. In this call and this thread alone.
+            norm: whether the encoder's final norm is applied to every layer.
+            between: changes of the patches (B, h·w, D) that enter a block, by its number from 0.
+                They apply in this call and this thread only.
 
         Raises:
-            ValueError: a size that the encoder does not take, or a layer that it does not have.
+            ValueError: the encoder does not take this size, or has no such layer.
         """
         grid = self._grid(pixels)
         layers = self._layers(layers)
         changes = {layer: _on_patches(grid, change) for layer, change in (between or {}).items()}
-        watch = Watch(self._tower, layers, stop=True, changes=changes)
-        with watch, contextlib.suppress(Reached):
+        recorded = BlockStates(self._tower, layers, stop=True, changes=changes)
+        with recorded, contextlib.suppress(AllStatesRead):
             self._front.run(pixels, grid)
-        assert watch.entered is not None
-        length = watch.entered.shape[1]
-        prefix = _prefix(length, grid)
-        # Prompts stand behind the tokens that entered the first block.
-        states = [watch.states[layer][:, :length] for layer in layers]
+        assert recorded.entered is not None
+        length = recorded.entered.shape[1]
+        num_prefix_tokens = _num_prefix_tokens(length, grid)
+        # Prompts follow the tokens that entered the first block.
+        states = [recorded.states[layer][:, :length] for layer in layers]
         if norm:
             states = [self.normed(tokens) for tokens in states]
-        maps = [tokens[:, prefix:].transpose(1, 2).unflatten(2, grid) for tokens in states]
+        maps = [
+            tokens[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid) for tokens in states
+        ]
         cls = states[-1][:, 0] if self.has_class_token else None
         pooled = cls
         if cls is None or self._pool_norm is not None:
-            pooled = states[-1][:, prefix:].mean(dim=1)
+            pooled = states[-1][:, num_prefix_tokens:].mean(dim=1)
         if norm and self._pool_norm is not None:
             pooled = self._pool_norm(pooled)
         assert pooled is not None
@@ -151,12 +160,12 @@ class ImageTower:
         return [layer % self.depth for layer in layers]
 
     def normed(self, tokens: Tensor) -> Tensor:
-        """(B, N, D) as the encoder's final norm leaves them, where it has one of every token."""
+        """Applies the encoder's final norm to (B, N, D) if the encoder norms every token."""
         return tokens if self._token_norm is None else self._token_norm(tokens)
 
 
-def _prefix(length: int, grid: Grid) -> int:
-    """How many of the tokens that entered the first block stand before the patches."""
+def _num_prefix_tokens(length: int, grid: Grid) -> int:
+    """Returns the number of class and register tokens, which come before the patches."""
     if length < grid[0] * grid[1]:
         raise ValueError(
             f"{length} tokens came out of {grid[0]}×{grid[1]} patches: the encoder drops patches "
@@ -165,11 +174,11 @@ def _prefix(length: int, grid: Grid) -> int:
     return length - grid[0] * grid[1]
 
 
-def _on_patches(grid: Grid, change: Callable[[Tensor], Tensor]) -> Change:
-    """A change of patches as one of all tokens."""
+def _on_patches(grid: Grid, change: Callable[[Tensor], Tensor]) -> StateChange:
+    """Turns a change of patches into one of all tokens."""
 
     def on_tokens(tokens: Tensor, length: int) -> Tensor:
-        start = _prefix(length, grid)
+        start = _num_prefix_tokens(length, grid)
         changed = change(tokens[:, start:length])
         return torch.cat([tokens[:, :start], changed, tokens[:, length:]], dim=1)
 
@@ -177,13 +186,13 @@ def _on_patches(grid: Grid, change: Callable[[Tensor], Tensor]) -> Change:
 
 
 def _norms(encoder: AdapterModel, tower: Tower) -> tuple[nn.Module | None, nn.Module | None]:
-    """The encoder's final norm, as one of every token or of pooled tokens alone."""
+    """Returns the encoder's final norm, first for every token, second for pooled tokens only."""
     norm = None if tower.norm is None else tower.norm.module
     name = next((name for name, part in encoder.backbone.named_modules() if part is norm), "")
     if name.endswith(("fc_norm", "pooler.layernorm")):
         return None, norm
     if getattr(getattr(encoder.backbone, "visual", None), "attn_pool", None) is not None:
-        # CoCa norms what its attentional pooler gives, in the pooler's width.
+        # CoCa norms the output of its attentional pooler, which has another width.
         return None, None
     return norm, None
 
@@ -197,10 +206,10 @@ class _Timm:
         self.patch = _square(embed.feat_ratio(as_scalar=False), model)
         self.size = None if embed.img_size is None else (embed.img_size[0], embed.img_size[1])
         self.has_class_token = getattr(model, "cls_token", None) is not None
-        self._kept, self._lock = Kept(), Lock()
+        self._cache, self._lock = GridCache(), CopyableLock()
 
     def run(self, pixels: Tensor, grid: Grid) -> None:
-        # The lock keeps other threads from meeting positions of another size.
+        # The lock prevents other threads from using positions of another size.
         if self.size is None or pixels.shape[-2:] == self.size:
             with self._lock:
                 self.model.forward_features(pixels)
@@ -212,7 +221,7 @@ class _Timm:
                 f"{pixels.shape[-2]}×{pixels.shape[-1]}; load it with options "
                 f"{{img_size: [{pixels.shape[-2]}, {pixels.shape[-1]}]}}"
             )
-        with self._lock, timm_at(self.model, grid, self._kept):
+        with self._lock, timm_at(self.model, grid, self._cache):
             self.model.forward_features(pixels)
 
 
@@ -235,7 +244,7 @@ class _OpenClip:
         self.visual = visual
         self.patch = _square(visual.patch_size, visual)
         self.size: Grid | None = (visual.image_size[0], visual.image_size[1])
-        self._kept, self._lock = Kept(), Lock()
+        self._cache, self._lock = GridCache(), CopyableLock()
         if not getattr(visual.transformer, "batch_first", True):
             raise ValueError(
                 "the blocks of this open_clip model take tokens before the batch; build it with "
@@ -247,14 +256,14 @@ class _OpenClip:
             with self._lock:
                 self.visual(pixels)
             return
-        with self._lock, open_clip_at(self.visual, grid, self._kept):
+        with self._lock, open_clip_at(self.visual, grid, self._cache):
             self.visual(pixels)
 
 
 class _Transformers:
     """A vision model of transformers, or the vision tower of one that reads text too."""
 
-    # Those that resize their position embeddings, or have none, without being asked.
+    # Models that always resize their position embeddings, or have none.
     ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
     def __init__(self, model: Any) -> None:
@@ -273,7 +282,7 @@ class _Transformers:
 
 
 def _front_end(backbone: Any, path: str) -> FrontEnd:
-    """The front end of a backbone whose blocks lie at `path`."""
+    """Returns the front end of a backbone whose blocks are at `path`."""
     holder, _, last = path.rpartition(".")
     if last == "resblocks":
         return _OpenClip(backbone.visual)

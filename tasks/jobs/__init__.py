@@ -1,1 +1,1 @@
-"""Jobs from their config to a run directory."""
+"""Jobs from their config to a run directory; predictions, inspection and the demo."""

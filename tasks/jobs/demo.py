@@ -1,7 +1,7 @@
-"""All tasks on data that is drawn, synthesised or ships in a package, with the nano encoders.
+"""Runs all tasks with the nano encoders, on data that is generated or ships in a package.
 
 Each task is trained twice with the same data, steps and head: on the frozen encoder alone, and with
-adapters. What the data show, no encoder has seen: shapes, colours, phrasing, an accent.
+adapters. No encoder has seen such data before: shapes, colours, phrasing, an accent.
 """
 
 from __future__ import annotations
@@ -15,22 +15,35 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..core.metrics import Metric
-    from .run import Run
+    from ..reports.results import Run
 
-# Task -> the config that ships, and what makes it short enough for a demo.
+# Task -> the name of a config that ships, and changes that make it short enough for a demo.
 TASKS: dict[str, tuple[str, ...]] = {
     "segmentation": ("segment_scenes", "trainer.epochs=3"),
     "asr": ("asr_accent", "data.options.train=560"),
     "vqa": ("vqa_easy", "trainer.batch_size=128", "data.limit.test=4000"),
     "retrieval": ("retrieve_scenes", "data.options.train=2000"),
 }
-HOME_ACCENT = "en-us"
+HOME_ACCENT = "en-us"  # the accent that the speech encoder was trained on
 
 
 @dataclass(frozen=True)
-class Row:
-    """One task's outcome. `head` and `adapter`: the deciding metric on the test split; `notes`:
-    what else is to be said of it."""
+class DemoRow:
+    """The results of one task.
+
+    Attributes:
+        task: the name of the task.
+        backbone: the name of the encoder.
+        head: the deciding metric on the test split with a trained head alone.
+        adapter: the same metric with adapters.
+        head_seconds: the training time of the head alone.
+        adapter_seconds: the training time with adapters.
+        parameters: the parameters of the adapters.
+        share: the trained parameters over those of the encoder.
+        kilobytes: the size of the adapter directory, 1,024 bytes each.
+        report: the report of the run with adapters.
+        notes: further sentences on the results.
+    """
 
     task: str
     backbone: str
@@ -46,7 +59,7 @@ class Row:
 
     @property
     def clear(self) -> bool:
-        """Whether the 95 % interval of the adapter lies wholly on the better side of the head's."""
+        """Whether the whole 95 % interval with adapters is better than that of the head alone."""
         if self.adapter.greater_is_better:
             return _bound(self.adapter, "low") > _bound(self.head, "high")
         return _bound(self.adapter, "high") < _bound(self.head, "low")
@@ -57,15 +70,15 @@ def _bound(metric: Metric, side: str) -> float:
     return metric.value if value is None else value
 
 
-def run(out: Path, tasks: Sequence[str], overrides: Sequence[str] = ()) -> list[Row]:
-    """Trains the tasks, each in `out/TASK/{head,adapter}`, and returns what came out.
+def run(out: Path, tasks: Sequence[str], overrides: Sequence[str] = ()) -> list[DemoRow]:
+    """Trains the tasks, each in `out/TASK/{head,adapter}`, and returns their results.
 
     Args:
         overrides: changes to every config, for a shorter demo.
 
     Raises:
-        ValueError: an unknown task.
-        ImportError: speech synthesis or easy-VQA is not installed; says how to.
+        ValueError: a task is unknown.
+        ImportError: speech synthesis or easy-VQA is not installed; says how to install it.
     """
     from mmadapters.suggest import nearest
 
@@ -77,10 +90,10 @@ def run(out: Path, tasks: Sequence[str], overrides: Sequence[str] = ()) -> list[
     return [_task(task, out / task, overrides) for task in tasks]
 
 
-def _task(task: str, folder: Path, overrides: Sequence[str]) -> Row:
+def _task(task: str, folder: Path, overrides: Sequence[str]) -> DemoRow:
     head = _train(task, folder, "head", overrides)
     adapter = _train(task, folder, "adapter", overrides)
-    return Row(
+    return DemoRow(
         task=task,
         backbone=adapter.task.config.backbone.name,
         head=head.headline,
@@ -106,7 +119,7 @@ def _train(task: str, folder: Path, mode: str, overrides: Sequence[str], *change
         f"trainer.mode={mode}",
         f"name={name}",
         f"output={folder / name.removeprefix(f'{task}-')}",
-        # The untrained encoder is measured once for each task, with the adapter's run.
+        # The untrained encoder is measured once for each task, in the run with adapters.
         *(["evaluation.before=false"] if mode == "head" else []),
         *changes,
         *overrides,
@@ -115,7 +128,7 @@ def _train(task: str, folder: Path, mode: str, overrides: Sequence[str], *change
 
 
 def _gap(adapter: Run, folder: Path, overrides: Sequence[str]) -> tuple[str, ...]:
-    """How much of the distance between the new accent and the encoder's own the adapter closes."""
+    """Returns a sentence on how much of the gap between the two accents the adapter closes."""
     if adapter.before is None:
         return ()
     home = _train(
@@ -129,8 +142,8 @@ def _gap(adapter: Run, folder: Path, overrides: Sequence[str]) -> tuple[str, ...
     )
 
 
-def show(rows: Sequence[Row], console: Console, out: Path) -> None:
-    """The table, and where the reports are."""
+def show(rows: Sequence[DemoRow], console: Console, out: Path) -> None:
+    """Prints the table, the notes and the paths of the reports."""
     from rich.table import Table
 
     table = Table("task", title="Test splits, with 95 % intervals")
@@ -154,7 +167,7 @@ def show(rows: Sequence[Row], console: Console, out: Path) -> None:
 
 
 def _two_lines(metric: Metric) -> str:
-    """A metric with its interval below it."""
+    """Returns a metric with its interval on a second line."""
     value, bracket, interval = str(metric).partition(" [")
     unit = " %" if metric.unit == "%" else ""
     return f"{value}{unit}\n[{interval.removesuffix(' %')}" if bracket else value

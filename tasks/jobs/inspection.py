@@ -1,6 +1,6 @@
-"""What an encoder offers: its sites and their shapes, and what each method would cost there.
+"""Lists the sites of an encoder with their shapes, and the cost of each method at them.
 
-Each method is built with its defaults and thrown away. Nothing is inserted: the self-check of
+Each method is built with its defaults and thrown away. Nothing is inserted, so the self-check of
 `add_adapter`, which runs the encoder, is not part of this.
 """
 
@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """A canonical site. `kind`: attn, ffn or cross of a sublayer, linear or norm of a leaf, conv of
-    a layer of a front end, which takes `inputs` channels and gives `outputs`.
+    """A canonical site.
 
-    A leaf takes (…, `inputs`) and gives (…, `outputs`); both are the width for a sublayer.
-    `parameters`: of its weight and bias, or of all its leaves.
+    Attributes:
+        name: its name.
+        kind: attn, ffn or cross for a sublayer; linear or norm for a leaf; conv for a layer of a
+            convolutional front end; embedding for the output of a tower in the shared space.
+        inputs: the width of the input (…, inputs), or its channels for conv.
+        outputs: the width of the output (…, outputs), or its channels for conv.
+        parameters: the weight and bias of a leaf or layer, or all leaves of a sublayer.
     """
 
     name: str
@@ -43,9 +47,17 @@ class SiteRow:
 
 
 @dataclass(frozen=True)
-class TowerRow:
-    """A stack of blocks. `parameters`: of its blocks and final norm, patches and positions left
-    out; `prompts`: None if tokens can be appended, else why not."""
+class InspectedTower:
+    """A tower of the encoder, which is a stack of blocks.
+
+    Attributes:
+        name: its name.
+        depth: the number of blocks.
+        width: the width of the hidden states.
+        parameters: those of the blocks and the final norm, without patch and position embeddings.
+        prompts: why no tokens can be appended to its input; None if they can.
+        sites: its sites.
+    """
 
     name: str
     depth: int
@@ -57,10 +69,18 @@ class TowerRow:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method with its defaults. `problem`: why it cannot be used here, and then nothing else.
+    """A method with its default options, at all sites that it adapts.
 
-    `share`: its parameters over those of the encoder; `fp32_bytes`, `fp16_bytes`: its tensors in a
-    safetensors file; `identity`: a fresh adapter changes no output; `mergeable`: True or why not.
+    Attributes:
+        method: its name.
+        problem: why it cannot be used with this encoder; all further fields are then unset.
+        sites: the number of its sites.
+        parameters: the number of its parameters.
+        share: its parameters over those of the encoder.
+        fp32_bytes: the size of its tensors in a safetensors file in fp32.
+        fp16_bytes: the same in fp16.
+        identity: whether a fresh adapter leaves all outputs unchanged.
+        mergeable: True if it can be merged into the weights, otherwise why not.
     """
 
     method: str
@@ -76,17 +96,26 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`parameters`: of the whole encoder."""
+    """An inspected encoder.
+
+    Attributes:
+        backbone: its name, as `load_backbone` takes it.
+        library: the library that it comes from.
+        architecture: its architecture.
+        parameters: the parameters of the whole encoder.
+        towers: its towers.
+        methods: the methods.
+    """
 
     backbone: str
     library: str
     architecture: str
     parameters: int
-    towers: list[TowerRow]
+    towers: list[InspectedTower]
     methods: list[MethodRow]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns all fields, JSON-ready."""
         return asdict(self)
 
 
@@ -97,13 +126,16 @@ def inspect(
     weights: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Inspection:
-    """The sites of an encoder and the cost of every method.
+    """Inspects an encoder: its sites and the cost of every method.
 
     Args:
-        backbone_name: what `load_backbone` takes, as are the others; shapes need no weights.
+        backbone_name: as `load_backbone` takes it.
+        pretrained: as `load_backbone` takes it; shapes need no pretrained weights.
+        weights: as `load_backbone` takes it.
+        options: further arguments of `load_backbone`.
 
     Raises:
-        ValueError: an unknown encoder, or one whose sites are not known.
+        ValueError: the encoder is unknown, or its sites are not known.
         RuntimeError: see `load_backbone`.
     """
     backbone = mmadapters.load_backbone(
@@ -125,7 +157,7 @@ def _count(parameters: Iterable[torch.Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _tower_row(tower: Tower) -> TowerRow:
+def _tower_row(tower: Tower) -> InspectedTower:
     parts = [block.module for block in tower.blocks]
     parameters = _count(nn.ModuleList(parts).parameters())
     sites = [_front_row(layer) for layer in tower.front]
@@ -138,7 +170,7 @@ def _tower_row(tower: Tower) -> TowerRow:
         parameters += sites[-1].parameters
     if tower.embedding is not None:
         sites.append(_embedding_row(tower.embedding))
-    return TowerRow(tower.name, len(parts), tower.width, parameters, tower.prompts, sites)
+    return InspectedTower(tower.name, len(parts), tower.width, parameters, tower.prompts, sites)
 
 
 def _front_row(layer: FrontLayer) -> SiteRow:
@@ -195,28 +227,28 @@ def _parts(config: MethodConfig, sites: SiteMap) -> dict[str, AdapterModule]:
 def _mergeable(
     config: MethodConfig, parts: Mapping[str, AdapterModule], sites: SiteMap
 ) -> bool | str:
-    """Whether the method's kind and every one of its sites can be merged."""
+    """Returns True if the method can be merged at every one of its sites, otherwise why not."""
     if config.mergeable is not True:
         return config.mergeable
     for key, module in parts.items():
         try:
-            # One at a time, or the whole encoder's weights would be here twice.
+            # One site at a time, as all at once would copy the weights of the whole encoder.
             merged_tensors("it", Adapter(config, {key: module}), sites)
         except ValueError as error:
             return str(error).removeprefix("adapter 'it' cannot be merged: ")
     return True
 
 
-def print_inspection(found: Inspection, console: Console) -> None:
-    """Tables of the towers' sites and of the methods."""
+def print_inspection(inspection: Inspection, console: Console) -> None:
+    """Prints tables of the sites of each tower and of the methods."""
     from rich.table import Table
 
     words = (
-        f"{found.backbone}: {found.architecture} of {found.library}, "
-        f"{found.parameters:,} parameters"
+        f"{inspection.backbone}: {inspection.architecture} of {inspection.library}, "
+        f"{inspection.parameters:,} parameters"
     )
     console.print(words, style="bold", markup=False, highlight=False)
-    for tower in found.towers:
+    for tower in inspection.towers:
         table = Table("site", "kind", "in → out", "parameters", title_justify="left")
         table.title = (
             f"{tower.name}: {tower.depth} blocks of width {tower.width}, "
@@ -229,18 +261,19 @@ def print_inspection(found: Inspection, console: Console) -> None:
             cells = (row.name, row.kind, f"{row.inputs} → {row.outputs}", f"{row.parameters:,}")
             table.add_row(*cells, style="" if leaf else "bold")
         console.print(table)
-    console.print(_method_table(found.methods, notes := Notes()))
+    console.print(_method_table(inspection.methods, notes := Notes()))
     for number, note in enumerate(notes.texts, start=1):
         console.print(f"({number}) {note}", style="dim", markup=False, highlight=False)
 
 
 class Notes:
-    """Sentences below a table, each once, and their numbers."""
+    """Numbered sentences below a table; equal sentences have one number."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def number(self, text: str) -> int:
+        """Returns the number of a sentence, which is added if it is new."""
         if text not in self.texts:
             self.texts.append(text)
         return self.texts.index(text) + 1
@@ -253,7 +286,7 @@ def _method_table(rows: Iterable[MethodRow], notes: Notes) -> Any:
         *("method", "sites", "parameters", "share", "file", "merges"),
         title="Methods with their defaults; files in fp32, in fp16 half as large",
         title_justify="left",
-        padding=(0, 0, 0, 1),  # the longest names and numbers fit 80 columns just so
+        padding=(0, 0, 0, 1),  # with this padding the longest names and numbers just fit 80 columns
     )
     for number, column in enumerate(table.columns):
         column.no_wrap = True
@@ -275,8 +308,10 @@ def _size(count: int) -> str:
 
 
 def _collapsed(sites: Iterable[SiteRow]) -> list[SiteRow]:
-    """Sites that differ in the number of their block or layer alone as one, with the numbers in
-    brackets."""
+    """Joins sites that differ only in the number of their block or layer into one row.
+
+    The name of the row holds the numbers in brackets.
+    """
     alike: dict[tuple, list[int]] = {}
     for site in sites:
         match = re.search(r"(?<=\.blocks\.)\d+(?=\.)|(?<=\.front\.)\d+$", site.name)
@@ -292,7 +327,7 @@ def _collapsed(sites: Iterable[SiteRow]) -> list[SiteRow]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """`0-3, 5` for 0, 1, 2, 3, 5."""
+    """Returns numbers as text with ranges: `[0-3, 5]` for 0, 1, 2, 3, 5; `4` for 4 alone."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

@@ -7,37 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Opened
-
-MEDIA = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-    + (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
-)
+from ..data.media import MEDIA_SUFFIXES
 
 
 def predict(
     opened: Opened, inputs: Sequence[str], *, out: Path | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A JSON-ready result for each input, as the task makes it.
+    """Yields the task's result for each input, JSON-ready.
 
-    A folder stands for the pictures and recordings in it, in order of their names.
+    Args:
+        inputs: files, folders, or what else the task takes. A folder stands for the pictures and
+            recordings in it, in the order of their names.
+        out: a folder for larger results (masks, pictures).
 
     Raises:
         ValueError: there is no input, or one cannot be read.
     """
-    found = list(expand(inputs))
-    if not found:
+    expanded = list(expand(inputs))
+    if not expanded:
         raise ValueError(f"there is nothing to predict; give {opened.task.usage}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     opened.model.eval()
-    yield from opened.task.predict(opened.model, found, out=out)
+    yield from opened.task.predict(opened.model, expanded, out=out)
 
 
 def expand(inputs: Sequence[str]) -> Iterator[str]:
-    """The inputs, folders replaced by the pictures and recordings in them."""
+    """Yields the inputs; in place of a folder, the pictures and recordings in it."""
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            yield from (str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in MEDIA)
+            yield from (
+                str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in MEDIA_SUFFIXES
+            )
         else:
             yield name

@@ -1,1 +1,1 @@
-"""What a run shows: a page, charts, tables and the console."""
+"""The results of runs and how they are shown: pages, charts, tables and the console."""

@@ -13,13 +13,16 @@ Entries = Sequence[Mapping[str, Any]]
 
 
 def learning_curves(history: Entries, metric: Metric, best_step: int | None) -> list[str]:
-    """SVG elements: of training loss, of the deciding metric on the validation split with the best
-    checkpoint marked, and of the learning rate; those of which anything was logged.
+    """Draws the learning curves of a run; a quantity that was never logged has no chart.
 
     Args:
         history: transformers' `log_history`.
-        metric: its name, unit and direction.
-        best_step: the step that was kept; the best of the history by default.
+        metric: gives the name, unit and direction of the deciding metric.
+        best_step: the step whose checkpoint was kept; the best of the history by default.
+
+    Returns:
+        SVG elements: training loss; deciding metric on the validation split, with the best
+        checkpoint marked; learning rate.
     """
     charts = []
     steps, loss = series(history, "loss")
@@ -42,13 +45,13 @@ def _validation(
     percent = metric.unit == "%"
     title = f"validation {metric.name}"
     best = best_step if best_step in steps else _best(steps, values, metric)
-    mark, told = None, title
+    mark, caption = None, title
     if best is not None:
         value = values[steps.index(best)]
         shown = f"best {100 * value:.1f} %" if percent else f"best {value:.4g}"
-        mark, told = (best, value, shown), f"{title}: {shown} at step {best}"
+        mark, caption = (best, value, shown), f"{title}: {shown} at step {best}"
     figure = curve(steps, values, title=title, percent=percent, mark=mark, colours=PAGE)
-    return figure_svg(figure, title=told)
+    return figure_svg(figure, title=caption)
 
 
 def _best(steps: list[int], values: list[float], metric: Metric) -> int | None:
@@ -62,11 +65,13 @@ def _best(steps: list[int], values: list[float], metric: Metric) -> int | None:
 
 
 def series(history: Entries, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of what was logged under a key, infinite ones as NaN, which leave a gap; of
-    two at one step, the later."""
-    found = {int(entry["step"]): float(entry[key]) for entry in history if key in entry}
-    steps = sorted(found)
-    return steps, [found[step] if math.isfinite(found[step]) else math.nan for step in steps]
+    """Returns the steps and values that were logged under a key.
+
+    Of two values at one step the later counts. An infinite value becomes NaN, a gap in the curve.
+    """
+    values = {int(entry["step"]): float(entry[key]) for entry in history if key in entry}
+    steps = sorted(values)
+    return steps, [values[step] if math.isfinite(values[step]) else math.nan for step in steps]
 
 
 def _ends(steps: list[int], values: list[float]) -> str:

@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""Tables and progress bars that the commands print."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..core.metrics import Metric
-    from ..core.task import Scores
+    from ..core.results import Scores
 
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal; the function inside is told how much is done, and of how much
-    where that was not known before."""
+    """Shows a progress bar if the output is a terminal.
+
+    Yields a function that takes how much is done, and the new total if it has changed.
+    """
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
@@ -27,7 +29,7 @@ def bar(title: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 def print_scores(console: Console, scores: Scores, title: str) -> None:
-    """A table of metrics and their intervals, in total and by group."""
+    """Prints a table of metrics and their intervals, in total and by group."""
     table = Table("", "value", "95 % interval", "n", title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -48,7 +50,11 @@ def _cells(name: str, metric: Metric) -> tuple[str, str, str, str]:
 
 
 def print_facts(console: Console, facts: dict[str, Any]) -> None:
-    """What a run trained, how long it took and what it weighs, in a line."""
+    """Prints a line with the trained parameters, the time and the size of a run.
+
+    Args:
+        facts: as `Run.facts`.
+    """
     words = [
         f"trained {100 * facts['trained_share']:.2f} % of the encoder"
         f" ({facts['adapter_parameters']:,} in the adapter,"
@@ -62,7 +68,7 @@ def print_facts(console: Console, facts: dict[str, Any]) -> None:
 
 
 def plain(cell: object) -> str:
-    """Text that rich shows as it stands."""
+    """Returns the text of a cell so that rich shows it unchanged."""
     from rich.markup import escape
 
     return escape(str(cell))

@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file without scripts and without anything from elsewhere.
+"""The page of a run's report: one HTML file without scripts that loads no other file.
 
-`Report` says what is in it, `write_report` makes the page. All text is escaped; pictures stand in
-the page as data. The page says by a Content-Security-Policy that it loads and runs nothing.
+`RunReport` holds its contents, `write_report` writes it. All text is escaped, and pictures are part
+of the page as data. A Content-Security-Policy forbids the page to load or run anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmadapters.files import write_text
 
 from ..core.errors import Problem
 from ..core.metrics import Metric
-from ..core.task import Figure, Scores, Table
+from ..core.results import Figure, Scores, Table
 from .charts import learning_curves
 from .tables import group_table, metric_named, metric_rows
 
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 TEMPLATES = Path(__file__).parent / "templates"
-REASONS = 12  # kinds of skipped rows that are listed for a split
+REASONS = 12  # the largest number of reasons that are listed for the skipped rows of a split
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a report shows.
+class RunReport:
+    """The contents of a report.
 
     Attributes:
-        title: the run's name.
-        task: as in `task: NAME`.
-        metric: the name of the deciding metric; in `history` it is `eval_` and this name.
-        scores: by split, the one that counts first ("test").
+        title: the name of the run.
+        task: the name of the task, as in `task: NAME`.
+        metric: the name of the deciding metric; in `history` it has the prefix `eval_`.
+        scores: the scores by split; the split of the headline figure ("test") is first.
         before: the scores of that split before training.
         summary: sentences below the title.
-        facts: label -> text of what is good to know at a glance (trained share, size, time).
+        facts: the most important figures (trained share, size, time), label -> text.
         figures: pictures and tables of the task, in order.
         history: transformers' `log_history`: step, loss, learning_rate, eval_….
         best_step: the step whose checkpoint was kept.
         problems: by split, the rows that could not be used.
-        environment: what the run ran on; a mapping in it is shown as a list.
+        environment: machine and versions; a mapping in it is shown as a list.
         config: the resolved config as YAML.
-        created: when; now by default.
+        created: the time on the page; now by default.
     """
 
     title: str
@@ -67,17 +67,17 @@ class Report:
     created: datetime | None = None
 
 
-def write_report(path: Path, report: Report) -> None:
-    """Writes the page, whole or not at all.
+def write_report(path: Path, report: RunReport) -> None:
+    """Writes the page, completely or not at all.
 
     Raises:
-        ValueError: there are no scores, or none of the deciding metric.
+        ValueError: the first split has no score of the deciding metric.
     """
     write_text(path, render(report))
 
 
-def render(report: Report) -> str:
-    """The page as text; raises as `write_report`."""
+def render(report: RunReport) -> str:
+    """Returns the page as text; raises as `write_report`."""
     split, scores = next(iter(report.scores.items()), ("", Scores([])))
     headline = metric_named(scores, report.metric)
     if headline is None:
@@ -91,13 +91,13 @@ def render(report: Report) -> str:
         groups=[group_table(column, scores, report.before) for column in scores.groups],
         charts=learning_curves(report.history, headline, report.best_step),
         extras=[*report.figures, *scores.tables],
-        problems={name: reasons(found) for name, found in report.problems.items() if found},
+        problems={name: reasons(rows) for name, rows in report.problems.items() if rows},
         created=report.created or datetime.now().astimezone(),
     )
 
 
 def template(name: str) -> Template:
-    """A page of `templates/`, whose filters show metrics, cells and pictures."""
+    """Returns a template of `templates/` with filters that show metrics, cells and pictures."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -119,7 +119,13 @@ def template(name: str) -> Template:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why rows could not be used, how many, and the numbers of the first of them."""
+    """A reason for which rows could not be used.
+
+    Attributes:
+        text: the reason.
+        count: how many rows it concerns.
+        first: the numbers of the first few of them.
+    """
 
     text: str
     count: int
@@ -127,25 +133,28 @@ class Reason:
 
 
 def reasons(problems: Iterable[Problem]) -> list[Reason]:
-    """Problems by reason, the commonest first; all after `REASONS` kinds are one."""
+    """Groups problems by reason, the most frequent first.
+
+    Reasons after the first `REASONS` are counted together as "other reasons".
+    """
     rows: dict[str, list[int]] = {}
     for problem in problems:
         rows.setdefault(problem.reason, []).append(problem.index)
-    found = [Reason(text, len(rows[text]), sorted(rows[text])[:5]) for text in rows]
-    found.sort(key=lambda reason: (-reason.count, reason.first))
-    rest = sum(reason.count for reason in found[REASONS:])
-    return found[:REASONS] + ([Reason("other reasons", rest, [])] if rest else [])
+    every = [Reason(text, len(rows[text]), sorted(rows[text])[:5]) for text in rows]
+    every.sort(key=lambda reason: (-reason.count, reason.first))
+    rest = sum(reason.count for reason in every[REASONS:])
+    return every[:REASONS] + ([Reason("other reasons", rest, [])] if rest else [])
 
 
 def value_text(metric: Metric | None) -> str:
-    """A metric's value with its unit."""
+    """Returns the value of a metric with its unit, or a dash if it has none."""
     if metric is None or not math.isfinite(metric.value):
         return "—"
     return f"{100 * metric.value:.1f} %" if metric.unit == "%" else cell_text(metric.value)
 
 
 def interval_text(metric: Metric | None) -> str:
-    """A metric's 95 % interval, empty where it has none."""
+    """Returns the 95 % interval of a metric, or an empty text if it has none."""
     if metric is None or metric.low is None or metric.high is None:
         return ""
     if metric.unit == "%":
@@ -154,7 +163,7 @@ def interval_text(metric: Metric | None) -> str:
 
 
 def cell_text(value: Any) -> str:
-    """A cell of a table as text: numbers with four figures at most, and none that look exact."""
+    """Returns the text of a cell; real numbers have four digits, large ones no decimals."""
     if value is None:
         return "—"
     if isinstance(value, bool):
@@ -171,13 +180,19 @@ def cell_text(value: Any) -> str:
 
 
 def end_text(metric: Metric) -> str:
-    """An end of a scale, which is a round number."""
+    """Returns the text of an end of a scale, which is a round number."""
     return f"{100 * metric.value:.4g} %" if metric.unit == "%" else cell_text(metric.value)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as an <img> shows it: `address` holds its data; sizes are in CSS pixels."""
+    """A picture for an <img> element.
+
+    Attributes:
+        address: a data URL that holds the picture.
+        width: CSS pixels.
+        height: CSS pixels.
+    """
 
     address: str
     width: int
@@ -185,7 +200,7 @@ class Picture:
 
 
 def picture(image: bytes) -> Picture:
-    """PNG data at its printed size, so that text has one size in pictures of any resolution."""
+    """Returns PNG data at its printed size, so that text is equally large at any resolution."""
     from PIL import Image
 
     with Image.open(io.BytesIO(image)) as opened:

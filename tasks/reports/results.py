@@ -1,125 +1,47 @@
-"""What a run tells its report."""
+"""The results of a run, as the run directory, the report and the console show them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import yaml
-
-from ..core import plots
-from ..core.task import Figure, Record, Rows
-from .page import Report, write_report
-
-if TYPE_CHECKING:
-    from ..jobs.run import Run
+from ..core.errors import Problem
+from ..core.metrics import Metric
+from ..core.model import TaskModel
+from ..core.results import Scores
+from ..core.task import Task
 
 
-def write_run_report(
-    run: Run,
-    splits: Mapping[Any, Rows],
-    records: Mapping[Any, Sequence[Record]],
-    *,
-    environment: Mapping[str, Any],
-) -> None:
-    """Writes `report.html` of a run that has been evaluated; pictures are of the split that counts.
+@dataclass
+class Run:
+    """A run and its results.
 
-    Args:
-        records: by split, as `evaluate` gave them.
-        environment: as `metrics.json` has it.
+    Attributes:
+        folder: the run directory.
+        task: the task, fitted to its training rows.
+        model: the model, trained.
+        scores: the scores by split.
+        before: the scores before training of the split that `headline` is of; None if they were
+            not measured.
+        problems: by split, the rows that could not be used.
+        history: transformers' `log_history`.
+        facts: figures of the model and of the training, JSON-ready.
+        attention: by fusion and site, the mean weight (0 to 1) of each member on the split that
+            was measured last.
     """
-    from ..jobs.run import REPORT
 
-    config = run.task.config
-    order = [split for split in ("test", "validation") if split in run.scores]
-    count = config.evaluation.pictures
-    figures = (
-        [*run.task.illustrate(run.model, splits[order[0]], records[order[0]], count=count)]
-        if count and order
-        else []
-    )
-    figures += [
-        Figure(
-            title=f"Who contributes where: AdapterFusion of {name}",
-            image=plots.figure_png(plots.fusion_map(sites, members=name.split(","))),
-            caption="The mean attention on each member at each site, over all tokens of "
-            f"{order[0]}; rows add up to 100 %.",
-        )
-        for name, sites in run.attention.items()
-    ]
-    report = Report(
-        title=config.name,
-        task=config.task,
-        metric=run.task.metric,
-        scores={split: run.scores[split] for split in order},
-        before=run.before,
-        summary=summary(run, splits),
-        facts=facts(run),
-        figures=figures,
-        history=run.history,
-        best_step=run.facts.get("best_step"),
-        problems=run.problems,
-        environment=environment,
-        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-    )
-    write_report(run.folder / REPORT, report)
+    folder: Path
+    task: Task
+    model: TaskModel
+    scores: dict[str, Scores] = field(default_factory=dict)
+    before: Scores | None = None
+    problems: dict[str, list[Problem]] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
-
-def summary(run: Run, splits: Mapping[Any, Rows]) -> list[str]:
-    """What was done, in a sentence or two."""
-    config = run.task.config
-    mode = config.trainer.mode
-    method = config.adapter.get("method") if mode == "adapter" else mode
-    ways = {
-        "full": "fine-tuned as a whole",
-        "head": "frozen, with a trained head",
-        "none": "as it is, nothing trained",
-        "fusion": f"frozen, with a fusion of {', '.join(config.members)}",
-    }
-    how = ways.get(mode, f"frozen, with {method} adapters")
-    sizes = [f"{len(rows):,} {split}" for split, rows in splits.items() if hasattr(rows, "__len__")]
-    return [
-        f"{config.backbone.name}, {how}.",
-        f"Rows: {', '.join(sizes)}. The best checkpoint was chosen on the validation split."
-        if "validation" in splits and run.history
-        else f"Rows: {', '.join(sizes)}.",
-    ]
-
-
-def facts(run: Run) -> dict[str, str]:
-    """What is good to know at a glance."""
-    known = run.facts
-    told = {
-        "trained of the encoder": f"{100 * known['trained_share']:.2f} %",
-        "adapter": f"{known['adapter_parameters']:,} parameters",
-        "head": f"{known['head_parameters']:,} parameters",
-    }
-    if "adapter_bytes" in known:
-        told["on disk"] = f"{known['adapter_bytes'] / 1024:,.0f} kB"
-    if "train_seconds" in known:
-        told["training"] = f"{known['steps']:,} steps in {known['train_seconds']:,.0f} s"
-        told["waited for data"] = f"{100 * known['waited_for_data']:.1f} % of the time"
-    if known.get("cache"):
-        told["frozen part"] = cache_text(known["cache"])
-    return told
-
-
-def cache_text(cache: Mapping[str, Any]) -> str:
-    """What was kept of the frozen encoder, in a line."""
-    if cache["where"] == "off":
-        return f"run in every pass: {cache['reason']}"
-    towers = ", ".join(
-        f"{name} up to block {part['block']} of {part['blocks']}"
-        for name, part in cache["towers"].items()
-    )
-    parts = [cache["train"]]
-    if isinstance(cache.get("validation"), Mapping):
-        parts.append(cache["validation"])
-    size, seconds, read = (sum(p[key] for p in parts) for key in ("bytes", "seconds", "read"))
-    views = cache["train"]["views"]
-    kept = f"computed once ({towers}), {size / 2**20:,.0f} MiB {_WHERE[cache['where']]}"
-    kept += f" for {views} views of each row" if views > 1 else ""
-    return f"{kept}, filled in {seconds:,.1f} s and read {read:,} times"
-
-
-_WHERE = {"memory": "in memory", "disk": "on disk"}
+    @property
+    def headline(self) -> Metric:
+        """The deciding metric on the test split, or on the validation split without a test."""
+        return self.scores["test" if "test" in self.scores else "validation"][self.task.metric]

@@ -1,4 +1,4 @@
-"""The metric tables of a report: what is in which line, and where its bar lies."""
+"""The metric tables of a report: their lines, and the scales of their bars."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.metrics import Metric
-from ..core.task import Scores
+from ..core.results import Scores
 
 
 def metric_named(scores: Scores | None, name: str) -> Metric | None:
-    """A metric by name, None where it is not there."""
+    """Returns a metric by name, or None if it was not measured."""
     return _named([] if scores is None else scores.metrics, name)
 
 
@@ -21,7 +21,12 @@ def _named(metrics: Sequence[Metric], name: str) -> Metric | None:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A metric before training and on each split, None where it was not measured."""
+    """A line of the metric table; None stands for a metric that was not measured.
+
+    Attributes:
+        before: the metric before training, on the first split.
+        splits: the metric on each split, in order.
+    """
 
     name: str
     greater_is_better: bool
@@ -32,7 +37,7 @@ class MetricRow:
 def metric_rows(
     deciding: str, scores: Mapping[str, Scores], before: Scores | None
 ) -> list[MetricRow]:
-    """All metrics of all splits by name, the deciding one first."""
+    """Returns a line for each metric of any split, the deciding metric first."""
     known = {metric.name: metric for split in scores.values() for metric in split.metrics}
     return [
         MetricRow(
@@ -46,21 +51,21 @@ def metric_rows(
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What a bar spans, from `start` to `end`, in the metric's own units."""
+class BarScale:
+    """The span of a bar, from `start` to `end`, in the units of the metric."""
 
     start: float
     end: float
 
     def percent(self, value: float | None) -> float | None:
-        """Where a value lies, in percent of the width."""
+        """Returns the position of a value in percent of the width, or None if it has none."""
         if value is None or not math.isfinite(value):
             return None
         return round(100 * (value - self.start) / (self.end - self.start), 2)
 
 
-def scale_of(metrics: Sequence[Metric]) -> Scale:
-    """Round ends around all values and intervals."""
+def scale_of(metrics: Sequence[Metric]) -> BarScale:
+    """Returns a scale with round ends that spans all values and intervals."""
     ends = [
         value
         for metric in metrics
@@ -76,12 +81,19 @@ def scale_of(metrics: Sequence[Metric]) -> Scale:
         start, end = start - step, end + step
     if all(metric.unit == "%" and 0 <= metric.value <= 1 for metric in metrics):
         start, end = max(start, 0.0), min(end, 1.0) if high <= 1 else end
-    return Scale(start, end)
+    return BarScale(start, end)
 
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One value of a column: the deciding metric, the same before training, the further ones."""
+    """The line of one value of a column.
+
+    Attributes:
+        name: the value.
+        metric: the deciding metric.
+        before: the deciding metric before training; None if it was not measured.
+        others: the other metrics, in the order of `GroupTable.others`.
+    """
 
     name: str
     metric: Metric
@@ -91,30 +103,39 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class GroupTable:
-    """The metrics by the values of a column, worst first. `total`: that of the whole split."""
+    """The metrics by the values of a column, the worst first.
+
+    Attributes:
+        column: the name of the column.
+        metric: the name of the deciding metric.
+        others: the names of the other metrics.
+        rows: a line for each value.
+        total: the deciding metric of the whole split.
+        scale: the scale of all bars.
+    """
 
     column: str
     metric: str
     others: list[str]
     rows: list[GroupRow]
     total: Metric | None
-    scale: Scale
+    scale: BarScale
 
     @property
     def compared(self) -> bool:
-        """Whether anything was measured before training."""
+        """Whether a value was also measured before training."""
         return any(row.before is not None for row in self.rows)
 
     @property
     def ends(self) -> tuple[Metric, Metric]:
-        """The ends of the scale as figures of the metric."""
+        """The ends of the scale as values of the metric."""
         unit = self.rows[0].metric.unit
         start, end = self.scale.start, self.scale.end
         return Metric(self.metric, start, unit=unit), Metric(self.metric, end, unit=unit)
 
 
 def group_table(column: str, scores: Scores, before: Scores | None) -> GroupTable:
-    """The table of one column of `scores.groups`, whose metrics have the deciding one first."""
+    """Makes the table of one column of `scores.groups`, whose first metric is the deciding one."""
     groups = {str(value): metrics for value, metrics in scores.groups[column].items()}
     earlier = {} if before is None else before.groups.get(column, {})
     old = {str(value): metrics for value, metrics in earlier.items()}

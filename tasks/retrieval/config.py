@@ -1,4 +1,4 @@
-"""What a config of `task: retrieval` may say."""
+"""The config of `task: retrieval`."""
 
 from __future__ import annotations
 
@@ -13,34 +13,39 @@ Deciding = Literal["mean R@1", "text-to-image R@1", "image-to-text R@1"]
 
 class RetrievalHeadConfig(Section):
     projection: Literal["none", "linear", "bottleneck"] = "linear"
-    """What is added to each embedding of width E, nothing at first: a linear map, the bottleneck
-    E -> E / reduction -> E of CLIP-Adapter, or none, which leaves only the temperature to train."""
+    """A layer whose output is added to each embedding of width E; it starts at zero. linear: E ->
+    E; bottleneck: E -> E / reduction -> E, as in CLIP-Adapter; none: no layer, so that the head
+    has only the temperature to train."""
     reduction: int = Field(default=4, ge=1)
-    """Of the bottleneck."""
+    """The factor by which the bottleneck is narrower than the embedding, from 1."""
     learn_temperature: bool = True
-    """Train a copy of the encoder's temperature; the encoder keeps its own."""
+    """Train a copy of the encoder's temperature; the encoder's own is not changed."""
 
 
 class LossConfig(Section):
     kind: Literal["info_nce", "sigmoid"] = "info_nce"
-    """Symmetric InfoNCE of CLIP, or the pairwise sigmoid loss of SigLIP."""
+    """The contrastive loss. info_nce: the symmetric InfoNCE of CLIP; sigmoid: the pairwise sigmoid
+    loss of SigLIP."""
     same_image: Literal["positive", "masked"] = "positive"
-    """What other captions of an image (or images of a caption) in a batch are to it: positives,
-    or left out. They are never negatives."""
+    """The role of an image's other captions (and of a caption's other images) in a batch. positive:
+    they are positives; masked: they are left out. They are never negatives."""
     chunk_size: int | None = Field(default=None, ge=1)
-    """Encode the batch of a process in chunks of so many pairs, and each anew for backward: the
-    gradient of the whole batch in a chunk's memory."""
+    """The number of pairs, from 1, in the chunks in which a process encodes its batch. Each chunk
+    is encoded again in the backward pass, which gives the gradient of the whole batch in the memory
+    of a chunk. null: no chunks."""
     bias: float = -10.0
-    """Where the bias of the sigmoid loss starts, if the encoder has none."""
+    """The bias of the sigmoid loss at the start of training, if the encoder has none."""
     matching: float = Field(default=1.0, ge=0)
-    """Weight of BLIP's image-text matching loss with hard negatives; 0 leaves it out."""
+    """The weight of BLIP's image-text matching loss with hard negatives, from 0; 0 leaves it
+    out."""
 
 
 class RetrievalDataConfig(DataConfig):
     template: str = "{}"
-    """The sentence that a caption or query is put into, at {}: a photo of {}."""
+    """A sentence with one {}, which is replaced by each caption or query: a photo of {}."""
     random_crop: float = Field(default=1.0, gt=0, le=1)
-    """The least share of a picture that a random crop keeps in training; 1 crops nothing."""
+    """The least share of a picture's area that a random crop keeps in training, above 0 and up to
+    1; 1 crops nothing."""
 
     @field_validator("template")
     @classmethod
@@ -52,18 +57,22 @@ class RetrievalDataConfig(DataConfig):
 
 class RetrievalEvaluationConfig(EvaluationConfig):
     deciding: Deciding = "mean R@1"
-    """The metric by which the best checkpoint is chosen, on the validation split."""
+    """The metric on the validation split by which the best checkpoint is chosen."""
     rerank: int = Field(default=16, ge=0)
-    """BLIP: how many candidates of each query are ordered anew by image-text matching; 0 for
-    none."""
+    """BLIP: the number of candidates of each query that image-text matching orders again, from 0; 0
+    for no reranking."""
 
 
 class RetrievalConfig(JobConfig):
     task: Literal["retrieval"] = "retrieval"
     data: RetrievalDataConfig
+    """The data; its columns are image and caption or captions, and image_id if there is one."""
     head: RetrievalHeadConfig = RetrievalHeadConfig()
+    """The head on the embeddings."""
     loss: LossConfig = LossConfig()
+    """The training loss."""
     evaluation: RetrievalEvaluationConfig = RetrievalEvaluationConfig()
+    """How retrieval is measured."""
 
     @model_validator(mode="after")
     def _whole_batches(self) -> RetrievalConfig:

@@ -1,6 +1,6 @@
-"""The images and texts of a split, and who finds whom among them.
+"""The images and texts of a split, and the search among them.
 
-Shape legend: M images, N texts, E width of the embeddings, K candidates.
+Shape legend: M images, N texts, E width of the embeddings, Q queries, G gallery, K candidates.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.task import Record
+from ..core.rows import Record
 from .metrics import TO_IMAGE, TO_TEXT, ranks, reranked
 
 
 @dataclass(frozen=True)
 class Reranking:
-    """The candidates (Q, K) of each query, and the scores by which they are ordered anew."""
+    """The second stage of a direction.
+
+    Attributes:
+        chosen: (Q, K) numbers of each query's candidates.
+        scores: (Q, K) scores by which the candidates are ordered again.
+    """
 
     chosen: Tensor
     scores: Tensor
@@ -26,7 +31,15 @@ class Reranking:
 
 @dataclass(frozen=True)
 class Direction:
-    """Queries (Q, E) against everything (G, E); right are those with the query's label."""
+    """Queries of one kind, and the gallery of the other kind in which they search.
+
+    Attributes:
+        queries: (Q, E) unit vectors.
+        everything: (G, E) unit vectors of the gallery.
+        of_queries: (Q,) labels. Members of the gallery with the query's label are right.
+        of_everything: (G,) labels.
+        reranking: the second stage, if there was one.
+    """
 
     queries: Tensor
     everything: Tensor
@@ -35,15 +48,15 @@ class Direction:
     reranking: Reranking | None = None
 
     def ranks(self) -> np.ndarray:
-        """(Q,) from 0; see `metrics.ranks`."""
+        """Returns (Q,) ranks from 0, as `metrics.ranks` defines them."""
         labels = (self.of_queries, self.of_everything)
-        found = ranks(self.queries, self.everything, *labels)
+        places = ranks(self.queries, self.everything, *labels)
         if self.reranking is not None:
-            found = reranked(found, self.reranking.chosen, self.reranking.scores, *labels)
-        return found.numpy()
+            places = reranked(places, self.reranking.chosen, self.reranking.scores, *labels)
+        return places.numpy()
 
     def top(self, query: int, count: int) -> tuple[list[int], list[float]]:
-        """The numbers and scores of what a query finds first."""
+        """Returns the numbers and scores of the first `count` members that a query gets."""
         if self.reranking is None:
             scores = self.everything @ self.queries[query]
             chosen = torch.arange(len(scores))
@@ -55,15 +68,16 @@ class Direction:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Each image once, in the order in which they come, and every text.
+    """The images of a split, each once and in order, and all of its texts.
 
     Attributes:
-        images, texts: (M, E) and (N, E) unit vectors.
-        image_of: (N,) int64, the image of each text.
-        first: (M,) int64, the record in which an image comes first.
+        images: (M, E) unit vectors.
+        texts: (N, E) unit vectors.
+        image_of: (N,) int64, the number of each text's image.
+        first: (M,) int64, the first record of each image.
         record_of: (N,) int64, the record of each text.
         captions: N strings.
-        rerankings: by direction, where a second stage gave scores.
+        rerankings: by direction, if there was a second stage.
     """
 
     images: Tensor
@@ -76,8 +90,13 @@ class Gallery:
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Gallery:
-        """From records with "image" (E,), "texts" (C, E), "image_id" and "captions" (C strings);
-        and, after a second stage, "to_text" (one for an image's first record) and "to_image"."""
+        """Makes a gallery of records.
+
+        Args:
+            records: each with "image" (E,), "texts" (C, E), "image_id" and "captions" (C strings);
+                after a second stage also with "to_image" and, for an image's first record,
+                "to_text".
+        """
         ids = [record["image_id"] for record in records]
         _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
         order = np.argsort(first)
@@ -97,14 +116,18 @@ class Gallery:
 
     @property
     def numbers(self) -> Tensor:
-        """(M,): the images' own numbers."""
+        """(M,) int64, the numbers of the images."""
         return torch.arange(len(self.images))
 
     def direction(self, name: str) -> Direction:
-        """TO_TEXT: images look for texts; TO_IMAGE: texts look for images."""
+        """Returns a direction of search.
+
+        Args:
+            name: TO_TEXT, if images search for texts, or TO_IMAGE, if texts search for images.
+        """
         images, texts = (self.images, self.numbers), (self.texts, self.image_of)
-        (query, label), (found, labels) = (images, texts) if name == TO_TEXT else (texts, images)
-        return Direction(query, found, label, labels, self.rerankings.get(name))
+        (query, label), (members, labels) = (images, texts) if name == TO_TEXT else (texts, images)
+        return Direction(query, members, label, labels, self.rerankings.get(name))
 
 
 def _rerankings(records: Sequence[Record], first: np.ndarray) -> dict[str, Reranking]:

@@ -1,4 +1,4 @@
-"""What retrieval trains beside the adapters: maps of the embeddings, temperature, bias.
+"""The head of retrieval: layers on the embeddings, temperature and bias.
 
 Shape legend: B images or texts, E width of the shared space.
 """
@@ -18,9 +18,14 @@ MAX_LOGIT_SCALE = math.log(100)  # CLIP's limit (Radford et al. 2021, §2.5)
 
 
 class Residual(nn.Module):
-    """u -> u + A(u) of unit vectors (B, E), A(u) = 0 at first: linear, or E -> E/r -> E with ReLU.
+    """u -> u + A(u) of unit vectors (B, E), where A is linear, or E -> E/r -> E with ReLU.
 
-    CLIP-Adapter (Gao et al. 2021, eq. 3) mixes 0.2·A(f) + 0.8·f and so begins as another encoder.
+    A(u) is 0 at first. In this it differs from CLIP-Adapter (Gao et al. 2021, eq. 3), which mixes
+    0.2·A(f) + 0.8·f and so changes the embeddings from the beginning.
+
+    Args:
+        width: E.
+        hidden: E/r; None for a linear A.
     """
 
     def __init__(self, width: int, hidden: int | None = None) -> None:
@@ -34,13 +39,14 @@ class Residual(nn.Module):
 
 
 class RetrievalHead(nn.Module):
-    """Embeddings of the encoder -> unit vectors, and how their products become logits.
+    """Turns embeddings of the encoder into unit vectors, and holds the temperature of their logits.
 
     Args:
         width: E.
-        logit_scale: the encoder's, a logarithm; copied.
-        logit_bias: where the sigmoid loss begins; None for a loss without bias.
-        itm_head: BLIP's last layer of image-text matching; copied.
+        config: of the head.
+        logit_scale: of the encoder, as a logarithm; it is copied.
+        logit_bias: the first value of the sigmoid loss's bias; None for a loss without bias.
+        itm_head: BLIP's last layer of image-text matching, which is copied; None without matching.
     """
 
     def __init__(
@@ -66,19 +72,19 @@ class RetrievalHead(nn.Module):
             self.itm_head.requires_grad_(True)
 
     def images(self, features: Tensor) -> Tensor:
-        """(B, E) of the encoder -> (B, E) float32 of unit length."""
+        """Returns the encoder's image embeddings (B, E) as float32 of unit length."""
         return _unit(self.image, features)
 
     def texts(self, features: Tensor) -> Tensor:
-        """(B, E) of the encoder -> (B, E) float32 of unit length."""
+        """Returns the encoder's text embeddings (B, E) as float32 of unit length."""
         return _unit(self.text, features)
 
     @property
     def scale(self) -> Tensor:
         """The inverse temperature, at most 100.
 
-        The parameter itself is held there: clamped only on its way, it would have no gradient
-        beyond the limit and never come back.
+        The parameter itself is clamped. If only its use were clamped, it would get no gradient
+        beyond the limit and could not come back.
         """
         with torch.no_grad():
             self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
@@ -86,7 +92,7 @@ class RetrievalHead(nn.Module):
 
 
 def _scalar(value: Tensor, trained: bool) -> nn.Parameter:
-    # At least float32, whatever the encoder is held in.
+    # At least float32, whatever the encoder's type is.
     value = value.detach().clone().reshape(())
     dtype = torch.promote_types(value.dtype, torch.float32)
     return nn.Parameter(value.to(dtype), requires_grad=trained)

@@ -1,7 +1,7 @@
 """A folder of pictures or texts that can be searched by text or picture: FAISS over embeddings.
 
 index.faiss     unit vectors, compared by inner product (exact)
-items.jsonl     what each vector is of, one JSON object a line: "kind", and "image" or "text"
+items.jsonl     the item of each vector, one JSON object a line: "kind", and "image" or "text"
 index.json      format, width, count, and the fingerprint of the model that made the vectors
 
 Shape legend: N items, E width of the embeddings.
@@ -9,23 +9,23 @@ Shape legend: N items, E width of the embeddings.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..core.task import Task, TaskModel
-from .model import RetrievalModel
-from .queries import PICTURES, Item, embed, items
+from mmadapters.files import replacing_directory
 
-if TYPE_CHECKING:
-    from .task import RetrievalTask
+from ..core.model import TaskModel
+from ..core.task import Task
+from ..data.media import IMAGE_SUFFIXES
+from .model import RetrievalModel
+from .queries import Item, items
+from .task import RetrievalTask
 
 FORMAT = 1
 VECTORS, ITEMS, ABOUT = "index.faiss", "items.jsonl", "index.json"
@@ -40,60 +40,71 @@ def build_index(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Writes the index of image files, folders of them, .txt files of texts, or texts; whole or
-    not at all. An index that was there is replaced.
+    """Writes an index of image files, folders of them, .txt files of texts, and texts.
 
+    The index is written whole or not at all. It replaces an older index in the same folder.
     Pictures are remembered by the paths that were given.
 
     Args:
-        task, model: of `artifact.open_directory`.
-        progress: is told how many items of how many are done.
+        task: as `artifact.open_directory` gives it.
+        model: as `artifact.open_directory` gives it.
+        inputs: paths and texts.
+        out: the folder of the index.
+        progress: is called with the number of items that are done and the number of all items.
 
     Returns:
-        N.
+        N, the number of items.
 
     Raises:
-        ValueError: FAISS is not installed, the task is another, there is no input or one cannot be
-            read, or `out` holds something else than an index.
+        ValueError: FAISS is not installed, the adapter is for another task, there is no input, an
+            input cannot be read, or `out` holds something other than an index.
     """
     faiss = _faiss()
     task, model = _retrieval(task, model)
     _check_replaceable(out)
-    found = items([name for given in inputs for name in _pictures(given)])
-    if not found:
+    entries = items([name for given in inputs for name in _pictures(given)])
+    if not entries:
         raise ValueError("there is nothing to index: give image files, folders, or a .txt of texts")
     index = faiss.IndexFlatIP(model.towers.width)
     model.eval()
-    for start in range(0, len(found), AT_A_TIME):
-        index.add(embed(task, model, found[start : start + AT_A_TIME]).numpy())
-        progress(min(start + AT_A_TIME, len(found)), len(found))
+    embedder = task.embedder(model)
+    for start in range(0, len(entries), AT_A_TIME):
+        index.add(embedder.embed(entries[start : start + AT_A_TIME]).numpy())
+        progress(min(start + AT_A_TIME, len(entries)), len(entries))
     about = {
         "format": FORMAT,
         "model": fingerprint(task, model),
         "adapter": task.config.name,
         "backbone": task.config.backbone.name,
         "width": model.towers.width,
-        "count": len(found),
+        "count": len(entries),
     }
-    with _replacing(out) as fresh:
+    with replacing_directory(out) as fresh:
         faiss.write_index(index, str(fresh / VECTORS))
-        lines = [json.dumps(_line(item), ensure_ascii=False) for item in found]
+        lines = [json.dumps(_line(item), ensure_ascii=False) for item in entries]
         (fresh / ITEMS).write_text("\n".join(lines) + "\n", "utf-8")
         (fresh / ABOUT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-    return len(found)
+    return len(entries)
 
 
 def search_index(
     task: Task, model: TaskModel, index: Path, query: str, *, count: int = 10
 ) -> list[dict[str, Any]]:
-    """What is most like a query, best first: "kind", "image" or "text", and "similarity" (cosine).
+    """Returns the items of an index that are most like a query, the best first.
 
     Args:
+        task: as `artifact.open_directory` gives it.
+        model: as `artifact.open_directory` gives it.
+        index: the folder of the index.
         query: a text, or the path of a picture.
+        count: the most items that are returned.
+
+    Returns:
+        For each item its "kind", its "image" or "text", and the "similarity" (the cosine).
 
     Raises:
         FileNotFoundError: there is no index.
-        ValueError: FAISS is not installed, the index was made by another model, is damaged or of
+        ValueError: FAISS is not installed, the index was made by another model, is damaged or has
             another format, or the query cannot be read.
     """
     faiss = _faiss()
@@ -102,21 +113,22 @@ def search_index(
     if about["model"] != fingerprint(task, model):
         raise ValueError(
             f"{index} was made by another model (adapter {about['adapter']!r} on "
-            f"{about['backbone']}): search it with that one, or build it anew with this one"
+            f"{about['backbone']}): search it with that model, or build the index again with this "
+            "one"
         )
     try:
         lines = [json.loads(line) for line in (index / ITEMS).read_text("utf-8").splitlines()]
         vectors = faiss.read_index(str(index / VECTORS))
     except (ValueError, RuntimeError):
-        raise ValueError(f"the files of {index} are damaged: build the index anew") from None
+        raise ValueError(f"the files of {index} are damaged: build the index again") from None
     if not vectors.ntotal == len(lines) == about["count"] or vectors.d != about["width"]:
-        raise ValueError(f"the files of {index} do not fit each other: build the index anew")
+        raise ValueError(f"the files of {index} do not fit each other: build the index again")
     queries = items([query])
     if len(queries) != 1:
         raise ValueError(f"give one query, not the {len(queries)} of {query}")
     model.eval()
     scores, numbers = vectors.search(
-        embed(task, model, queries).numpy(), min(count, vectors.ntotal)
+        task.embedder(model).embed(queries).numpy(), min(count, vectors.ntotal)
     )
     return [
         {**lines[number], "similarity": round(float(score), 6)}
@@ -124,13 +136,16 @@ def search_index(
     ]
 
 
-def fingerprint(task: Task, model: TaskModel) -> str:
-    """SHA-256 of all that makes an embedding: every tensor, the preprocessing and the sentence."""
+def fingerprint(task: RetrievalTask, model: TaskModel) -> str:
+    """Returns a SHA-256 of every tensor, the preprocessing and the sentence around a caption.
+
+    Models with equal fingerprints compute equal embeddings.
+    """
     digest = hashlib.sha256()
     backbone = task.config.backbone.model_dump(
         mode="json", include={"name", "options", "processor"}
     )
-    about = {"state": task.state, "backbone": backbone, "template": task.sentence("{}")}  # type: ignore[attr-defined]
+    about = {"state": task.state, "backbone": backbone, "template": task.sentence("{}")}
     digest.update(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -140,8 +155,6 @@ def fingerprint(task: Task, model: TaskModel) -> str:
 
 
 def _retrieval(task: Task, model: TaskModel) -> tuple[RetrievalTask, RetrievalModel]:
-    from .task import RetrievalTask
-
     if not isinstance(task, RetrievalTask) or not isinstance(model, RetrievalModel):
         raise ValueError(f"an index needs an adapter for retrieval; this one is for {task.name}")
     return task, model
@@ -158,14 +171,14 @@ def _faiss() -> Any:
 
 
 def _pictures(given: str) -> Iterator[str]:
-    """A folder's picture files, in it and below it, by name; anything else as it is."""
+    """Yields the picture files in a folder and below it, by path; else the input as it is."""
     if not os.path.isdir(given):
         yield given
         return
-    found = sorted(p for p in Path(given).rglob("*") if p.suffix.lower() in PICTURES)
-    if not found:
-        raise ValueError(f"there is no picture in {given} ({', '.join(PICTURES)})")
-    yield from map(str, found)
+    pictures = sorted(p for p in Path(given).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not pictures:
+        raise ValueError(f"there is no picture in {given} ({', '.join(IMAGE_SUFFIXES)})")
+    yield from map(str, pictures)
 
 
 def _line(item: Item) -> dict[str, str]:
@@ -181,7 +194,7 @@ def _about(index: Path) -> dict[str, Any]:
     except ValueError:
         about = None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{index / ABOUT} is not of format {FORMAT}: build the index anew")
+        raise ValueError(f"{index / ABOUT} is not of format {FORMAT}: build the index again")
     return about
 
 
@@ -197,21 +210,3 @@ def _check_replaceable(out: Path) -> None:
     )
     if foreign:
         raise ValueError(f"{out} also holds {foreign[0]}, which would be lost: choose another name")
-
-
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A fresh folder beside `out` that takes its place when the block ends well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-        fresh, old = Path(name) / "fresh", Path(name) / "old"
-        fresh.mkdir()
-        yield fresh
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(fresh, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise

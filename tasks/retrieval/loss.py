@@ -1,4 +1,4 @@
-"""Contrastive losses over all pairs of all processes, and large batches in little memory.
+"""Contrastive losses over the pairs of all processes, and large batches in little memory.
 
 Shape legend: B pairs of this process, W processes, G = W·B pairs in all, E width of the embeddings.
 """
@@ -26,24 +26,27 @@ def contrastive_loss(
     bias: Tensor | None = None,
     same_image: str = "positive",
 ) -> Tensor:
-    """This process's share of the loss over all pairs: the mean over processes is the whole loss.
+    """Returns this process's share of the loss over all pairs.
 
-    DDP takes the mean of the processes' gradients, and `gather` hands each process the sum of all
-    their derivatives by its own embeddings; together that is the gradient of the whole loss.
+    The mean of the shares is the whole loss. DDP takes the mean of the processes' gradients, and
+    `gather` gives each process the sum of all processes' derivatives with respect to its
+    embeddings. Together this is the gradient of the whole loss.
 
     Args:
-        images, texts: (B, E) unit vectors; pair i is image i and text i. Every process has B.
-        image_ids, text_ids: (B,) int64; pairs of one image, or of one text, are no negatives.
+        images: (B, E) unit vectors. Every process has the same B.
+        texts: (B, E) unit vectors; pair i is image i and text i.
+        image_ids: (B,) int64; pairs with equal ids have the same image and are no negatives.
+        text_ids: (B,) int64; pairs with equal ids have the same text and are no negatives.
         scale: the inverse temperature.
-        bias: given for the sigmoid loss (Zhai et al. 2023, eq. 1), None for InfoNCE.
-        same_image: whether other matching pairs are "positive", or "masked" (left out).
+        bias: of the sigmoid loss (Zhai et al. 2023, eq. 1); None for InfoNCE.
+        same_image: the role of other pairs that match: "positive", or "masked" (left out).
     """
     every_image, every_text = gather(images), gather(texts)
     matching = matches(image_ids, text_ids)  # (B, G)
     rank, _ = processes()
-    own = torch.zeros_like(matching)
-    own[:, rank * len(own) : (rank + 1) * len(own)].fill_diagonal_(True)
-    positive = matching if same_image == "positive" else own
+    itself = torch.zeros_like(matching)
+    itself[:, rank * len(itself) : (rank + 1) * len(itself)].fill_diagonal_(True)
+    positive = matching if same_image == "positive" else itself
     ignored = matching & ~positive
     if bias is not None:
         logits = scale * images @ every_text.T + bias
@@ -54,49 +57,69 @@ def contrastive_loss(
 
 
 def info_nce(logits: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
-    """Cross-entropy of each row of (B, G) logits with its positives, equally likely; the mean.
+    """Returns the mean over rows of the cross-entropy with equally likely positives.
 
-    positive, ignored: (B, G) bool; what is ignored takes no part in the row's softmax.
+    Args:
+        logits: (B, G).
+        positive: (B, G) bool.
+        ignored: (B, G) bool, for columns that take no part in the row's softmax.
     """
     logs = logits.masked_fill(ignored, -torch.inf).log_softmax(dim=1)
-    # Not a product with the targets: 0 · −inf of what is ignored would be NaN.
+    # No product with the targets, because 0 · −inf of an ignored column would be NaN.
     wanted = logs.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)
     return -wanted.mean()
 
 
 def sigmoid_loss(logits: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
-    """Every pair of (B, G) logits a decision of its own; the sum over pairs, by row; the mean."""
+    """Returns the mean over rows of the summed binary losses of their pairs.
+
+    Args:
+        logits: (B, G).
+        positive: (B, G) bool.
+        ignored: (B, G) bool, for pairs that are left out.
+    """
     signed = torch.where(positive, logits, -logits)
     return -F.logsigmoid(signed).masked_fill(ignored, 0).sum(dim=1).mean()
 
 
 def matches(image_ids: Tensor, text_ids: Tensor) -> Tensor:
-    """(B, G) bool: whether pairs of this process and pairs of all share their image or text."""
+    """Returns (B, G) bool: whether a pair of this process shares image or text with any pair."""
     every = gather(torch.stack([image_ids, text_ids], dim=1))
     return (image_ids[:, None] == every[:, 0]) | (text_ids[:, None] == every[:, 1])
 
 
 def hard_negatives(logits: Tensor, matching: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of (B, B) a column that does not match, drawn by the softmax of the logits.
+    """Draws for each row a column that does not match, by the softmax of the logits.
 
-    As BLIP and ALBEF draw them (Li et al. 2021, §3.2). Returns (B,) columns, and (B,) bool whether
-    the row has any that does not match; where it has none its column means nothing.
+    BLIP and ALBEF draw them in this way (Li et al. 2021, §3.2).
+
+    Args:
+        logits: (B, B).
+        matching: (B, B) bool.
+
+    Returns:
+        (B,) columns, and (B,) bool, whether a column of the row does not match. If all match, the
+        row's column is meaningless.
     """
     weights = logits.detach().float().masked_fill(matching, -torch.inf)
     there = ~matching.all(dim=1)
     weights = torch.where(there[:, None], weights, 0).softmax(dim=1)
-    # A column that cannot be told from 0 beside the others may still be drawn, as in BLIP.
+    # A column whose share rounds to 0 may still be drawn, as in BLIP.
     weights = (weights + 1e-4).masked_fill(matching & there[:, None], 0)
     return torch.multinomial(weights, 1).squeeze(1), there
 
 
 def in_chunks(encode: Callable[[Tensor], Any], inputs: Tensor, size: int | None) -> Any:
-    """`encode(inputs)`, a tensor or a tuple of them, in the memory of `size` inputs at a time.
+    """Returns `encode(inputs)` in the memory of `size` inputs: gradient caching (Gao et al. 2021).
 
-    Each chunk is encoded without a graph and encoded anew when backward comes to it, with the
-    random numbers that it drew the first time: gradient caching (Gao et al. 2021) by checkpoints.
-    What is computed from the embeddings of all chunks, the temperature's gradient included, is
-    computed once and is exact.
+    Each chunk is encoded without a graph, and again in the backward pass with the same random
+    numbers (checkpoints). The losses, which need the embeddings of all chunks, are computed once
+    and are exact, and so is the temperature's gradient.
+
+    Args:
+        encode: inputs -> a tensor or a tuple of tensors.
+        inputs: of the whole batch, along the first dimension.
+        size: of a chunk; None for no chunks.
     """
     if size is None or len(inputs) <= size or not torch.is_grad_enabled():
         return encode(inputs)
@@ -107,13 +130,13 @@ def in_chunks(encode: Callable[[Tensor], Any], inputs: Tensor, size: int | None)
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """(B, …) of every process -> (G, …), in the order of their ranks, with gradients."""
+    """Returns the tensors (B, …) of all processes as (G, …), by rank, with gradients."""
     _, world = processes()
     return tensor if world == 1 else _Gather.apply(tensor)
 
 
 class _Gather(torch.autograd.Function):
-    """Backward: each process receives the sum of all processes' gradients by its own tensor."""
+    """Gathers tensors. Backward gives each process the sum of all gradients of its tensor."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

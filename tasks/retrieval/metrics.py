@@ -1,9 +1,9 @@
-"""Recall both ways with several captions for each image, exact among all of a split.
+"""Recall in both directions with several captions for each image, exact over a whole split.
 
-An image's rank is that of its best-placed caption among all texts; a text's rank that of its one
-image among all images (Karpathy & Fei-Fei 2015, §4.1; not the paired rank of one caption each that
-open_clip prints). Ranks begin at 0. Ties count against the query: what scores the same as the
-right answer, to within TIE, stands before it.
+The rank of an image is that of its best caption among all texts. The rank of a text is that of its
+image among all images (Karpathy & Fei-Fei 2015, §4.1; open_clip prints another one, the paired rank
+of one caption for each image). Ranks begin at 0. Ties count against the query: a wrong answer whose
+score equals that of the right one, to within TIE, stands before it.
 
 Shape legend: M images, N texts, Q queries, G gallery, E width of the embeddings, K candidates.
 """
@@ -20,46 +20,61 @@ from torch import Tensor
 
 from ..core.metrics import Metric, summed_metric
 
-TIE = 1e-6  # products of equal vectors differ by less where they stand in other blocks of a matmul
-CUTS = (1, 5, 10)
-AT_A_TIME = 2**24  # similarities held at once
+TIE = 1e-6  # products of equal vectors in different blocks of a matmul differ by less than this
+CUTS = (1, 5, 10)  # k of R@k
+AT_A_TIME = 2**24  # similarities in memory at once
 TO_IMAGE, TO_TEXT = "text-to-image", "image-to-text"
 
 
 def ranks(queries: Tensor, gallery: Tensor, of_query: Tensor, of_gallery: Tensor) -> Tensor:
-    """(Q,): how many wrong members of the gallery score no less than the best right one.
+    """Returns (Q,) ranks: the numbers of wrong members that score no less than the best right one.
 
-    queries, gallery: (Q, E) and (G, E); right are those with the query's label in (Q,) and (G,).
-    Where a similarity is NaN the query comes last.
+    A query with a similarity of NaN comes last.
+
+    Args:
+        queries: (Q, E).
+        gallery: (G, E).
+        of_query: (Q,) labels. Members of the gallery with the query's label are right.
+        of_gallery: (G,) labels.
     """
-    found = []
+    parts = []
     for part, labels in _chunks(queries, of_query, len(gallery)):
         similar = part @ gallery.T
         right = labels[:, None] == of_gallery
         best = similar.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        found.append((~(similar < best - TIE) & ~right).sum(dim=1))
-    return torch.cat(found)
+        parts.append((~(similar < best - TIE) & ~right).sum(dim=1))
+    return torch.cat(parts)
 
 
 def candidates(queries: Tensor, gallery: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(Q, K) similarities and numbers of the most similar members of the gallery."""
+    """Returns the similarities (Q, K) and the numbers (Q, K) of the gallery's most similar members.
+
+    Args:
+        queries: (Q, E).
+        gallery: (G, E).
+        count: K; at most G are returned.
+    """
     count = min(count, len(gallery))
     labels = torch.zeros(len(queries))
-    # In bf16 many of a gallery would be equally similar.
+    # In bf16 many members of a gallery would be equally similar.
     with torch.autocast(queries.device.type, enabled=False):
         chunks = _chunks(queries, labels, len(gallery))
-        found = [(part @ gallery.T).topk(count) for part, _ in chunks]
-    return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
+        best = [(part @ gallery.T).topk(count) for part, _ in chunks]
+    return torch.cat([top.values for top in best]), torch.cat([top.indices for top in best])
 
 
 def reranked(
     first: Tensor, chosen: Tensor, scores: Tensor, of_query: Tensor, of_gallery: Tensor
 ) -> Tensor:
-    """Ranks (Q,) after the candidates of each query were put in the order of new scores.
+    """Returns ranks (Q,) after the candidates of each query were ordered by new scores.
 
     Args:
-        first: (Q,) ranks before; a query without a right candidate keeps its own.
-        chosen, scores: (Q, K) candidates and their new scores.
+        first: (Q,) ranks before. A query without a right candidate keeps its rank, or gets rank K
+            if it was better.
+        chosen: (Q, K) numbers of the candidates.
+        scores: (Q, K) their new scores.
+        of_query: (Q,) labels.
+        of_gallery: (G,) labels.
     """
     right = of_gallery[chosen] == of_query[:, None]
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
@@ -81,13 +96,17 @@ def recalls(
     deciding: str,
     resamples: int,
 ) -> list[Metric]:
-    """R@1/5/10 and median rank (from 1) both ways, with intervals over resampled images.
+    """Returns R@1/5/10 and the median rank (from 1) in both directions.
+
+    Intervals come from resampled images.
 
     Args:
-        image_ranks, text_ranks: (M,) and (N,) of the queries, from 0.
+        image_ranks: (M,) ranks of images that search for texts, from 0.
+        text_ranks: (N,) ranks of texts that search for images, from 0.
         images: (M,) the number of each image.
         image_of: (N,) the number of each text's image; texts of one image are drawn together.
-        deciding: the name of the metric that comes first.
+        deciding: the name of the metric that stands first.
+        resamples: for the intervals; 0 for none.
     """
     metrics = []
     if len(image_ranks) and len(text_ranks):
@@ -127,7 +146,7 @@ def _mean_recall(
     *,
     resamples: int,
 ) -> Metric:
-    """The mean of R@1 both ways; an image and its texts are one cluster."""
+    """Returns the mean of R@1 in both directions. An image and its texts are one cluster."""
     number = int(max(images.max(), image_of.max())) + 1
     columns = [
         np.bincount(who, weights=what, minlength=number)
@@ -140,16 +159,19 @@ def _mean_recall(
     def value(sums: np.ndarray) -> np.ndarray:
         return (sums[..., 0] / sums[..., 1] + sums[..., 2] / sums[..., 3]) / 2
 
-    found = summed_metric("mean R@1", statistics, value, resamples=resamples)
-    return replace(found, count=len(images))
+    metric = summed_metric("mean R@1", statistics, value, resamples=resamples)
+    return replace(metric, count=len(images))
 
 
 def grouped(
     values: Sequence[Any], of_images: np.ndarray, of_texts: np.ndarray
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Which images and which texts are queries of a group, by the value of a column.
+    """Returns for each value of a column, as bool, the images (M,) and texts (N,) of its records.
 
-    values: one for each record; of_images, of_texts: (M,) and (N,) records.
+    Args:
+        values: of the column, one for each record.
+        of_images: (M,) the record of each image.
+        of_texts: (N,) the record of each text.
     """
     names = np.asarray([str(value) for value in values])
     return {

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.blip import BlipMatcher, is_blip
 from ..encoders.clip import ClipTowers
 from ..encoders.refusals import refuse_other_towers, refuse_unpaired
@@ -24,11 +24,13 @@ from .loss import contrastive_loss, hard_negatives, in_chunks
 
 
 class RetrievalModel(TaskModel):
-    """`forward` gives the loss of pairs; `images` and `texts` give unit vectors.
+    """An image-text encoder with the retrieval head.
+
+    `forward` returns the loss of pairs; `images` and `texts` return unit vectors.
 
     Raises:
-        ValueError: the encoder does not compare images with texts, or the adapter sits where
-            retrieval never passes.
+        ValueError: the encoder does not compare images with texts, or an adapter is at a site that
+            retrieval does not pass.
     """
 
     head: RetrievalHead
@@ -46,29 +48,30 @@ class RetrievalModel(TaskModel):
 
     @property
     def matcher(self) -> BlipMatcher | None:
-        """BLIP's two stages, None for encoders that only embed."""
+        """The towers of BLIP, which also matches pairs; None for encoders that only embed."""
         return self.towers if isinstance(self.towers, BlipMatcher) else None
 
     def images(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, E) float32 of unit length."""
+        """Returns embeddings (B, E), float32 of unit length, of pixels (B, 3, H, W)."""
         return self.head.images(self.towers.images(pixels))
 
     def texts(self, tokens: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, E) float32 of unit length."""
+        """Returns embeddings (B, E), float32 of unit length, of tokens (B, L) int64."""
         return self.head.texts(self.towers.texts(tokens))
 
     def forward(
         self, pixels: Tensor, tokens: Tensor, image_ids: Tensor, text_ids: Tensor
     ) -> dict[str, Tensor]:
-        """The losses of pairs (pixels[i], tokens[i]).
+        """Returns the losses of pairs (pixels[i], tokens[i]).
 
         Args:
             pixels: (B, 3, H, W).
             tokens: (B, L) int64.
-            image_ids, text_ids: (B,) int64; equal ids are the same image or the same text.
+            image_ids: (B,) int64; equal ids are the same image.
+            text_ids: (B,) int64; equal ids are the same text.
 
         Returns:
-            "loss", and "contrastive" and "matching" of which it is made, float32 scalars.
+            "loss" and its parts "contrastive" and, with BLIP, "matching"; float32 scalars.
         """
         size = self.loss.chunk_size
         matcher, image_tokens = self.matcher, None
@@ -100,7 +103,7 @@ class RetrievalModel(TaskModel):
         }
 
     def match_tokens(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> what `match` reads of images, (B, N, D)."""
+        """Returns image tokens (B, N, D) for `match`, of pixels (B, 3, H, W)."""
         assert self.matcher is not None
         return self.matcher.image_tokens(pixels)
 
@@ -110,14 +113,19 @@ class RetrievalModel(TaskModel):
         return self.head.images(self.matcher.images_of(image_tokens)), image_tokens
 
     def match(self, image_tokens: Tensor, tokens: Tensor) -> Tensor:
-        """Logits (B, 2) of BLIP's matching for images (B, N, D) and texts (B, L), pair by pair."""
+        """Returns logits (B, 2) of BLIP's matching, pair by pair.
+
+        Args:
+            image_tokens: (B, N, D).
+            tokens: (B, L) int64, as for `texts`.
+        """
         assert self.matcher is not None
         return self.matcher.match(
             image_tokens, self.with_image(tokens), itm_head=self.head.itm_head
         )
 
     def with_image(self, tokens: Tensor) -> Tensor:
-        """(B, L) of texts that are read alone -> as they are read together with an image."""
+        """Returns tokens (B, L) of texts with the start token for reading them with an image."""
         assert self.matcher is not None
         begin = self.matcher.tokens.encode
         if begin is None:
@@ -127,15 +135,24 @@ class RetrievalModel(TaskModel):
     def _matching_loss(
         self, image_tokens: Tensor, tokens: Tensor, logits: Tensor, same: Tensor
     ) -> Tensor:
-        """Cross-entropy of every pair, every image with a hard wrong text, and every text with a
-        hard wrong image (Li et al. 2022, §3.2), from among this process's own pairs."""
-        own = torch.arange(len(tokens), device=tokens.device)
+        """Returns the mean cross-entropy of right pairs and hard wrong ones.
+
+        They are every pair, every image with a hard wrong text, and every text with a hard wrong
+        image (Li et al. 2022, §3.2). Negatives come from the pairs of this process only.
+
+        Args:
+            image_tokens: (B, N, D).
+            tokens: (B, L) int64.
+            logits: (B, B) by which negatives are drawn.
+            same: (B, B) bool, for pairs with the same image or the same text.
+        """
+        numbers = torch.arange(len(tokens), device=tokens.device)
         wrong_text, there = hard_negatives(logits, same)
         wrong_image, _ = hard_negatives(logits.T, same)
-        keep = own[there]
-        image_of = torch.cat([own, keep, wrong_image[there]])
-        text_of = torch.cat([own, wrong_text[there], keep])
-        labels = torch.cat([torch.ones_like(own), torch.zeros_like(torch.cat([keep, keep]))])
+        keep = numbers[there]
+        image_of = torch.cat([numbers, keep, wrong_image[there]])
+        text_of = torch.cat([numbers, wrong_text[there], keep])
+        labels = torch.cat([torch.ones_like(numbers), torch.zeros_like(torch.cat([keep, keep]))])
 
         def encode(pairs: Tensor) -> Tensor:
             images, texts = pairs.unbind(dim=1)
@@ -150,8 +167,8 @@ def _head(
 ) -> RetrievalHead:
     bias = None
     if config.loss.kind == "sigmoid":
-        own = getattr(towers, "logit_bias", None)
-        bias = torch.tensor(config.loss.bias) if own is None else own
+        trained = getattr(towers, "logit_bias", None)
+        bias = torch.tensor(config.loss.bias) if trained is None else trained
     backbone: Any = towers.encoder.backbone
     return RetrievalHead(
         towers.width,

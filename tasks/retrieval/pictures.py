@@ -1,4 +1,4 @@
-"""Pictures of the report: queries with what they find, the right one framed.
+"""Pictures of the report: queries with their first results, the right one framed.
 
 Shape legend: H, W of a picture in pixels.
 """
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.task import Figure, Record, Rows
+from ..core.results import Figure
+from ..core.rows import Record, Rows
 from ..data import media
 from .gallery import Direction, Gallery
 from .metrics import TO_IMAGE, TO_TEXT
@@ -28,7 +29,14 @@ SIDE = 1.15  # inches of a picture
 def figures(
     gallery: Gallery, rows: Rows, records: Sequence[Record], *, count: int
 ) -> Iterator[Figure]:
-    """Some queries of each kind, drawn with a fixed seed, and those that went worst."""
+    """Yields figures of some queries of each kind, drawn with a fixed seed, and of the worst.
+
+    Args:
+        gallery: of the records.
+        rows: of the split.
+        records: of the rows.
+        count: about how many queries are shown in all.
+    """
     number = max(1, count // 4)
     for name, draw, what in (
         (TO_IMAGE, text_queries, "Texts and the pictures that they find"),
@@ -59,16 +67,16 @@ def text_queries(
     queries: Sequence[int],
     ranks: np.ndarray,
 ) -> bytes:
-    """PNG: a line for each text, with its rank and the pictures that it finds."""
+    """Returns PNG data: a line for each text, with its rank and the pictures that it finds."""
     figure, axes = _grid(len(queries), SHOWN + 2, [2.4, *[1] * (SHOWN + 1)])
     for line, query in zip(axes, queries, strict=True):
         right = int(direction.of_queries[query])
         _write(line[0], gallery.captions[query], f"rank {ranks[query] + 1:,}")
-        found, scores = direction.top(query, SHOWN)
+        images, scores = direction.top(query, SHOWN)
         labels = [f"{score:.2f}" for score in scores]
-        if right not in found:
-            found, labels = [*found, right], [*labels, "the right one"]
-        for axis, image, label in zip(line[1:], found, labels, strict=False):
+        if right not in images:
+            images, labels = [*images, right], [*labels, "the right one"]
+        for axis, image, label in zip(line[1:], images, labels, strict=False):
             _show(axis, _picture(gallery, rows, records, image), framed=image == right)
             axis.set_xlabel(label, fontsize=7, color=INK, labelpad=2)
     return _png(figure)
@@ -82,19 +90,19 @@ def image_queries(
     queries: Sequence[int],
     ranks: np.ndarray,
 ) -> bytes:
-    """PNG: a line for each picture, with its rank and the texts that it finds."""
+    """Returns PNG data: a line for each picture, with its rank and the texts that it finds."""
     figure, axes = _grid(len(queries), 2, [1, SHOWN + 1.2])
     for line, query in zip(axes, queries, strict=True):
         _show(line[0], _picture(gallery, rows, records, query), framed=False)
         line[0].set_xlabel(f"rank {ranks[query] + 1:,}", fontsize=7, color=INK, labelpad=2)
         line[1].axis("off")
-        own = (direction.of_everything == query).nonzero()[:, 0].tolist()
-        found, scores = direction.top(query, SHOWN)
-        lines = [(f"{score:.2f}", text) for score, text in zip(scores, found, strict=True)]
-        if not set(own) & set(found):
-            lines.append(("right:", own[0]))
+        captions = (direction.of_everything == query).nonzero()[:, 0].tolist()
+        texts, scores = direction.top(query, SHOWN)
+        lines = [(f"{score:.2f}", text) for score, text in zip(scores, texts, strict=True)]
+        if not set(captions) & set(texts):
+            lines.append(("right:", captions[0]))
         for place, (label, text) in enumerate(lines):
-            right = text in own
+            right = text in captions
             words = textwrap.shorten(gallery.captions[text], 95, placeholder=" …")
             line[1].text(
                 *(0, 0.95 - 0.18 * place),
@@ -139,7 +147,7 @@ def _show(axis: Axes, picture: np.ndarray, *, framed: bool) -> None:
 
 
 def _picture(gallery: Gallery, rows: Rows, records: Sequence[Record], image: int) -> np.ndarray:
-    """(H, W, 3) uint8."""
+    """Returns the picture of an image's first record, (H, W, 3) uint8."""
     row = rows[records[gallery.first[image]]["index"]]
     return np.asarray(media.read_image(row["image"]))
 

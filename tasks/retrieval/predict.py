@@ -1,4 +1,4 @@
-"""Embeddings of images and texts from the command line, and which belong together."""
+"""Embeddings of images and texts from the command line, and which of them belong together."""
 
 from __future__ import annotations
 
@@ -6,48 +6,48 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mmadapters.files import write_bytes
 
-from .model import RetrievalModel
-from .queries import Item, embed, items
-
-if TYPE_CHECKING:
-    from .task import RetrievalTask
+from .queries import Embedder, Item, items
 
 EMBEDDINGS, TABLE = "embeddings", "similarities.csv"
 
 
-def predict(
-    task: RetrievalTask, model: RetrievalModel, inputs: Sequence[str], *, out: Path | None
+def matches(
+    embedder: Embedder, inputs: Sequence[str], *, out: Path | None
 ) -> Iterator[dict[str, Any]]:
-    """A result for each image and text: its unit vector, and the others' of the other kind, best
-    first, with their cosine.
+    """Returns a result for each image and text.
 
-    With `out`, vectors are written to `out/embeddings/NUMBER-NAME.npy` ((E,) float32) and, where
-    there are images and texts, their cosines to `out/similarities.csv`.
+    A result has the unit vector of its input, and the inputs of the other kind, those with the
+    highest cosine first.
+
+    Args:
+        out: the folder for vectors, as `embeddings/NUMBER-NAME.npy` ((E,) float32), and, if there
+            are images and texts, for their cosines, as `similarities.csv`. None puts the vectors
+            into the results.
 
     Raises:
-        ValueError: an input cannot be read; says which.
+        ValueError: an input cannot be read; the message says which one.
     """
-    found = items(inputs)
-    vectors = embed(task, model, found).numpy()
-    images = [number for number, item in enumerate(found) if item.kind == "image"]
-    texts = [number for number, item in enumerate(found) if item.kind == "text"]
+    asked = items(inputs)
+    vectors = embedder.embed(asked).numpy()
+    images = [number for number, item in enumerate(asked) if item.kind == "image"]
+    texts = [number for number, item in enumerate(asked) if item.kind == "text"]
     cosines = vectors @ vectors.T
     if out is not None and images and texts:
-        _write(out / TABLE, _table(found, cosines, images, texts).encode())
-    for number, item in enumerate(found):
+        _write(out / TABLE, _table(asked, cosines, images, texts).encode())
+    for number, item in enumerate(asked):
         result: dict[str, Any] = {"input": item.value, "kind": item.kind}
         others = texts if item.kind == "image" else images
         if others:
             order = sorted(others, key=lambda other: -cosines[number, other])
             result["matches"] = [
                 {
-                    found[other].kind: found[other].value,
+                    asked[other].kind: asked[other].value,
                     "similarity": _rounded(cosines[number, other]),
                 }
                 for other in order
@@ -66,20 +66,21 @@ def _rounded(value: float) -> float:
 
 
 def _table(
-    found: Sequence[Item], cosines: np.ndarray, images: Sequence[int], texts: Sequence[int]
+    asked: Sequence[Item], cosines: np.ndarray, images: Sequence[int], texts: Sequence[int]
 ) -> str:
+    """Returns a CSV table: a row for each image, a column for each text."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", *(found[number].value for number in texts)])
+    writer.writerow(["image", *(asked[number].value for number in texts)])
     for image in images:
         writer.writerow(
-            [found[image].value, *(f"{cosines[image, number]:.6f}" for number in texts)]
+            [asked[image].value, *(f"{cosines[image, number]:.6f}" for number in texts)]
         )
     return text.getvalue()
 
 
 def _name(item: Item) -> str:
-    """A file name from a picture's, or from the first words of a text."""
+    """Returns a file name made of the picture's name or of the first words of a text."""
     words = Path(item.value).stem if item.kind == "image" else item.value
     safe = "".join(letter if letter.isalnum() else "_" for letter in words)
     return safe.strip("_")[:40] or "text"

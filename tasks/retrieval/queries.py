@@ -1,11 +1,11 @@
-"""What the command line gives as queries: image files, files of texts, or texts themselves.
+"""Queries of the command line (image files, files of texts, texts) and their embeddings.
 
-Shape legend: N items, E width of the embeddings.
+Shape legend: N items, L text tokens, H and W of a picture, E width of the embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,9 +20,6 @@ from .model import RetrievalModel
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .task import RetrievalTask
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 AT_A_TIME = 32
 
 
@@ -35,7 +32,9 @@ class Item:
 
 
 def items(inputs: Sequence[str]) -> list[Item]:
-    """What each input stands for: a file is an image, a .txt file a text on each line, else a text.
+    """Returns the images and texts of the inputs.
+
+    A file is an image, a .txt file gives a text for each of its lines, and anything else is a text.
 
     Raises:
         ValueError: an input looks like the name of a picture and there is no such file, or a file
@@ -49,13 +48,13 @@ def _items(text: str) -> Iterator[Item]:
     suffix = path.suffix.lower()
     if suffix == ".txt" and path.is_file():
         lines = [line.strip() for line in _read(path).splitlines()]
-        found = [Item("text", line) for line in lines if line]
-        if not found:
+        texts = [Item("text", line) for line in lines if line]
+        if not texts:
             raise ValueError(f"{text} holds no text")
-        yield from found
+        yield from texts
     elif _is_file(path):
         yield Item("image", text)
-    elif suffix in PICTURES or suffix == ".txt":
+    elif suffix in media.IMAGE_SUFFIXES or suffix == ".txt":
         raise ValueError(f"there is no file {text}")
     elif not text.strip():
         raise ValueError("a query is empty: give a text or the path of a picture")
@@ -66,7 +65,7 @@ def _items(text: str) -> Iterator[Item]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a text longer than a file name may be
+    except OSError:  # the text is longer than a file name may be
         return False
 
 
@@ -77,30 +76,41 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path} is not text in UTF-8: {error}") from None
 
 
-@torch.no_grad()
-def embed(task: RetrievalTask, model: RetrievalModel, found: Sequence[Item]) -> Tensor:
-    """(N, E) float32 unit vectors on the CPU.
+@dataclass(frozen=True)
+class Embedder:
+    """A retrieval model with all that turns items into its inputs.
 
-    Raises:
-        ValueError: a picture cannot be read; says which.
+    Attributes:
+        model: computes the embeddings.
+        tokens: n texts -> (n, L) int64, in the sentence that they are put into.
+        pixels: a picture -> (3, H, W) as the encoder reads it.
     """
-    vectors = torch.empty(len(found), model.towers.width)
-    for kind in ("image", "text"):
-        own = [number for number, item in enumerate(found) if item.kind == kind]
-        for start in range(0, len(own), AT_A_TIME):
-            part = own[start : start + AT_A_TIME]
-            values = [found[number].value for number in part]
-            vectors[part] = _embedded(task, model, kind, values).cpu()
-    return vectors
 
+    model: RetrievalModel
+    tokens: Callable[[Sequence[str]], Tensor]
+    pixels: Callable[[Image.Image], Tensor]
 
-def _embedded(
-    task: RetrievalTask, model: RetrievalModel, kind: str, values: Sequence[str]
-) -> Tensor:
-    if kind == "text":
-        return model.texts(task.tokens(values).to(model.device))
-    pixels = torch.stack([task.pixels(_picture(value)) for value in values])
-    return model.images(pixels.to(model.device))
+    @torch.no_grad()
+    def embed(self, queries: Sequence[Item]) -> Tensor:
+        """Returns (N, E) float32 unit vectors on the CPU.
+
+        Raises:
+            ValueError: a picture cannot be read; the message says which one.
+        """
+        vectors = torch.empty(len(queries), self.model.towers.width)
+        for kind, embedded in (("image", self._images), ("text", self._texts)):
+            places = [number for number, item in enumerate(queries) if item.kind == kind]
+            for start in range(0, len(places), AT_A_TIME):
+                part = places[start : start + AT_A_TIME]
+                vectors[part] = embedded([queries[number].value for number in part]).cpu()
+        return vectors
+
+    def _texts(self, texts: Sequence[str]) -> Tensor:
+        return self.model.texts(self.tokens(texts).to(self.model.device))
+
+    def _images(self, paths: Sequence[str]) -> Tensor:
+        pixels = torch.stack([self.pixels(_picture(path)) for path in paths])
+        return self.model.images(pixels.to(self.model.device))
 
 
 def _picture(path: str) -> Image.Image:

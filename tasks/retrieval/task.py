@@ -1,4 +1,4 @@
-"""Retrieval: images by texts and texts by images, on any image-text encoder.
+"""The retrieval task: images by texts and texts by images, on any image-text encoder.
 
 Shape legend: B images, C captions of an image, T captions of a batch, E width of the embeddings,
 L text tokens.
@@ -19,29 +19,28 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
+from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures, SecondPass, TowerRow
 from ..core.errors import Problem
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data import media
 from ..data.captions import COLUMNS, all_captions, captions_of, image_id, number_of, one_of_several
-from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
+from ..data.examples import Examples
+from ..data.workers import readers
+from ..encoders.blip import is_blip
+from ..encoders.blip_text import BlipTokens, blip_tokenizer
 from ..encoders.clip import load_tokenizer, text_limits
 from ..encoders.preprocessing import image_preprocessing, to_tensor
 from .config import RetrievalConfig
 from .gallery import Gallery
 from .metrics import TO_IMAGE, TO_TEXT, grouped, recalls
 from .model import RetrievalModel
+from .pictures import figures
+from .predict import matches
+from .queries import Embedder
+from .reranking import MatchingStage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,8 +48,12 @@ if TYPE_CHECKING:
 HARDEST = 10  # queries in the table of those that went worst
 
 
-class RetrievalTask(Task[RetrievalConfig]):
-    """A row is an image with one caption or several; rows may share an image."""
+class RetrievalTask(Task[RetrievalConfig], CacheableInputs, SecondPass, DataChecks, ReportPictures):
+    """A row is an image with one caption or several; rows may share an image.
+
+    `state`: "preprocessing" of the encoder, "blip", whether it is a BLIP, and "text", the limits
+    and special tokens of its text tower.
+    """
 
     name = "retrieval"
     metric = "mean R@1"
@@ -85,14 +88,15 @@ class RetrievalTask(Task[RetrievalConfig]):
         return load_tokenizer(backbone, **text)
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
-        """(T, L) int64 of captions or queries, put into the template."""
+        """Returns ids (T, L) int64 of captions or queries, each put into the template."""
         return self.tokenizer([self.sentence(caption) for caption in captions])
 
     def sentence(self, caption: str) -> str:
+        """Returns a caption or query put into the template."""
         return self.config.data.template.replace("{}", caption)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """A picture as the encoder reads it, (3, H, W)."""
+        """Returns a picture as the encoder reads it, (3, H, W)."""
         return to_tensor(image, self.state["preprocessing"])
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
@@ -126,7 +130,7 @@ class RetrievalTask(Task[RetrievalConfig]):
         if tower != "text":
             return (TowerRow(),)
         padding = self.state["text"].get("pad")
-        if padding is None:  # as long as the encoder reads, and all of it
+        if padding is None:  # every text has the encoder's full length, without padding
             return [TowerRow() for _ in example["tokens"]]
         return [TowerRow(tokens=int((text != padding).sum())) for text in example["tokens"]]
 
@@ -141,8 +145,8 @@ class RetrievalTask(Task[RetrievalConfig]):
         texts = model.texts(batch["tokens"]).cpu().numpy()
         ends = np.cumsum([len(captions) for captions in batch["captions"]])
         return [
-            {"image": image, "texts": own, "image_id": number, "captions": captions}
-            for image, own, number, captions in zip(
+            {"image": image, "texts": embeddings, "image_id": number, "captions": captions}
+            for image, embeddings, number, captions in zip(
                 images,
                 np.split(texts, ends[:-1]),
                 batch["image_ids"].tolist(),
@@ -152,12 +156,25 @@ class RetrievalTask(Task[RetrievalConfig]):
         ]
 
     def refine(self, model: TaskModel, rows: Rows, records: list[Record]) -> None:
-        from .reranking import rerank
-
         assert isinstance(model, RetrievalModel)
         count = self.config.evaluation.rerank
         if records and count and model.matcher is not None:
-            rerank(self, model, rows, records, count=count)
+            self.matching_stage(model, rows).rerank(records, count=count)
+
+    def matching_stage(self, model: RetrievalModel, rows: Rows) -> MatchingStage:
+        """Returns the second stage of a BLIP model on the rows."""
+        trainer = self.config.trainer
+        return MatchingStage(
+            model,
+            Examples(self, rows, train=False),
+            self.tokens,
+            batch_size=trainer.eval_batch_size or trainer.batch_size,
+            workers=readers(trainer),
+        )
+
+    def embedder(self, model: RetrievalModel) -> Embedder:
+        """Returns the model with all that turns queries into its inputs."""
+        return Embedder(model, self.tokens, self.pixels)
 
     def score(self, records: Sequence[Record], *, bootstrap: int) -> Scores:
         gallery = Gallery.of(records)
@@ -190,32 +207,28 @@ class RetrievalTask(Task[RetrievalConfig]):
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .pictures import figures
-
         return list(figures(Gallery.of(records), rows, records, count=count))
 
     def predict(
         self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
     ) -> Iterator[dict[str, Any]]:
-        from .predict import predict
-
         assert isinstance(model, RetrievalModel)
-        yield from predict(self, model, inputs, out=out)
+        yield from matches(self.embedder(model), inputs, out=out)
 
     def check(self, rows: Rows) -> list[Problem]:
-        """Captions that are longer than the encoder reads."""
+        """Returns problems of captions that are longer than the encoder reads."""
         length = self.state["text"]["context_length"]
-        found = []
+        problems = []
         for index, texts in enumerate(all_captions(rows)):
             longest = max((self.tokenizer.count(self.sentence(text)) for text in texts), default=0)
             if longest > length:
                 reason = f"a caption of {longest} tokens is cut to the {length} that are read"
-                found.append(Problem(index, reason))
-        return found
+                problems.append(Problem(index, reason))
+        return problems
 
 
 def _cropped(image: Image.Image, least: float) -> Image.Image:
-    """A random part of the picture, of at least this share of its area."""
+    """Returns a random part of the picture, of at least this share of its area."""
     if least == 1:
         return image
     from torchvision.transforms import RandomResizedCrop

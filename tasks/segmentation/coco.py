@@ -1,6 +1,6 @@
-"""COCO's polygons and run-length encodings as masks, by NumPy alone, to the pixel as pycocotools.
+"""Draws COCO's polygons and run-length encodings as masks with NumPy, equal to pycocotools' masks.
 
-A mask is (H, W) bool. Run lengths go down the columns, first the zeros. Coordinates are x, y in
+A mask is (H, W) bool. Run lengths go down the columns and begin with zeros. Coordinates are x, y in
 pixels from the upper left corner. The rules are those of cocoapi's `maskApi.c`.
 """
 
@@ -14,17 +14,17 @@ import numpy as np
 
 from ..core.errors import BadRow
 
-SCALE = 5  # outlines are traced on a grid so many times as fine
+SCALE = 5  # outlines are traced on a grid that is finer than the pixels by this factor
 
 
 def draw_segments(
     segments: Any, size: tuple[int, int], *, unsegmented: int = 0, crowd: int = 255
 ) -> np.ndarray:
-    """The category of each pixel; a later segment lies on top of earlier ones.
+    """Draws the category of each pixel; later segments cover earlier ones.
 
     Args:
-        segments: COCO annotations, `[{"category_id", "segmentation"}, …]`, the same as a dict of
-            lists or as JSON text. A segmentation is a list of polygons `[x0, y0, x1, y1, …]` or
+        segments: COCO annotations, `[{"category_id", "segmentation"}, …]`, also as a dict of lists
+            or as JSON text. A segmentation is a list of polygons `[x0, y0, x1, y1, …]` or
             an RLE `{"size": [H, W], "counts": list or compressed text}`.
         size: (H, W) of the image.
         unsegmented: the id of pixels outside all segments.
@@ -34,7 +34,7 @@ def draw_segments(
         (H, W) int64.
 
     Raises:
-        BadRow: a segment is none, or is of another image size.
+        BadRow: a segment is not valid, or belongs to another image size.
     """
     ids = np.full(size, unsegmented, dtype=np.int64)
     for number, segment in enumerate(_listed(segments)):
@@ -49,10 +49,10 @@ def draw_segments(
 
 
 def segment_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool of a list of polygons (their union) or an RLE.
+    """Draws a list of polygons (their union) or an RLE as (H, W) bool.
 
     Raises:
-        BadRow: it is neither, or is of another size.
+        BadRow: the segmentation is neither, or has another size.
     """
     if isinstance(segmentation, Mapping):
         return _rle_mask(segmentation, size)
@@ -65,10 +65,10 @@ def segment_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def polygon_mask(polygon: Sequence[float], size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool of one polygon `[x0, y0, x1, y1, …]` (`rleFrPoly`).
+    """Draws one polygon `[x0, y0, x1, y1, …]` as (H, W) bool (`rleFrPoly`).
 
     Raises:
-        BadRow: it has fewer than three corners, or values that are no numbers.
+        BadRow: the polygon has fewer than three corners, or values that are no numbers.
     """
     try:
         corners = np.asarray(polygon, dtype=np.float64)
@@ -89,18 +89,18 @@ def polygon_mask(polygon: Sequence[float], size: tuple[int, int]) -> np.ndarray:
     there = (columns == np.floor(columns)) & (columns >= 0) & (columns <= width - 1)
     rows = np.ceil(np.clip((y[there] + 0.5) / SCALE - 0.5, 0, height)).astype(np.int64)
     toggles = np.bincount(columns[there].astype(np.int64) * height + rows, minlength=height * width)
-    # A crossing at the bottom of a column and one at the top of the next are the same place.
+    # The bottom of a column and the top of the next one are the same index.
     inside = np.cumsum(toggles[: height * width]) % 2 == 1
     return inside.reshape(width, height).T
 
 
 def _outline(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every point of the fine grid along the edges of a polygon (K, 2), in order: two (M,)."""
+    """Returns x and y, (M,) each, of the fine grid's points along a polygon's edges (K, 2)."""
     start, end = corners, np.roll(corners, -1, axis=0)
     span = np.abs(end - start)
     steps = span.max(axis=1)
     steep = span[:, 0] < span[:, 1]
-    along = np.where(steep, 1, 0)  # the axis along which an edge goes point by point
+    along = np.where(steep, 1, 0)  # the axis along which an edge advances by one point
     edges = np.arange(len(corners))
     flip = start[edges, along] > end[edges, along]
     low = np.where(flip[:, None], end, start)
@@ -128,7 +128,7 @@ def _rle_mask(rle: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
         raise BadRow("an RLE needs size [height, width] and counts") from None
     if (height, width) != tuple(size):
         raise BadRow(
-            f"its RLE is of {height}×{width} pixels, the image has {size[0]}×{size[1]} (height × "
+            f"its RLE has {height}×{width} pixels, the image has {size[0]}×{size[1]} (height × "
             "width)"
         )
     if counts.ndim != 1 or (counts < 0).any() or counts.sum() != height * width:
@@ -138,14 +138,14 @@ def _rle_mask(rle: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
 
 
 def decode_counts(text: str | bytes) -> np.ndarray:
-    """The run lengths in a compressed RLE (`rleFrString`): (K,) int64.
+    """Decodes the run lengths (K,) int64 of a compressed RLE (`rleFrString`).
 
-    Each number is written in groups of five bits, the lowest first, as characters from "0" on; a
-    sixth bit says that more follow, and from the fourth number on it is the difference to the one
-    before the last.
+    A number is a sequence of groups of five bits, the lowest first, written as characters from "0"
+    on. A sixth bit marks that more groups follow. From the fourth number on, a number is the
+    difference to the second number before it.
 
     Raises:
-        ValueError: characters that no such text has.
+        ValueError: the text is cut off, or has characters that are not allowed.
     """
     data = text.encode() if isinstance(text, str) else bytes(text)
     groups = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
@@ -169,7 +169,7 @@ def decode_counts(text: str | bytes) -> np.ndarray:
 
 
 def category_ids(segments: Any, *, unsegmented: int = 0) -> np.ndarray:
-    """(K,) int64, the ids that `draw_segments` may give, without those of crowds.
+    """Returns the ids (K,) int64 that `draw_segments` may draw, without those of crowds.
 
     Raises:
         BadRow: a segment has no category.
@@ -186,7 +186,7 @@ def _listed(segments: Any) -> Iterator[Mapping[str, Any]]:
         try:
             segments = json.loads(segments)
         except ValueError:
-            raise BadRow("the segments are text that is no JSON") from None
+            raise BadRow("the segments are text, but not valid JSON") from None
     if segments is None:
         raise BadRow("there are no segments")
     if isinstance(segments, Mapping):

@@ -1,6 +1,6 @@
-"""From a network for one batch of one size to class maps of whole images of any size.
+"""Predicts class maps of whole images of any size, in one piece or by windows, scales and flips.
 
-B images of one size, C classes. `Network`: (B, 3, H, W) -> logits (B, C, H, W).
+Shape legend: B images of one size, C classes. A `Network` maps (B, 3, H, W) to logits (B, C, H, W).
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from .config import InferenceConfig, pair
 
 Network = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
-LIMIT = 2**27  # numbers in logits of full size that are held at once
+LIMIT = 2**27  # most values of full-size logits in memory at once
 
 
 def predict_classes(
     network: Network, images: Sequence[Tensor], sizes: Sequence[Size], config: InferenceConfig
 ) -> list[Tensor]:
-    """The class of every pixel of every image, in the image's original size.
+    """Predicts the class of every pixel of every image, in its original size.
 
     Args:
-        images: (3, h, w) each, as the encoder sees them.
-        sizes: (H, W) of each original.
+        images: (3, h, w) each, prepared for the encoder.
+        sizes: original size (H, W) of each image.
 
     Returns:
-        (H, W) int64 each, on the device of the images.
+        (H, W) int64 of each image, on the device of the images.
     """
-    found: dict[int, Tensor] = {}
+    maps: dict[int, Tensor] = {}
     for numbers in _alike(images, sizes):
         size = sizes[numbers[0]]
         pixels = torch.stack([images[number] for number in numbers])
         views = list(_views(network, pixels, config))
         for start, scores in _full_size(views, size):
             for number, classes in zip(numbers[start:], scores.argmax(dim=1), strict=False):
-                found[number] = classes
-    return [found[number] for number in range(len(images))]
+                maps[number] = classes
+    return [maps[number] for number in range(len(images))]
 
 
 def _alike(images: Sequence[Tensor], sizes: Sequence[Size]) -> Iterator[list[int]]:
-    """The numbers of images that agree in their size and that of their originals."""
+    """Groups the indices of images with the same size and the same original size."""
     groups: dict[tuple, list[int]] = defaultdict(list)
     for number, (image, size) in enumerate(zip(images, sizes, strict=True)):
         groups[tuple(image.shape), tuple(size)].append(number)
@@ -51,7 +51,7 @@ def _alike(images: Sequence[Tensor], sizes: Sequence[Size]) -> Iterator[list[int
 
 
 def _views(network: Network, pixels: Tensor, config: InferenceConfig) -> Iterator[Tensor]:
-    """Logits (B, C, h, w) of each scale, and of it mirrored."""
+    """Yields the logits (B, C, h, w) of each scale, and of each mirrored scale."""
     height, width = pixels.shape[-2:]
     for scale in config.scales:
         view = pixels
@@ -78,13 +78,15 @@ def _logits(network: Network, pixels: Tensor, config: InferenceConfig) -> Tensor
 
 
 def slide(network: Network, pixels: Tensor, *, window: Size, stride: Size, batch: int) -> Tensor:
-    """Logits (B, C, H, W): the mean of those of all windows that see a pixel.
+    """Returns logits (B, C, H, W), averaged over all windows that contain a pixel.
 
-    Windows stand `stride` apart, and the last of a row or column ends with the image. Where the
-    image is smaller than a window, the window is as large as the image.
+    The last window of a row or column ends with the image. If the image is smaller than a window,
+    the window has the size of the image.
 
     Args:
-        batch: windows that go through the network at once.
+        window: (height, width) in pixels.
+        stride: distances of windows, in pixels.
+        batch: number of windows in a batch.
     """
     images, _, height, width = pixels.shape
     side = min(window[0], height), min(window[1], width)
@@ -97,7 +99,7 @@ def slide(network: Network, pixels: Tensor, *, window: Size, stride: Size, batch
     together = max(batch // images, 1)
     for first in range(0, len(corners), together):
         group = corners[first : first + together]
-        # (windows · B, 3, h, w), all images of a window side by side
+        # (windows · B, 3, h, w): all images of a window follow each other.
         windows = torch.cat([_cut(pixels, corner, side) for corner in group])
         logits = torch.cat([network(part).float() for part in windows.split(batch)])
         if first == 0:
@@ -110,20 +112,20 @@ def slide(network: Network, pixels: Tensor, *, window: Size, stride: Size, batch
 
 
 def _cut(x: Tensor, corner: Size, side: Size) -> Tensor:
-    """A view of (…, h, w) at (top, left)."""
+    """Returns a view (…, h, w) at (top, left)."""
     return x[..., corner[0] : corner[0] + side[0], corner[1] : corner[1] + side[1]]
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side."""
+    """Returns the starts of the windows along a side."""
     last = length - window
     return sorted({*range(0, last, stride), last})
 
 
 def _full_size(views: Sequence[Tensor], size: Size) -> Iterator[tuple[int, Tensor]]:
-    """Scores (b, C, H, W) of the original size, a few images at a time, and the first's place.
+    """Yields scores (b, C, H, W) of the original size for a few images, and the first one's index.
 
-    Several views are averaged as probabilities, as one of them may be surer by mere scale.
+    Several views are averaged as probabilities, since their logits may differ in scale.
     """
     images, classes = views[0].shape[:2]
     step = max(LIMIT // (classes * size[0] * size[1]), 1)
@@ -136,7 +138,7 @@ def _full_size(views: Sequence[Tensor], size: Size) -> Iterator[tuple[int, Tenso
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, H, W), bilinear."""
+    """Resizes logits (B, C, h, w) to (B, C, H, W), bilinear."""
     if logits.shape[-2:] == torch.Size(size):
         return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""From what a mask holds to class ids: (H, W) of 0 … classes − 1, and the ignore index."""
+"""Turns the ids or colours of masks into class ids 0 … classes − 1 and the ignore index."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from mmadapters.suggest import nearest
 
 from ..core.errors import BadRow
-from ..core.task import Rows
+from ..core.rows import Rows
 from ..data.media import read_mask
 from .coco import category_ids, draw_segments
 from .config import IGNORE, SegmentationDataConfig
 
-SHOWN = 5  # strange ids that a message names
+SHOWN = 5  # most unknown ids that a message names
 
 
 class Labels:
@@ -23,11 +23,11 @@ class Labels:
 
     Attributes:
         classes: names by id.
-        ignore: the value of pixels that count for nothing, above every class id.
-        dtype: of the masks it gives: uint8, or int32 where there are more classes than that holds.
+        ignore: the value of ignored pixels, above every class id.
+        dtype: dtype of the returned masks: uint8, or int32 for an ignore index above 255.
 
     Raises:
-        ValueError: the config maps to a class that is not there.
+        ValueError: the config maps to a class that does not exist.
     """
 
     def __init__(self, config: SegmentationDataConfig, classes: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ class Labels:
         )
 
     def _id_table(self) -> dict[int, int]:
-        """id in a file -> class or ignore."""
+        """Maps each id in a file to a class or the ignore index."""
         config = self.config
         table = {config.ignore_index: self.ignore}
         if config.label_map:
@@ -69,7 +69,7 @@ class Labels:
         )
 
     def read(self, row: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
-        """The class of each pixel of a row's mask, or of its COCO segments.
+        """Reads the class of each pixel from a row's mask or COCO segments.
 
         Args:
             size: (H, W) of the row's image.
@@ -78,8 +78,8 @@ class Labels:
             (H, W) in `dtype`.
 
         Raises:
-            BadRow: it cannot be read, has another size than the image, or holds an id or a colour
-                that means nothing.
+            BadRow: the mask cannot be read, has another size than the image, or holds an unknown
+                id or colour.
         """
         if row.get("mask") is not None:
             values = read_mask(row["mask"])
@@ -97,10 +97,10 @@ class Labels:
         return self.map(values)
 
     def map(self, values: np.ndarray) -> np.ndarray:
-        """(H, W) ids or (H, W, 3) uint8 colours, as in the file -> (H, W) classes.
+        """Maps the ids (H, W) or colours (H, W, 3) uint8 of a file to classes (H, W).
 
         Raises:
-            BadRow: some mean nothing.
+            BadRow: an id or a colour is unknown.
         """
         if values.ndim == 3:
             if self.config.palette:
@@ -121,11 +121,11 @@ class Labels:
         return numbers[places].astype(self.dtype)
 
     def _strange(self, codes: np.ndarray, *, colours: bool) -> str:
-        found, counts = np.unique(codes, return_counts=True)
-        found = found[np.argsort(-counts, kind="stable")].tolist()
-        named = [str(_colour(code)) if colours else str(code) for code in found[:SHOWN]]
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        lossy = "; was it saved as JPEG?" if len(found) > 20 else ""
+        unknown, counts = np.unique(codes, return_counts=True)
+        ordered = unknown[np.argsort(-counts, kind="stable")].tolist()
+        named = [str(_colour(code)) if colours else str(code) for code in ordered[:SHOWN]]
+        more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+        lossy = "; was it saved as JPEG?" if len(ordered) > 20 else ""
         if colours:
             return f"data.palette does not name the mask's {', '.join(named)}{more}{lossy}"
         last = len(self.classes) - 1 + self.config.reduce_zero_label
@@ -137,10 +137,13 @@ class Labels:
 
 
 def class_names(config: SegmentationDataConfig, rows: Rows | None) -> list[str]:
-    """The classes of a config, or else those that the training masks hold.
+    """Returns the classes of a config, or those of the training masks if it has none.
+
+    Args:
+        rows: training rows, or None.
 
     Raises:
-        ValueError: neither says them, or there is only one.
+        ValueError: neither has classes, or there is only one.
     """
     names = list(config.classes)
     names = names or [name for name in config.palette if name != IGNORE]
@@ -161,7 +164,7 @@ def class_names(config: SegmentationDataConfig, rows: Rows | None) -> list[str]:
 
 
 def _mapped(targets: Iterable[int | str]) -> list[str]:
-    """The classes that a label_map without `classes` speaks of."""
+    """Returns the classes that a label_map names."""
     named = dict.fromkeys(to for to in targets if to != IGNORE)
     if all(isinstance(to, int) for to in named):
         return [str(number) for number in range(max(map(int, named), default=-1) + 1)]
@@ -169,7 +172,7 @@ def _mapped(targets: Iterable[int | str]) -> list[str]:
 
 
 def _highest(config: SegmentationDataConfig, rows: Rows) -> int:
-    """The highest class in the training masks; −1 where there is none."""
+    """Returns the highest class in the training masks, or −1 if there is none."""
     highest = -1
     for index in range(len(rows)):
         try:
@@ -182,7 +185,7 @@ def _highest(config: SegmentationDataConfig, rows: Rows) -> int:
 
 
 def _ids_of(row: Mapping[str, Any], config: SegmentationDataConfig) -> np.ndarray:
-    """The ids in a row's mask or segments, in any shape."""
+    """Returns the ids in a row's mask or segments, in any shape."""
     if row.get("mask") is None:
         return category_ids(row.get("segments"), unsegmented=config.unsegmented)
     values = read_mask(row["mask"])
@@ -194,13 +197,13 @@ def _ids_of(row: Mapping[str, Any], config: SegmentationDataConfig) -> np.ndarra
 
 
 def _sorted_table(table: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Keys in order, for a binary search, and their values."""
+    """Returns the sorted keys, for a binary search, and their values."""
     keys = np.array(sorted(table), dtype=np.int64)
     return keys, np.array([table[key] for key in keys.tolist()], dtype=np.int64)
 
 
 def _codes(colours: np.ndarray) -> np.ndarray:
-    """(…, 3) uint8 -> (…) int64, one number a colour."""
+    """Encodes colours (…, 3) uint8 as numbers (…) int64."""
     red, green, blue = np.moveaxis(colours.astype(np.int64), -1, 0)
     return (red << 16) | (green << 8) | blue
 

@@ -1,7 +1,9 @@
 """Losses of segmentation, and their weighted sum.
 
-logits: (B, C, H, W); target: (B, H, W) class ids or the ignore index. Ignored pixels count for
-nothing; where all are ignored a loss is 0 and its gradient too. P pixels that count, C classes.
+logits: (B, C, H, W); target: (B, H, W) class ids or the ignore index. Ignored pixels do not count;
+if all are ignored, a loss and its gradient are 0.
+
+Shape legend: P pixels that are not ignored, C classes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from .config import LossConfig
 def cross_entropy(
     logits: Tensor, target: Tensor, *, ignore: int, weights: Tensor | None = None
 ) -> Tensor:
-    """The mean over pixels, weighted by their class's weight (C,)."""
+    """Returns the mean cross-entropy over pixels, weighted by class weights (C,)."""
     logits_PC, target_P = valid_pixels(logits, target, ignore)
     total = F.cross_entropy(logits_PC, target_P, weight=weights, reduction="sum")
     return total / _weight_of(target_P, weights)
@@ -30,14 +32,16 @@ def focal(
     weights: Tensor | None = None,
     gamma: float = 2.0,
 ) -> Tensor:
-    """Cross-entropy of each pixel times (1 − p)^γ, p the probability of its class.
+    """Returns the mean over pixels of cross-entropy times (1 − p)^γ.
 
-    Lin et al. 2017, eq. 5; the mean over pixels, as there are no anchors here. Weights take the
-    place of α.
+    p is the probability of the pixel's class.
+
+    Lin et al. 2017, eq. 5. Unlike there, it is the mean over pixels, since there are no anchors,
+    and class weights (C,) replace α.
     """
     logits_PC, target_P = valid_pixels(logits, target, ignore)
     log_p = F.log_softmax(logits_PC, dim=1).gather(1, target_P[:, None])[:, 0]
-    # 1 − p without cancellation; its power has no gradient at p = 1 for γ < 1.
+    # expm1 avoids cancellation; the clamp keeps the gradient finite at p = 1 for γ < 1.
     factor = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny) ** gamma
     losses = -factor * log_p
     if weights is not None:
@@ -46,11 +50,12 @@ def focal(
 
 
 def dice(logits: Tensor, target: Tensor, *, ignore: int, smooth: float = 1.0) -> Tensor:
-    """1 − (2 Σpg + s) / (Σp + Σg + s) over all pixels of the batch, the mean of the classes that it
-    holds.
+    """Returns the mean over classes of 1 − (2 Σpg + s) / (Σp + Σg + s).
 
-    Milletari et al. 2016, V-Net, with Σp for Σp² as is usual since Drozdzal et al. 2016; over the
-    batch as in nnU-Net. Classes that are not there are left out, as in Lovász-softmax.
+    The sums are over all pixels of the batch.
+
+    Milletari et al. 2016, V-Net, with Σp in place of Σp² as in Drozdzal et al. 2016, and over the
+    batch as in nnU-Net. Classes that are not in the batch are left out, as in Lovász-softmax.
     """
     logits_PC, target_P = valid_pixels(logits, target, ignore)
     p_PC = logits_PC.softmax(dim=1)
@@ -61,7 +66,7 @@ def dice(logits: Tensor, target: Tensor, *, ignore: int, smooth: float = 1.0) ->
 
 
 def lovasz_softmax(logits: Tensor, target: Tensor, *, ignore: int) -> Tensor:
-    """The Lovász extension of 1 − IoU, the mean of the classes that the batch holds.
+    """Returns the Lovász extension of 1 − IoU, the mean over the classes in the batch.
 
     Berman et al. 2018, Algorithm 1 and eq. 11–13; over the whole batch.
     """
@@ -74,13 +79,13 @@ def lovasz_softmax(logits: Tensor, target: Tensor, *, ignore: int) -> Tensor:
     intersection = count - truth.cumsum(dim=0)
     union = count + (1 - truth).cumsum(dim=0)
     jaccard = 1 - intersection / union
-    # The first difference along the order: what each further error costs.
+    # The first difference along the order is the cost of each further error.
     slope = torch.diff(jaccard, dim=0, prepend=torch.zeros_like(jaccard[:1]))
     return _mean_of_present((errors * slope.detach()).sum(dim=0), count > 0)
 
 
 def valid_pixels(logits: Tensor, target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
-    """(P, C) and (P,) int64 of the pixels that are not ignored."""
+    """Returns the logits (P, C) and targets (P,) int64 of the pixels that are not ignored."""
     valid = target != ignore
     return logits.movedim(1, -1)[valid], target[valid].long()
 
@@ -97,14 +102,15 @@ def _mean_of_present(losses: Tensor, present: Tensor) -> Tensor:
 
 
 class SegmentationLoss(nn.Module):
-    """The sum of the losses that a config gives a weight."""
+    """The weighted sum of the losses of a config."""
 
     weights: Tensor | None
 
     def __init__(self, config: LossConfig, classes: tuple[str, ...], *, ignore: int) -> None:
-        """
+        """Checks and stores the class weights.
+
         Raises:
-            ValueError: a weight for a class that is not there.
+            ValueError: the config has a weight for an unknown class.
         """
         super().__init__()
         self.config, self.ignore = config, ignore
@@ -118,7 +124,7 @@ class SegmentationLoss(nn.Module):
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """ "loss" and the parts of which it is made, float32 scalars."""
+        """Returns "loss" and its parts by name, float32 scalars."""
         config, logits = self.config, logits.float()
         parts = {}
         with torch.autocast(logits.device.type, enabled=False):

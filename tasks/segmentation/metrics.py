@@ -1,7 +1,7 @@
-"""What a prediction is worth: exact counts of each image, and the metrics that are made of them.
+"""Metrics of segmentation, from exact counts of each image.
 
-All metrics but boundary F1 are functions of one confusion matrix of the whole split in whole
-numbers; each image keeps its own share of it, so that images can be resampled.
+All metrics except boundary F1 are functions of the confusion matrix of the whole split. Each image
+keeps its own counts, so that images can be resampled.
 
 Shape legend: N images, C classes, H × W pixels.
 """
@@ -18,17 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.metrics import Metric, bootstrap, summed_metric
-from ..core.task import Table
+from ..core.results import Table
 
 Values = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What is kept of one image.
+    """The counts of one image.
 
-    cells, pixels: where its confusion matrix (truth × prediction, flat) is not 0, and how much.
-    outlines: (K, 2) class and boundary F1 of the classes that are in truth or prediction.
+    Attributes:
+        cells: (M,) indices of the flat confusion matrix (truth × prediction) that are not 0.
+        pixels: (M,) number of pixels of each of these cells.
+        outlines: (K, 2), class and boundary F1 of the classes in truth or prediction.
     """
 
     cells: np.ndarray
@@ -39,11 +41,11 @@ class Counts:
 def count(
     prediction: Tensor, truth: Tensor, *, classes: int, ignore: int, tolerance: float
 ) -> Counts:
-    """The counts of one image.
+    """Counts the pixels of one image.
 
     Args:
         prediction, truth: (H, W) class ids on any device; truth may hold the ignore index.
-        tolerance: of the outlines, see `boundary_f1`; 0 leaves them out.
+        tolerance: see `boundary_f1`; 0 leaves outlines out.
     """
     prediction, truth = prediction.long(), truth.long()
     valid = truth != ignore
@@ -58,7 +60,7 @@ def count(
 
 
 def confusion(counts: Sequence[Counts], classes: int) -> np.ndarray:
-    """(C, C) int64, truth × prediction, of all images together."""
+    """Returns the confusion matrix (C, C) int64, truth × prediction, of all images."""
     matrix = np.zeros(classes * classes, dtype=np.int64)
     for part in counts:
         matrix[part.cells] += part.pixels
@@ -66,83 +68,88 @@ def confusion(counts: Sequence[Counts], classes: int) -> np.ndarray:
 
 
 def statistics(counts: Sequence[Counts], classes: int) -> np.ndarray:
-    """(N, 3C) float64, whole numbers: true positives, pixels of truth, pixels of prediction."""
-    found = np.zeros((len(counts), 3, classes))
-    for row, part in zip(found, counts, strict=True):
+    """Returns (N, 3C) float64: true positives, pixels of truth, pixels of prediction."""
+    table = np.zeros((len(counts), 3, classes))
+    for row, part in zip(table, counts, strict=True):
         truth, prediction = np.divmod(part.cells, classes)
         hit = truth == prediction
         row[0, truth[hit]] = part.pixels[hit]
         np.add.at(row[1], truth, part.pixels)
         np.add.at(row[2], prediction, part.pixels)
-    return found.reshape(len(counts), 3 * classes)
+    return table.reshape(len(counts), 3 * classes)
 
 
 def outline_statistics(counts: Sequence[Counts], classes: int) -> np.ndarray:
-    """(N, 2C): the boundary F1 of each class and whether it is there."""
-    found = np.zeros((len(counts), 2, classes))
-    for row, part in zip(found, counts, strict=True):
+    """Returns (N, 2C): the boundary F1 of each class, and 1 if the image has the class."""
+    table = np.zeros((len(counts), 2, classes))
+    for row, part in zip(table, counts, strict=True):
         numbers = part.outlines[:, 0].astype(int)
         row[0, numbers], row[1, numbers] = part.outlines[:, 1], 1
-    return found.reshape(len(counts), 2 * classes)
+    return table.reshape(len(counts), 2 * classes)
 
 
 def _split(sums: np.ndarray, parts: int) -> list[np.ndarray]:
-    """(…, parts · C) -> parts of (…, C)."""
+    """Splits (…, parts · C) into parts of (…, C)."""
     return np.split(sums, parts, axis=-1)
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """NaN where there is nothing to divide by."""
+    """Divides; the ratio is NaN where `below` is 0."""
     return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
 
 
 def nanmean(values: np.ndarray) -> np.ndarray:
-    """The mean over the last axis of what is not NaN; NaN where all is."""
+    """Returns the mean over the last axis without NaNs, or NaN if all values are NaN."""
     there = ~np.isnan(values)
     return _ratio(np.where(there, values, 0).sum(axis=-1), there.sum(axis=-1).astype(float))
 
 
 def class_iou(sums: np.ndarray) -> np.ndarray:
-    """(…, 3C) -> (…, C); NaN for a class that is neither in truth nor in prediction."""
+    """Computes IoU (…, C) from sums (…, 3C); NaN for a class in neither truth nor prediction."""
     hits, truth, predicted = _split(sums, 3)
     return _ratio(hits, truth + predicted - hits)
 
 
 def class_dice(sums: np.ndarray) -> np.ndarray:
-    """(…, 3C) -> (…, C): 2 TP / (2 TP + FP + FN); NaN as for IoU."""
+    """Computes 2 TP / (2 TP + FP + FN), (…, C), from sums (…, 3C); NaN as for IoU."""
     hits, truth, predicted = _split(sums, 3)
     return _ratio(2 * hits, truth + predicted)
 
 
 def class_accuracy(sums: np.ndarray) -> np.ndarray:
-    """(…, 3C) -> (…, C): the share of a class's pixels that are found; NaN without any."""
+    """Computes recall (…, C) from sums (…, 3C); NaN for classes without pixels."""
     hits, truth, _ = _split(sums, 3)
     return _ratio(hits, truth)
 
 
 def class_precision(sums: np.ndarray) -> np.ndarray:
-    """(…, 3C) -> (…, C): the share of a prediction's pixels that are right; NaN without any."""
+    """Computes precision (…, C) from sums (…, 3C); NaN for classes never predicted."""
     hits, _, predicted = _split(sums, 3)
     return _ratio(hits, predicted)
 
 
 def pixel_accuracy(sums: np.ndarray) -> np.ndarray:
-    """(…, 3C) -> (…): the share of right pixels."""
+    """Computes the share (…) of correct pixels from sums (…, 3C)."""
     hits, truth, _ = _split(sums, 3)
     return _ratio(hits.sum(axis=-1), truth.sum(axis=-1))
 
 
 def class_outline(sums: np.ndarray) -> np.ndarray:
-    """(…, 2C) -> (…, C): the mean boundary F1 over the images that have the class."""
+    """Computes the mean boundary F1 (…, C) over the images with a class, from sums (…, 2C)."""
     return _ratio(*_split(sums, 2))
 
 
 def metrics(
     counts: Sequence[Counts], classes: Sequence[str], *, background: str | None, resamples: int
 ) -> list[Metric]:
-    """mIoU first, with intervals over images."""
+    """Computes all metrics, mIoU first, with intervals over resampled images.
+
+    Args:
+        background: name of the class that the foreground IoU leaves out.
+        resamples: number of bootstrap samples.
+    """
     sums = statistics(counts, len(classes))
-    found = [
+    results = [
         summed_metric("mIoU", sums, lambda s: nanmean(class_iou(s)), resamples=resamples),
         summed_metric("pixel accuracy", sums, pixel_accuracy, resamples=resamples),
         summed_metric(
@@ -152,7 +159,7 @@ def metrics(
     ]
     if background in classes:
         front = [number for number, name in enumerate(classes) if name != background]
-        found.append(
+        results.append(
             summed_metric(
                 "foreground IoU",
                 sums,
@@ -162,21 +169,21 @@ def metrics(
         )
     if any(len(part.outlines) for part in counts):
         outlines = outline_statistics(counts, len(classes))
-        found.append(
+        results.append(
             summed_metric(
                 "boundary F1", outlines, lambda s: nanmean(class_outline(s)), resamples=resamples
             )
         )
-    return found
+    return results
 
 
 def image_iou(counts: Sequence[Counts], classes: int) -> np.ndarray:
-    """(N,): the mIoU of each image by itself; NaN where all its pixels are ignored."""
+    """Returns the mIoU (N,) of each image; NaN if all its pixels are ignored."""
     return nanmean(class_iou(statistics(counts, classes)))
 
 
 def class_table(counts: Sequence[Counts], classes: Sequence[str], *, resamples: int) -> Table:
-    """Every class's figures; empty cells for what is not there."""
+    """Makes the table of the metrics of every class; undefined metrics are empty."""
     sums = statistics(counts, len(classes))
     total = sums.sum(axis=0)
     low, high = _class_intervals(sums, resamples)
@@ -204,7 +211,7 @@ def class_table(counts: Sequence[Counts], classes: Sequence[str], *, resamples: 
 
 
 def confused(matrix: np.ndarray, classes: Sequence[str], *, count: int = 10) -> Table:
-    """The pairs of classes that take most pixels from each other."""
+    """Makes the table of the classes that are most often taken for another, by pixels."""
     wrong = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
     order = np.argsort(-wrong, axis=None, kind="stable")[:count]
     rows = []
@@ -217,14 +224,14 @@ def confused(matrix: np.ndarray, classes: Sequence[str], *, count: int = 10) -> 
 
 
 def _class_intervals(sums: np.ndarray, resamples: int) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) each: 2.5 and 97.5 percentiles of the IoU of every class."""
+    """Returns the 2.5 and 97.5 percentiles of the IoU of every class, (C,) each."""
     classes = sums.shape[1] // 3
     bounds = np.full((classes, 2), np.nan)
     for number in range(classes):
-        own = sums.reshape(-1, 3, classes)[:, :, number]
-        if own[:, 1:].any():
-            found = bootstrap(own, lambda s: class_iou(s)[..., 0], resamples=resamples)
-            bounds[number] = [np.nan if value is None else value for value in found]
+        of_class = sums.reshape(-1, 3, classes)[:, :, number]
+        if of_class[:, 1:].any():
+            ends = bootstrap(of_class, lambda s: class_iou(s)[..., 0], resamples=resamples)
+            bounds[number] = [np.nan if value is None else value for value in ends]
     return bounds[:, 0], bounds[:, 1]
 
 
@@ -233,19 +240,19 @@ def _percent(share: float) -> float | str:
 
 
 def boundary_f1(prediction: Tensor, truth: Tensor, *, ignore: int, tolerance: float) -> np.ndarray:
-    """How well outlines agree: F1 of the shares of outline pixels within reach of the other's.
+    """Computes the F1 of outlines: of the shares of outline pixels near the other outline.
 
-    Csurka et al. 2013, §3: per image and class. Outline and reach are those of DAVIS (Perazzi et
-    al. 2016): pixels of the class with a neighbour (4) of another, and a disk whose radius is
-    rounded up to whole pixels. A class on one side only has 0. Ignored pixels belong to no class,
-    and no outline runs along them.
+    Csurka et al. 2013, §3, per image and class. Outlines and distances are those of DAVIS (Perazzi
+    et al. 2016): an outline pixel has one of 4 neighbours in another class, and is near if within a
+    disk whose radius is rounded up to whole pixels. A class in only one of truth and prediction has
+    0. Ignored pixels belong to no class and have no outline.
 
     Args:
         prediction, truth: (H, W) int64.
-        tolerance: below 1 a share of the diagonal, else pixels.
+        tolerance: radius; below 1 a share of the diagonal, else pixels.
 
     Returns:
-        (K, 2) float64: a class and its F1, for the classes with pixels in truth or prediction.
+        (K, 2) float64: class and F1 of the classes with pixels in truth or prediction.
     """
     height, width = truth.shape
     radius = math.ceil(tolerance * math.hypot(height, width) if tolerance < 1 else tolerance)
@@ -261,33 +268,33 @@ def boundary_f1(prediction: Tensor, truth: Tensor, *, ignore: int, tolerance: fl
     total = outlines.sum(dim=(2, 3)).double()
     shares = matched / total.clamp_min(1)
     f1 = 2 * shares.prod(dim=1) / shares.sum(dim=1).clamp_min(torch.finfo(torch.double).tiny)
-    # A class that fills the image on both sides has no outline to miss.
+    # A class that fills the image in truth and prediction has no outline; its F1 is 1.
     f1 = torch.where((total == 0).all(dim=1) & maps.any(dim=(2, 3)).all(dim=1), 1.0, f1)
     return torch.stack([present.double(), f1], dim=1).cpu().numpy()
 
 
 def _beside_others(maps: Tensor, valid: Tensor) -> Tensor:
-    """Where a pixel's upper, lower, left or right neighbour is of another class: (K, 2, H, W)."""
+    """Marks pixels with one of 4 neighbours in another class, (K, 2, H, W) bool."""
     others = ~maps & valid
-    found = torch.zeros_like(maps)
-    found[..., 1:, :] |= others[..., :-1, :]
-    found[..., :-1, :] |= others[..., 1:, :]
-    found[..., 1:] |= others[..., :-1]
-    found[..., :-1] |= others[..., 1:]
-    return found
+    marked = torch.zeros_like(maps)
+    marked[..., 1:, :] |= others[..., :-1, :]
+    marked[..., :-1, :] |= others[..., 1:, :]
+    marked[..., 1:] |= others[..., :-1]
+    marked[..., :-1] |= others[..., 1:]
+    return marked
 
 
 def dilate(maps: Tensor, radius: int) -> Tensor:
-    """Everything within Euclidean distance `radius` of what is set: (K, 2, H, W) bool.
+    """Marks all pixels within Euclidean distance `radius` of marked ones, (K, 2, H, W) bool.
 
-    A disk is a pile of bars, one for each row: max-pooling along rows, shifted by whole rows.
+    A disk is a stack of bars, one for each row; each bar is a max-pooling along rows, shifted.
     """
     values = maps.to(torch.float32)
-    found = torch.zeros_like(maps)
+    dilated = torch.zeros_like(maps)
     height = maps.shape[-2]
     for dy in range(min(radius, height - 1) + 1):
         half = min(math.isqrt(radius * radius - dy * dy), maps.shape[-1] - 1)
         bar = F.max_pool2d(values, (1, 2 * half + 1), stride=1, padding=(0, half)) > 0
-        found[..., dy:, :] |= bar[..., : height - dy, :]
-        found[..., : height - dy, :] |= bar[..., dy:, :]
-    return found
+        dilated[..., dy:, :] |= bar[..., : height - dy, :]
+        dilated[..., : height - dy, :] |= bar[..., dy:, :]
+    return dilated

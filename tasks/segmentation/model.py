@@ -1,6 +1,6 @@
 """A frozen image encoder with a segmentation head.
 
-B images, C classes.
+Shape legend: B images, C classes.
 """
 
 from __future__ import annotations
@@ -9,23 +9,28 @@ from torch import Tensor
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.refusals import refuse_embedding_adapters, refuse_other_towers
 from ..encoders.vision import ImageTower
 from .config import SegmentationConfig
-from .heads import head_layers, make_head
+from .heads.build import head_layers, make_head
+from .heads.vit_adapter import NeckedHead
 from .inference import resize_logits
 from .losses import SegmentationLoss
 from .transforms import pad_to_patch
-from .vit_adapter import NeckedHead
 
 
 class SegmentationModel(TaskModel):
-    """`logits` of pixels; `forward` gives their loss.
+    """An encoder and a head; `logits` classifies pixels, `forward` returns the loss.
+
+    Attributes:
+        tower: the image tower of the encoder.
+        layers: the blocks that the head reads.
+        norm: whether the encoder's final norm is applied to their states.
 
     Raises:
-        ValueError: the encoder reads no images, the head does not fit it, or the adapter sits where
-            nothing of the head's input passes.
+        ValueError: the encoder reads no images, the head does not fit it, or an adapter has no
+            effect on the head's input.
     """
 
     def __init__(
@@ -48,9 +53,9 @@ class SegmentationModel(TaskModel):
         self.loss = SegmentationLoss(config.loss, classes, ignore=config.data.ignore_index)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) of any size -> (B, C, H, W).
+        """Returns logits (B, C, H, W) of pixels (B, 3, H, W) of any size.
 
-        Pixels are padded at the right and the bottom to whole patches, and the logits cut.
+        Pixels are padded at the right and the bottom to whole patches; the logits are cut again.
         """
         height, width = pixels.shape[-2:]
         padded = pad_to_patch(pixels, self.tower.patch)
@@ -62,7 +67,7 @@ class SegmentationModel(TaskModel):
         return resize_logits(logits, padded.shape[-2:])[..., :height, :width]
 
     def forward(self, pixels: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """The loss, and the parts of which it is made.
+        """Returns the loss and its parts.
 
         Args:
             pixels: (B, 3, H, W).
@@ -72,7 +77,7 @@ class SegmentationModel(TaskModel):
 
 
 def _refuse_unused(encoder: AdapterModel, layers: tuple[int, ...]) -> None:
-    """Raises a ValueError for an adapter that would change nothing of what the head reads."""
+    """Raises a ValueError for an adapter above the last block that the head reads."""
     last = max(layers)
     acting = encoder.active_adapters
     for name in encoder.adapter_names if acting is None else acting.names():

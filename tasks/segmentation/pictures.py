@@ -1,15 +1,16 @@
-"""Class maps as pictures: palettes, overlays, error maps, indexed PNG files."""
+"""Draws class maps as pictures: palettes, overlays, error maps, indexed PNG files."""
 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from mmadapters.files import replacing_file
 
 OPACITY = 0.5
 RIGHT, WRONG, IGNORED = (46, 125, 80), (214, 39, 40), (128, 128, 128)
@@ -18,16 +19,16 @@ Colours = np.ndarray  # (C, 3) uint8
 
 
 def colours_of(classes: Sequence[str], palette: Mapping[str, Sequence[int]]) -> Colours:
-    """(C, 3) uint8: the palette's colours, and those of PASCAL VOC for classes without one."""
-    own = voc_colours(len(classes))
+    """Returns (C, 3) uint8: the palette's colours, or those of PASCAL VOC for other classes."""
+    colours = voc_colours(len(classes))
     for number, name in enumerate(classes):
         if name in palette:
-            own[number] = palette[name]
-    return own
+            colours[number] = palette[name]
+    return colours
 
 
 def voc_colours(count: int) -> Colours:
-    """(count, 3) uint8, the colour map of PASCAL VOC's development kit: black, dark red, …
+    """Returns (count, 3) uint8, the colour map of PASCAL VOC's development kit: black, dark red, …
 
     The bits of a number, three at a time, become the highest bits of red, green and blue.
     """
@@ -42,7 +43,7 @@ def voc_colours(count: int) -> Colours:
 
 
 def painted(classes: np.ndarray, colours: Colours) -> np.ndarray:
-    """(H, W) class ids -> (H, W, 3) uint8; ids without a colour (ignored pixels) are grey."""
+    """Colours class ids (H, W) as (H, W, 3) uint8; ids without a colour (ignored) are grey."""
     table = np.concatenate([colours, np.array([IGNORED], dtype=np.uint8)])
     return table[np.minimum(classes.astype(np.int64), len(colours))]
 
@@ -50,7 +51,12 @@ def painted(classes: np.ndarray, colours: Colours) -> np.ndarray:
 def overlay(
     image: Image.Image, classes: np.ndarray, colours: Colours, *, clear: int | None = None
 ) -> np.ndarray:
-    """(H, W, 3) uint8: the picture under the classes' colours; class `clear` is left as it is."""
+    """Blends a picture with the colours of its classes, (H, W, 3) uint8.
+
+    Args:
+        classes: (H, W) class ids.
+        clear: a class whose pixels are not coloured, or None.
+    """
     picture = np.asarray(image.convert("RGB"), dtype=np.float32)
     mixed = (1 - OPACITY) * picture + OPACITY * painted(classes, colours)
     if clear is not None:
@@ -59,13 +65,13 @@ def overlay(
 
 
 def errors(prediction: np.ndarray, truth: np.ndarray, ignore: int) -> np.ndarray:
-    """(H, W, 3) uint8: green where the prediction is right, red where wrong, grey where ignored."""
+    """Marks right pixels green, wrong ones red and ignored ones grey, (H, W, 3) uint8."""
     picture = np.where((prediction == truth)[:, :, None], RIGHT, WRONG)
     return np.where((truth == ignore)[:, :, None], IGNORED, picture).astype(np.uint8)
 
 
 def write_mask(path: Path, classes: np.ndarray, colours: Colours) -> None:
-    """An indexed PNG with the classes' colours; 16-bit grey where there are more than 256."""
+    """Writes an indexed PNG with the colours of the classes, or 16-bit grey above 256 classes."""
     if len(colours) > 256:
         image = Image.fromarray(classes.astype(np.uint16))
     else:
@@ -75,14 +81,13 @@ def write_mask(path: Path, classes: np.ndarray, colours: Colours) -> None:
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    """Writes a PNG; the file is complete or absent."""
+    with replacing_file(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def comparison(panels: Mapping[str, np.ndarray], legend: Mapping[str, Sequence[int]]) -> bytes:
-    """PNG data: pictures of one size side by side under their names, and what the colours mean."""
+    """Draws pictures of one size side by side with titles and a legend; returns PNG data."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

@@ -1,4 +1,4 @@
-"""Semantic segmentation: the class of every pixel."""
+"""The task of semantic segmentation: the class of every pixel."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
+from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures
 from ..core.errors import BadRow, Problem
-from ..core.task import Column, Figure, Rows, Scores, Table, Task, TaskModel
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Column, Rows
+from ..core.task import Task
 from ..data.media import image_size, read_image
 from ..encoders.vision import image_preprocessing
 from . import metrics, pictures
@@ -27,10 +31,10 @@ from .model import SegmentationModel
 from .transforms import Augmentation, crop_size, prepare, target_size
 
 
-class SegmentationTask(Task[SegmentationConfig]):
-    """Images with masks, or with COCO segments.
+class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, ReportPictures):
+    """Predicts the class of every pixel of images; trains on masks or COCO segments.
 
-    `state`: "classes", names by id, and "preprocessing" of the encoder.
+    `state` holds "classes", the names by id, and the "preprocessing" of the encoder.
     """
 
     name = "segmentation"
@@ -61,14 +65,17 @@ class SegmentationTask(Task[SegmentationConfig]):
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Returns the names of the classes by id."""
         return tuple(self.state["classes"])
 
     @cached_property
     def labels(self) -> Labels:
+        """Returns the reader of masks."""
         return Labels(self.config.data, self.classes)
 
     @cached_property
     def augment(self) -> Augmentation:
+        """Returns the augmentation of training."""
         preprocessing = self.state["preprocessing"]
         return Augmentation(
             self.config.transforms,
@@ -79,26 +86,27 @@ class SegmentationTask(Task[SegmentationConfig]):
 
     @cached_property
     def colours(self) -> pictures.Colours:
+        """Returns the colours of the classes, (C, 3) uint8."""
         return pictures.colours_of(self.classes, self.config.data.palette)
 
     @property
     def background(self) -> int | None:
-        """The class that is no object, if there is one."""
+        """Returns the id of the class that is no object, or None."""
         name = self.config.data.background
         return self.classes.index(name) if name in self.classes else None
 
     @cached_property
     def cacheable_inputs(self) -> Mapping[str, str]:  # type: ignore[override]
-        """Some heads read the pixels beside the encoder."""
+        """Returns the cacheable inputs: none for heads that also read the pixels."""
         head = self.config.head
         reads = head.kind == "fpn" or head.neck is not None
         return {} if reads else {"pixels": "vision"}
 
     def randomness(self, rows: Rows) -> str | None:
         config = self.config.transforms
-        if (drawn := config.drawn()) is not None:
-            return f"transforms.{drawn}"
-        # Nothing is left to choose where a picture, turned by its EXIF data or not, is no larger.
+        if (setting := config.random_setting()) is not None:
+            return f"transforms.{setting}"
+        # A crop is not random if no picture, turned by its EXIF data or not, is larger.
         crop = self.augment.crop
         for index in range(len(rows)):
             size = image_size(rows[index]["image"])
@@ -127,7 +135,7 @@ class SegmentationTask(Task[SegmentationConfig]):
         return {"pixels": pixels, "mask": torch.from_numpy(mask)}
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Stacked where all are of one size, as in training; else lists."""
+        """Stacks examples of one size, as in training; keeps lists of others."""
         batch = {key: [example[key] for example in examples] for key in ("pixels", "mask")}
         return {
             key: torch.stack(values) if len({value.shape for value in values}) == 1 else values
@@ -137,7 +145,7 @@ class SegmentationTask(Task[SegmentationConfig]):
     def predictions(
         self, model: TaskModel, pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """Class maps (H, W) of the original sizes, of pictures that `prepare` made."""
+        """Predicts class maps (H, W) of the original sizes from pictures that `prepare` made."""
         assert isinstance(model, SegmentationModel)
         return predict_classes(model.logits, pixels, sizes, self.config.inference)
 
@@ -169,7 +177,7 @@ class SegmentationTask(Task[SegmentationConfig]):
             values = [str(record["row"][column]) for record in records]
             groups[column] = {
                 value: metrics.metrics(
-                    [part for part, own in zip(counts, values, strict=True) if own == value],
+                    [part for part, group in zip(counts, values, strict=True) if group == value],
                     self.classes,
                     **options,
                 )
@@ -189,7 +197,7 @@ class SegmentationTask(Task[SegmentationConfig]):
         *,
         count: int,
     ) -> list[Figure | Table]:
-        """The best, the median and the worst images: picture, truth, prediction, errors."""
+        """Draws the best, median and worst images: picture, truth, prediction, errors."""
         scores = metrics.image_iou([record["counts"] for record in records], len(self.classes))
         chosen = _best_median_worst(scores, count)
         return [
@@ -221,7 +229,7 @@ class SegmentationTask(Task[SegmentationConfig]):
         return Figure(title, pictures.comparison(panels, legend))
 
     def _predict_one(self, model: TaskModel, image: Image.Image) -> np.ndarray:
-        """(H, W) int64 of one picture."""
+        """Predicts the classes (H, W) int64 of one picture."""
         pixels = prepare(image, self.config.transforms, self.state["preprocessing"])
         with torch.no_grad():
             size = (image.height, image.width)
@@ -231,8 +239,11 @@ class SegmentationTask(Task[SegmentationConfig]):
     def predict(
         self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
     ) -> Iterator[dict[str, Any]]:
-        """The share of each class; with `out` also `<stem>_mask.png` (class ids, with a palette)
-        and `<stem>_overlay.png`."""
+        """Yields the share of each class in each image.
+
+        With `out`, it also writes `<stem>_mask.png` (class ids, with a palette) and
+        `<stem>_overlay.png`.
+        """
         taken: Counter[str] = Counter()
         for name in inputs:
             try:
@@ -246,14 +257,14 @@ class SegmentationTask(Task[SegmentationConfig]):
                 "height": image.height,
                 "width": image.width,
                 "shares": {
-                    own: round(float(share), 6)
-                    for own, share in zip(self.classes, shares, strict=True)
+                    label: round(float(share), 6)
+                    for label, share in zip(self.classes, shares, strict=True)
                 },
             }
             if out is not None:
                 stem = Path(name).stem
                 taken[stem] += 1
-                # Files of one name in two folders.
+                # Files in two folders may have the same name.
                 unique = stem if taken[stem] == 1 else f"{stem}_{taken[stem]}"
                 result |= self._write(out, unique, image, classes)
             yield result
@@ -268,7 +279,7 @@ class SegmentationTask(Task[SegmentationConfig]):
         return {"mask": str(mask), "overlay": str(overlay)}
 
     def check(self, rows: Rows) -> list[Problem]:
-        """Masks in which nothing counts."""
+        """Finds masks in which all pixels are ignored."""
         return [
             Problem(index, "every pixel of the mask is ignored")
             for index, mask in self._masks(rows)
@@ -276,13 +287,13 @@ class SegmentationTask(Task[SegmentationConfig]):
         ]
 
     def survey(self, rows: Rows) -> list[Table]:
-        """How many pixels and images hold each class."""
+        """Counts the pixels and images of each class."""
         number = len(self.classes)
         pixels, images, seen = np.zeros(number + 1, np.int64), np.zeros(number + 1, np.int64), 0
         for _, mask in self._masks(rows):
-            # The ignore index lies above all classes.
-            found = np.bincount(np.minimum(mask.ravel(), number), minlength=number + 1)
-            pixels, images, seen = pixels + found, images + (found > 0), seen + 1
+            # The ignore index is above all classes.
+            counts = np.bincount(np.minimum(mask.ravel(), number), minlength=number + 1)
+            pixels, images, seen = pixels + counts, images + (counts > 0), seen + 1
         names = [*self.classes, "(ignored)"]
         total = max(int(pixels.sum()), 1)
         body = [
@@ -293,7 +304,7 @@ class SegmentationTask(Task[SegmentationConfig]):
         return [Table("Classes in the masks", columns, body, f"{seen} masks that can be used.")]
 
     def _masks(self, rows: Rows) -> Iterator[tuple[int, np.ndarray]]:
-        """The number and the classes of every row that can be used."""
+        """Yields the index and the classes of every row that can be used."""
         for index in range(len(rows)):
             row = rows[index]
             try:
@@ -304,7 +315,7 @@ class SegmentationTask(Task[SegmentationConfig]):
 
 
 def _best_median_worst(scores: np.ndarray, count: int) -> list[tuple[str, int]]:
-    """Places of about `count` scores, a third of each kind, none twice; NaN is left out."""
+    """Returns the kinds and indices of `count` scores, about a third of each kind, without NaNs."""
     order = np.argsort(-scores, kind="stable")
     order = order[~np.isnan(scores[order])]
     count = min(count, len(order))

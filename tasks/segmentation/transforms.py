@@ -1,7 +1,7 @@
-"""Images and masks together, by torchvision v2: masks by nearest neighbour, filled with ignore.
+"""Transforms images and masks together with torchvision v2.
 
-An image is (3, H, W) uint8 until it is normalised, a mask (H, W). All that is drawn comes from
-torch's random state.
+Masks are resized by nearest neighbour and padded with the ignore index. An image is (3, H, W) uint8
+until it is normalised, a mask (H, W). All randomness comes from torch's random state.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torchvision.transforms.v2 import functional as F
 from ..encoders.vision import normalised
 from .config import TransformsConfig
 
-TRIES = 10  # crops that are drawn before one of a single class is taken
+TRIES = 10  # most crops that are tried to find one of several classes
 
 
 class Augmentation:
-    """A picture and its mask as a training example: both cut to one size, the picture normalised.
+    """Makes a training example: crops picture and mask to one size and normalises the picture.
 
     Args:
         crop: (H, W) in pixels.
-        preprocessing: of the encoder.
-        ignore: what the mask holds where there is no picture.
+        preprocessing: that of the encoder.
+        ignore: value of the mask outside of the picture.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Augmentation:
     ) -> None:
         self.config, self.preprocessing, self.crop = config, preprocessing, crop
         filter = interpolation(preprocessing)
-        # Turned before the crop, whose sides need not be equal.
+        # Turn before the crop, since the sides of a crop may differ.
         steps: list[v2.Transform] = [RandomQuarterTurns()] if config.rotate90 else []
         steps += [
             RandomScale(config, filter),
@@ -56,7 +56,7 @@ class Augmentation:
         self.steps = v2.Compose(steps)
 
     def __call__(self, image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
-        """-> (3, H, W) float32 and (H, W) of the mask's type."""
+        """Returns the picture (3, H, W) float32 and the mask (H, W) in its dtype."""
         picture, labels = self.steps(F.to_image(image), tv_tensors.Mask(torch.from_numpy(mask)))
         return picture.as_subclass(Tensor), labels.as_subclass(Tensor)
 
@@ -65,8 +65,10 @@ _JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def prepare(image: Image.Image, config: TransformsConfig, preprocessing: dict[str, Any]) -> Tensor:
-    """A picture as the encoder sees it outside training: (3, H, W) float32 in its own proportions,
-    resized if `config.size` says so."""
+    """Prepares a picture for evaluation: (3, H, W) float32, normalised.
+
+    It keeps its proportions and is resized only if `config.size` is set.
+    """
     picture: Tensor = F.to_image(image)
     size = target_size(config, (image.height, image.width))
     if size != (image.height, image.width):
@@ -77,7 +79,7 @@ def prepare(image: Image.Image, config: TransformsConfig, preprocessing: dict[st
 def target_size(
     config: TransformsConfig, size: tuple[int, int], *, factor: float = 1.0
 ) -> tuple[int, int]:
-    """(H, W) of an image of `size` after the resizing to `config.size`, and by `factor`."""
+    """Returns (H, W) of an image after resizing to `config.size` and by `factor`."""
     if config.size is not None:
         factor *= config.size / min(size)
         if config.longest is not None:
@@ -87,13 +89,13 @@ def target_size(
 
 
 def interpolation(preprocessing: dict[str, Any]) -> InterpolationMode:
-    """The filter that the encoder was trained with; bicubic for those that tensors have not."""
+    """Returns the filter of the encoder's training, or bicubic if tensors do not have it."""
     name = preprocessing["interpolation"]
     return InterpolationMode(name if name in ("nearest", "bilinear", "bicubic") else "bicubic")
 
 
 class RandomScale(v2.Transform):
-    """Resizes to `config.size` times a factor, uniform in `config.scale`, proportions kept."""
+    """Resizes to `config.size` times a random factor, uniform in `config.scale`."""
 
     def __init__(self, config: TransformsConfig, filter: InterpolationMode) -> None:
         super().__init__()
@@ -109,17 +111,17 @@ class RandomScale(v2.Transform):
         size = list(params["size"])
         if not isinstance(inpt, tv_tensors.Mask):
             return F.resize(inpt, size, self.filter, antialias=True)
-        # For masks torchvision takes the pixel up and left of the place that the picture's filter
-        # is centred on; this is the one under it.
+        # For masks, torchvision takes the pixel up and left of the centre of the picture's filter;
+        # NEAREST_EXACT takes the pixel at the centre.
         plain = inpt.as_subclass(Tensor)[None]
         return tv_tensors.Mask(F.resize(plain, size, InterpolationMode.NEAREST_EXACT)[0])
 
 
 class RandomCrop(v2.Transform):
-    """A window of a size, or the whole side where the image is smaller.
+    """Crops a random window; a side is that of the image if the image is smaller.
 
-    Drawn anew while one class has more than `cat_max_ratio` of the pixels that count, up to ten
-    times (Zhao et al. 2017's training in mmsegmentation's form).
+    While one class has more than `cat_max_ratio` of the pixels that are not ignored, it tries
+    another window, at most ten in all (the training of Zhao et al. 2017 in mmsegmentation's form).
     """
 
     def __init__(self, size: tuple[int, int], *, cat_max_ratio: float, ignore: int) -> None:
@@ -160,7 +162,7 @@ class RandomQuarterTurns(v2.Transform):
 
 
 class Normalise(v2.Transform):
-    """The picture, not the mask, as the encoder wants it."""
+    """Normalises the picture for the encoder and leaves the mask unchanged."""
 
     def __init__(self, preprocessing: dict[str, Any]) -> None:
         super().__init__()
@@ -173,7 +175,7 @@ class Normalise(v2.Transform):
 
 
 class PadTo(v2.Transform):
-    """Pads right and bottom to a size: pictures with 0, the mean colour; masks with ignore."""
+    """Pads right and bottom to a size: pictures with 0 (the mean colour), masks with ignore."""
 
     def __init__(self, size: tuple[int, int], *, ignore: int) -> None:
         super().__init__()
@@ -190,7 +192,7 @@ class PadTo(v2.Transform):
 
 
 def pad_to_patch(pixels: Tensor, patch: int) -> Tensor:
-    """(B, 3, H, W) with 0 at the right and the bottom, so that H and W are multiples of `patch`."""
+    """Pads (B, 3, H, W) with 0 at the right and the bottom to multiples of `patch`."""
     height, width = pixels.shape[-2:]
     bottom, right = -height % patch, -width % patch
     if not bottom and not right:
@@ -199,7 +201,7 @@ def pad_to_patch(pixels: Tensor, patch: int) -> Tensor:
 
 
 def crop_size(config: TransformsConfig, preprocessing: dict[str, Any]) -> tuple[int, int]:
-    """(H, W) of training crops: as the config says, or the encoder's own size."""
+    """Returns (H, W) of training crops: those of the config, or the encoder's size."""
     if config.crop is None:
         return preprocessing["height"], preprocessing["width"]
     return (config.crop, config.crop) if isinstance(config.crop, int) else config.crop

@@ -1,1 +1,1 @@
-"""Training and evaluation of a task on its encoder."""
+"""Training and evaluation of the model of a task."""

@@ -1,31 +1,38 @@
-"""A split through a model: one record for each row, gathered from all processes."""
+"""Evaluation of a split: one record for each row, gathered from all processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..core.capabilities import BatchGrouping, SecondPass, capability
 from ..core.device import autocast, processes, to_device
-from ..core.errors import DataError, Problem
-from ..core.task import Record, Rows, Task, TaskModel
+from ..core.errors import Problem, refuse
+from ..core.model import TaskModel
+from ..core.results import Scores
+from ..core.rows import Column, Record, Rows
+from ..core.task import Task
+from ..data.batches import share_of
+from ..data.columns import MEDIA
 from ..data.examples import Collate, Examples
-from ..data.workers import loader_generator
-
-if TYPE_CHECKING:
-    from .cache.split import KeptSplit
-
-MEDIA = ("image", "mask", "audio")
+from ..data.workers import loader_generator, readers
+from .cache.split import CachedSplit
 
 
 @dataclass
 class Evaluation:
-    """Records in the order of the rows, and the rows that could not be used."""
+    """The outcome of an evaluation.
+
+    Attributes:
+        records: a record for each good row, in the order of the rows.
+        problems: the rows that could not be used, in their order.
+    """
 
     records: list[Record]
     problems: list[Problem]
@@ -39,106 +46,112 @@ def evaluate(
     batch_size: int,
     workers: int = 0,
     precision: str = "fp32",
-    kept: KeptSplit | None = None,
+    cached: CachedSplit | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Evaluation:
     """Runs every row through the model, in eval mode and without gradients.
 
-    In a process group each process takes every n-th row, and all of them return everything.
+    In a process group each process takes every n-th row, and every process returns all records.
 
     Args:
-        kept: the states of these rows to start from.
-        progress: is told after each batch how many rows of this process are done.
+        batch_size: rows of a batch of one process.
+        workers: processes that read and decode data.
+        precision: as `trainer.precision`.
+        cached: the cached trunk states of these rows; None runs the whole encoder.
+        progress: is called after each batch with the number of rows that this process has done.
 
     Raises:
         DataError: a row cannot be used and `data.on_error` is "refuse"; names rows and reasons.
     """
     rank, world = processes()
     order = np.arange(len(rows))
-    lengths = task.lengths(rows)
+    lengths = capability(task, BatchGrouping).lengths(rows)
     if lengths is not None:
-        # Neighbours in length share a batch, so little of it is padding.
+        # Rows of similar length share a batch, so little of it is padding.
         order = np.argsort(np.asarray(lengths), kind="stable")
-    own = order[rank::world].tolist()
-    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    mine = order[rank::world].tolist()
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     loader: DataLoader = DataLoader(
-        Examples(task, rows, train=False) if kept is None else kept.examples,
+        Examples(task, rows, train=False) if cached is None else cached.examples,
         batch_sampler=batches,  # type: ignore[arg-type]
-        collate_fn=Collate(task) if kept is None else kept.collate,
-        num_workers=min(workers if kept is None else kept.workers(workers), len(batches)),
+        collate_fn=Collate(task) if cached is None else cached.collate,
+        num_workers=min(workers if cached is None else cached.workers(workers), len(batches)),
         pin_memory=model.device.type == "cuda",
         generator=loader_generator(),
     )
-    found = Evaluation([], [])
+    result = Evaluation([], [])
     was_training = model.training
     model.eval()
     try:
         for done, loaded in enumerate(loader, start=1):
-            found.problems += loaded.problems
+            result.problems += loaded.problems
             if loaded.batch is not None:
                 batch = to_device(loaded.batch, model.device)
-                resumed = nullcontext() if kept is None else kept.resumed(batch)
+                resumed = nullcontext() if cached is None else cached.resumed(batch)
                 with torch.no_grad(), autocast(precision, model.device), resumed:
                     records = task.records(model, batch)
                 for index, record in zip(loaded.indices, records, strict=True):
-                    found.records.append({**record, "index": index})
-            if kept is not None:
-                kept.read += len(loaded.indices)
-            progress(min(done * batch_size, len(own)))
-        found = _gathered(found, world)
-        refuse(task, found.problems, rows)
+                    result.records.append({**record, "index": index})
+            if cached is not None:
+                cached.read += len(loaded.indices)
+            progress(min(done * batch_size, len(mine)))
+        result = _gathered(result, world)
+        refuse(result.problems, on_error=task.config.data.on_error, rows=len(rows))
         with torch.no_grad(), autocast(precision, model.device):
-            task.refine(model, rows, found.records)
+            capability(task, SecondPass).refine(model, rows, result.records)
     finally:
         model.train(was_training)
-    _add_rows(task, found.records, rows)
-    return found
+    _add_rows(result.records, rows, task.columns)
+    return result
 
 
-def refuse(task: Task, problems: list[Problem], rows: Rows | None = None) -> None:
-    """Raises a DataError for problems that the config does not let pass.
+def validated(
+    task: Task, model: TaskModel, rows: Rows, *, cached: CachedSplit | None = None
+) -> Scores:
+    """Returns a task's scores on validation rows without intervals, evaluated as its config says.
 
-    Raises:
-        DataError: there are problems, and `data.on_error` is "refuse", or no row is good.
+    Args:
+        cached: the cached trunk states of these rows; None runs the whole encoder.
     """
-    if not problems:
-        return
-    first = problems[0]
-    what = f"row {first.index} cannot be used: {first.reason}"
-    others = len({problem.index for problem in problems}) - 1
-    if others:
-        what += f" (and {others} more)"
-    if task.config.data.on_error == "refuse":
-        raise DataError(
-            f"{what}; mend it, or set data.on_error: skip; `mmadapters doctor` lists all"
-        )
-    if rows is not None and others + 1 == len(rows):
-        raise DataError(f"no row of the split can be used: {what}; `mmadapters doctor` lists all")
+    config = task.config.trainer
+    _, world = processes()
+    share = share_of(config.batch_size, config.accumulation, world)
+    result = evaluate(
+        task,
+        model,
+        rows,
+        batch_size=config.eval_batch_size or share,
+        workers=readers(config, decoded=cached is not None),
+        precision=config.precision,
+        cached=cached,
+    )
+    return task.score(result.records, bootstrap=0)
 
 
-def _gathered(found: Evaluation, world: int) -> Evaluation:
+def _gathered(result: Evaluation, world: int) -> Evaluation:
+    """Returns the records and problems of all processes, in the order of the rows."""
     if world > 1:
         parts: list[Any] = [None] * world
-        torch.distributed.all_gather_object(parts, found)
-        found = Evaluation(
+        torch.distributed.all_gather_object(parts, result)
+        result = Evaluation(
             [record for part in parts for record in part.records],
             [problem for part in parts for problem in part.problems],
         )
-    found.records.sort(key=lambda record: record["index"])
-    found.problems.sort(key=lambda problem: problem.index)
-    return found
+    result.records.sort(key=lambda record: record["index"])
+    result.problems.sort(key=lambda problem: problem.index)
+    return result
 
 
-def _add_rows(task: Task, records: list[Record], rows: Rows) -> None:
-    """Gives every record its row's plain columns, read column by column without any media."""
-    columns = {name: list(rows[name]) for name in plain_columns(task, rows)}
+def _add_rows(records: list[Record], rows: Rows, roles: Mapping[str, Column]) -> None:
+    """Adds to every record the plain columns of its row, read by column and without any media."""
+    columns = {name: list(rows[name]) for name in _plain_columns(rows, roles)}
     for record in records:
         record["row"] = {name: values[record["index"]] for name, values in columns.items()}
 
 
-def plain_columns(task: Task, rows: Rows) -> Iterator[str]:
-    """The columns that hold text or numbers."""
-    media = {role for role, column in task.columns.items() if column.kind in MEDIA}
+def _plain_columns(rows: Rows, roles: Mapping[str, Column]) -> Iterator[str]:
+    """Yields the names of the columns that hold text or numbers."""
+    media = {role for role, column in roles.items() if column.kind in MEDIA}
     features = getattr(rows, "features", None)
     for name in rows.column_names:
         # Nested columns have no dtype.

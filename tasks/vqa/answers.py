@@ -1,4 +1,4 @@
-"""Answers: what a row holds, which of them are the same, and the vocabulary of a classifier."""
+"""Answers of a row, their comparison, and the vocabulary of a classifier."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core.errors import BadRow
-from ..core.task import Rows
+from ..core.rows import Rows
 
-MANY = 4  # from so many answers to a question on, agreement of all of them makes a score of 1
+MANY = 4  # the fewest answers to a question by whose agreement the official score can reach 1
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_COMMA = re.compile(r"\d,\d")
@@ -40,27 +40,28 @@ _CONTRACTIONS = """
 
 
 def _misspelt(word: str) -> Iterator[str]:
-    """The word without one of its apostrophes, for each of them."""
+    """Yields the word without one of its apostrophes, for each of them."""
     for place, letter in enumerate(word):
         if letter == "'":
             yield word[:place] + word[place + 1 :]
 
 
 _SPELLINGS = {wrong: right for right in _CONTRACTIONS.split() for wrong in _misspelt(right)}
-_SPELLINGS["somebody'd"] = "somebodyd"  # so it stands in the official table
+_SPELLINGS["somebody'd"] = "somebodyd"  # the official table has it so
 
 
 def plain(answer: str) -> str:
-    """Lower case, with single spaces."""
+    """Returns the answer in lower case with single spaces."""
     return " ".join(answer.lower().split())
 
 
 def normalise(answer: str) -> str:
-    """An answer as the VQA challenge compares it (Antol et al. 2015, §4; its vqaEval script).
+    """Returns an answer as the VQA challenge compares it (Antol et al. 2015, §4; its vqaEval).
 
-    Punctuation is dropped where it touches a space anywhere in the answer, or where the answer has
-    a number with a comma, else becomes a space; then full stops not before a digit are dropped,
-    number words become digits, articles go, and apostrophes of contractions are put back.
+    A punctuation mark is removed if it touches a space anywhere in the answer, or if the answer has
+    a number with a comma; else it becomes a space. Then full stops that are not before a digit are
+    removed, number words become digits, articles are removed, and contractions get their
+    apostrophes back.
     """
     answer = " ".join(answer.strip().splitlines()).replace("\t", " ")
     text, numeral = answer, _NUMBER_COMMA.search(answer) is not None
@@ -72,21 +73,21 @@ def normalise(answer: str) -> str:
 
 
 def answers_of(row: Mapping[str, Any]) -> list[str]:
-    """All answers of a row: of its `answers`, or else its `answer`.
+    """Returns all answers of a row: those in `answers`, or else the one in `answer`.
 
-    `answers` are texts, or dicts with the text under "answer" as in VQAv2 (also as `datasets` may
-    turn them, a dict of lists), or such a list as JSON, as a CSV file holds it.
+    `answers` is a list of texts, or of dicts with the text under "answer" as in VQAv2 (also as a
+    dict of lists, into which `datasets` may turn it), or such a list as JSON, as in a CSV file.
 
     Raises:
-        BadRow: there is none, or one is not text or a number.
+        BadRow: there is no answer, or one is neither text nor a number.
     """
-    found = [_text(value) for value in _listed(row.get("answers"))]
-    if not any(found):
-        found = [_text(row.get("answer"))]
-    found = [answer for answer in found if answer]
-    if not found:
+    answers = [_text(value) for value in _listed(row.get("answers"))]
+    if not any(answers):
+        answers = [_text(row.get("answer"))]
+    answers = [answer for answer in answers if answer]
+    if not answers:
         raise BadRow("there is no answer")
-    return found
+    return answers
 
 
 def _listed(value: Any) -> Sequence[Any]:
@@ -115,7 +116,7 @@ def _text(value: Any) -> str:
 
 
 def all_answers(rows: Rows) -> Iterator[list[str] | None]:
-    """The answers of each row, read without its picture; None where they are bad."""
+    """Yields the answers of each row, read without its picture; None if they cannot be used."""
     columns = {n: list(rows[n]) for n in ("answer", "answers") if n in rows.column_names}
     for values in zip(*columns.values(), strict=True):
         try:
@@ -125,23 +126,27 @@ def all_answers(rows: Rows) -> Iterator[list[str] | None]:
 
 
 def agreement(matches: int, answers: int) -> float:
-    """The official score of an answer that `matches` of a question's `answers` agree with.
+    """Returns the official score, 0 to 1, of an answer with which `matches` of `answers` agree.
 
-    The mean over all sets without one answer of min(1, matches in the set / 3). With fewer than
-    `MANY` answers, which could not reach 1 by it, an answer is right if any agrees.
+    It is the mean of min(1, matches in the set / 3) over all sets that lack one answer. With fewer
+    than `MANY` answers this could not reach 1, and an answer is right if any answer agrees.
+
+    Args:
+        matches: the answers to a question that agree.
+        answers: all answers to the question.
     """
     if answers < MANY:
         return float(matches > 0)
-    without_own = min(1.0, (matches - 1) / 3) if matches else 0.0
+    without_match = min(1.0, (matches - 1) / 3) if matches else 0.0
     without_other = min(1.0, matches / 3)
-    return (matches * without_own + (answers - matches) * without_other) / answers
+    return (matches * without_match + (answers - matches) * without_other) / answers
 
 
 def score(prediction: str, answers: Sequence[str]) -> float:
-    """How right a prediction is, from 0 to 1, by `agreement`.
+    """Returns the score of a prediction, from 0 to 1, by `agreement`.
 
-    Where a question's answers differ, they and the prediction are normalised by the official rules;
-    where all are the same, or are few, only case and spaces are ignored.
+    If a question has `MANY` answers that differ, answers and prediction are normalised by the
+    official rules. Otherwise only case and spaces are ignored.
     """
     same = plain
     if len(answers) >= MANY and len(set(answers)) > 1:
@@ -151,11 +156,12 @@ def score(prediction: str, answers: Sequence[str]) -> float:
 
 
 class Vocabulary:
-    """The answers that a classifier knows, the most frequent first.
+    """The answers that a classifier can give, the most frequent first.
 
     Args:
         answers: each in its most frequent spelling.
-        official: whether answers are the same by the official rules, or by letters.
+        official: whether the official rules say which answers are the same; else letters do,
+            regardless of case.
     """
 
     def __init__(self, answers: Sequence[str], *, official: bool) -> None:
@@ -167,11 +173,18 @@ class Vocabulary:
     def counted(
         cls, questions: Iterable[Sequence[str]], *, size: int, min_count: int, official: bool
     ) -> Vocabulary:
-        """The `size` most frequent of all questions' answers; of equally frequent ones those that
-        come first in the alphabet.
+        """Returns a vocabulary of the most frequent answers to all questions.
+
+        Of equally frequent answers it takes the first ones in the alphabet.
+
+        Args:
+            questions: the answers to each question.
+            size: the most answers of the vocabulary.
+            min_count: the least number of times that an answer of the vocabulary is given.
+            official: as in `Vocabulary`.
 
         Raises:
-            ValueError: none is frequent enough.
+            ValueError: no answer is frequent enough.
         """
         key = cls([], official=official).key
         spellings: dict[str, Counter[str]] = defaultdict(Counter)
@@ -190,9 +203,9 @@ class Vocabulary:
         return cls([_most(spellings[same]) for same in kept], official=official)
 
     def key(self, answer: str) -> str:
-        """Equal for answers that are the same."""
+        """Returns a key that is equal for answers that are the same."""
         if self.official:
-            # An answer of articles alone ("a") would be nothing.
+            # An answer of articles only ("a") would become empty.
             return normalise(answer) or plain(answer)
         return plain(answer)
 
@@ -200,16 +213,16 @@ class Vocabulary:
         return len(self.answers)
 
     def number(self, answer: str) -> int | None:
-        """The place of an answer, None for one that is not here."""
+        """Returns the number of an answer, or None if it is not in the vocabulary."""
         return self._numbers.get(self.key(answer))
 
     def spelt(self, answer: str) -> str:
-        """An answer as it is spelt here, or as it is."""
+        """Returns an answer in the vocabulary's spelling, or unchanged if it is not in it."""
         number = self.number(answer)
         return answer if number is None else self.answers[number]
 
     def targets(self, answers: Sequence[str]) -> dict[int, float]:
-        """The score of every known answer that would not score 0, by its number."""
+        """Returns the scores above 0 of the vocabulary's answers to a question, by number."""
         counts = Counter(self.key(answer) for answer in answers)
         return {
             self._numbers[same]: value
@@ -218,7 +231,7 @@ class Vocabulary:
         }
 
     def reachable(self, answers: Sequence[str]) -> float:
-        """The best score that a known answer has."""
+        """Returns the best score that an answer of the vocabulary has for a question."""
         return max(
             (score(self.spelt(a), answers) for a in set(answers) if self.number(a) is not None),
             default=0.0,

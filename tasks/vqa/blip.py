@@ -1,4 +1,4 @@
-"""Questions answered by BLIP's own decoder, which ranks the vocabulary or writes an answer.
+"""Question answering by BLIP's own decoder, which ranks a vocabulary or writes an answer.
 
 Shape legend: B questions, I images, L question tokens, M answers, T answer tokens, D width,
 V vocabulary of the tokenizer.
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
-from ..core.task import TaskModel
+from ..core.model import TaskModel
 from ..encoders.blip import BlipAnswerer
 from .config import BlipAnswersConfig
 
 
 class LMHead(nn.Module):
-    """A copy of the decoder's last layers, apart from its word embeddings: (…, D) -> (…, V)."""
+    """A copy of the decoder's last layers, with word embeddings of its own: (…, D) -> (…, V)."""
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
         predictions = decoder.cls.predictions
         self.transform = copy.deepcopy(predictions.transform)
-        # transformers holds its bias under two names, which no file may.
+        # transformers has the bias under two names, which safetensors files do not allow.
         self.words = nn.Linear(predictions.decoder.in_features, predictions.decoder.out_features)
         self.words.weight.data.copy_(predictions.decoder.weight.data)
         self.words.bias.data.copy_(predictions.decoder.bias.data)
@@ -36,7 +36,12 @@ class LMHead(nn.Module):
 
 
 class BlipVQA(TaskModel):
-    """Only the adapter is trained, and the decoder's last layers where asked for."""
+    """BLIP that answers questions. It trains the adapter and, if asked, the decoder's last layers.
+
+    Args:
+        encoder: with its adapters.
+        config: of training and of the answers.
+    """
 
     def __init__(self, encoder: AdapterModel, config: BlipAnswersConfig) -> None:
         answerer = BlipAnswerer(encoder)
@@ -49,6 +54,7 @@ class BlipVQA(TaskModel):
 
     @property
     def lm_head(self) -> nn.Module | None:
+        """The trained copy of the decoder's last layers; None for the decoder's own."""
         return self.head if isinstance(self.head, LMHead) else None
 
     def forward(
@@ -61,7 +67,9 @@ class BlipVQA(TaskModel):
         weights: Tensor | None = None,
         references: Any = None,
     ) -> dict[str, Tensor]:
-        """The loss of answers: each one's negative log-likelihood by its weight, over B.
+        """Returns as "loss" the weighted sum of the answers' negative log-likelihoods, over B.
+
+        Without answers it returns the "states" (B, L, D) of the questions.
 
         Args:
             pixels: (I, 3, H, W), each image once.
@@ -69,7 +77,8 @@ class BlipVQA(TaskModel):
             image_of: (B,) the number of a question's image.
             answers: (M, T) of `BlipTokenizer.answers`, several for a question.
             question_of: (M,) the number of an answer's question.
-            weights: (M,) the share of a question's people who gave the answer.
+            weights: (M,) the share of people who gave this answer to the question.
+            references: not used; batches have it for evaluation.
         """
         states, mask = self.question_states(pixels, tokens, image_of)
         if answers is None:
@@ -87,13 +96,28 @@ class BlipVQA(TaskModel):
     def question_states(
         self, pixels: Tensor, tokens: Tensor, image_of: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """States (B, L, D) of the questions with their images, and their mask (B, L)."""
+        """Returns states (B, L, D) of the questions with their images, and their mask (B, L).
+
+        Args:
+            pixels: (I, 3, H, W), each image once.
+            tokens: (B, L) questions.
+            image_of: (B,) the number of a question's image.
+        """
         images = self.answerer.image_tokens(pixels)[image_of]
         return self.answerer.question_states(images, tokens)
 
     def rank(self, states: Tensor, mask: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """The likelihoods (B, K) of the best candidates (M, T) as shares of their sum, and which
-        they are (B, K), the best first."""
+        """Returns the best candidates for each question, the best first.
+
+        Args:
+            states: (B, L, D) of the questions.
+            mask: (B, L) of the questions.
+            candidates: (M, T) answers.
+
+        Returns:
+            Likelihoods (B, K) of the best candidates, as shares of their sum, and their numbers
+            (B, K).
+        """
         likelihoods, numbers = self.answerer.rank(
             states,
             mask,
@@ -104,7 +128,12 @@ class BlipVQA(TaskModel):
         return likelihoods.softmax(dim=-1), numbers
 
     def generate(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Answers (B, T) that BLIP writes, and how likely each is (B,)."""
+        """Returns the answers (B, T) that BLIP writes, and their likelihoods (B,).
+
+        Args:
+            states: (B, L, D) of the questions.
+            mask: (B, L) of the questions.
+        """
         answers = self.answerer.generate(
             states,
             mask,

@@ -1,4 +1,4 @@
-"""What a config of `task: vqa` may say."""
+"""The config of `task: vqa`, visual question answering."""
 
 from __future__ import annotations
 
@@ -13,64 +13,79 @@ HeadKind = Literal["auto", "fusion", "bilinear", "coattention", "ranking", "gene
 
 class VQAHeadConfig(Section):
     kind: HeadKind = "auto"
-    """On CLIP and SigLIP a classifier over the answers: fusion of the two embeddings by an MLP,
-    bilinear pooling of them, or coattention over image and text tokens. On BLIP its own decoder:
-    ranking of the answers, or generation. auto: fusion and ranking."""
+    """The kind of head. On CLIP and SigLIP it is a classifier over the answers: fusion (an MLP on
+    the two embeddings), bilinear (bilinear pooling of them) or coattention (attention over image
+    and text tokens). On BLIP it is BLIP's decoder: ranking of the answers, or generation. auto:
+    fusion for CLIP and SigLIP, ranking for BLIP."""
     width: int = Field(default=256, ge=1)
-    """Of the layers of a classifier."""
+    """Classifiers: the width of their layers, from 1."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """In a classifier."""
+    """Classifiers: the dropout probability, from 0 to below 1."""
     factors: int = Field(default=5, ge=1)
-    """Products that are summed for each feature of the bilinear pooling."""
+    """Bilinear pooling: the number of products, from 1, that are summed for each feature."""
     layers: int = Field(default=2, ge=1)
-    """Co-attention: layers over the text, and as many over the image."""
+    """Co-attention: the number of layers over the text, and over the image, from 1."""
     heads: int = Field(default=4, ge=1)
-    """Co-attention: heads of each attention; a divisor of width."""
+    """Co-attention: the number of heads of each attention, from 1; it must divide width."""
     loss: Literal["auto", "cross_entropy", "binary_cross_entropy"] = "auto"
-    """Of a classifier. auto: binary with several answers to a question, as for VQAv2, else not."""
+    """Classifiers: the training loss. auto: binary_cross_entropy if questions have several answers,
+    as in VQAv2, else cross_entropy."""
 
     @model_validator(mode="after")
     def _heads(self) -> VQAHeadConfig:
         if self.kind == "coattention" and self.width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
+            raise ValueError(
+                f"{self.heads} heads do not divide a width of {self.width}: change heads or width"
+            )
         return self
 
 
 class BlipAnswersConfig(Section):
     candidates: int = Field(default=128, ge=1)
-    """Ranking: how many answers, those with the likeliest first token, are read to their end."""
+    """Ranking: the number of answers, from 1, whose full likelihood is computed. They are those
+    with the likeliest first token."""
     beams: int = Field(default=3, ge=1)
-    """Generation: of the beam search; 1 is greedy."""
+    """Generation: the number of answers that the beam search keeps, from 1; 1 is greedy
+    decoding."""
     max_tokens: int = Field(default=10, ge=1)
-    """Generation: the most tokens of an answer."""
+    """Generation: the most tokens of an answer, from 1."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """Of the training loss."""
+    """The share of the target that is spread over all tokens in the training loss, from 0 to below
+    1."""
     train_lm_head: bool = False
-    """Train a copy of the decoder's last layers too, and save it; else only the adapter."""
+    """Train and save a copy of the decoder's last layers too; else only the adapter is trained."""
 
 
 class AnswersConfig(Section):
     size: int = Field(default=3129, ge=1)
-    """The vocabulary: so many of the training split's most frequent answers."""
+    """The most answers of the vocabulary, from 1: the most frequent ones of the training split."""
     min_count: int = Field(default=1, ge=1)
-    """Leave out answers that are rarer."""
+    """The least number of times, from 1, that an answer of the vocabulary occurs in the training
+    split."""
     normalise: Literal["auto", "official", "plain"] = "auto"
-    """Which answers are the same: by the rules of the VQA challenge (punctuation, number words,
-    articles, contractions), or by letters regardless of case. auto: official where questions have
-    several answers."""
+    """The rule for which answers are the same. official: by the rules of the VQA challenge
+    (punctuation, number words, articles, contractions); plain: by letters, regardless of case;
+    auto: official if questions have several answers, else plain."""
 
 
 class VQADataConfig(DataConfig):
     resize: Literal["squash", "longest", "shortest"] = "squash"
-    """The whole picture stretched to the encoder's size, or fitted in on black; shortest crops the
-    centre, and with it perhaps what is asked about."""
+    """How a picture gets the encoder's size. squash: the whole picture is stretched; longest: the
+    whole picture is fitted in, on black; shortest: the centre is cropped, so parts that a question
+    is about may be lost."""
     question_length: int | None = Field(default=None, ge=4)
-    """Cut questions to so many tokens; by default to what the encoder reads."""
+    """The most tokens of a question, from 4; longer questions are cut. null: as many as the encoder
+    reads."""
 
 
 class VQAConfig(JobConfig):
     task: Literal["vqa"] = "vqa"
     data: VQADataConfig
+    """The data; its columns are image, question and answer or answers, and image_id if there is
+    one."""
     head: VQAHeadConfig = VQAHeadConfig()
+    """The head that answers."""
     answers: AnswersConfig = AnswersConfig()
+    """The vocabulary of answers."""
     blip: BlipAnswersConfig = BlipAnswersConfig()
+    """Training and answers of BLIP."""

@@ -14,7 +14,7 @@ from .config import VQAHeadConfig
 
 
 def _even(embedding: Tensor) -> Tensor:
-    """(…, E) with features of size about 1, whatever the encoder's scale."""
+    """Returns embeddings (…, E) with features of size about 1, whatever the encoder's scale."""
     return F.normalize(embedding, dim=-1) * embedding.shape[-1] ** 0.5
 
 
@@ -34,17 +34,17 @@ class FusionHead(nn.Module):
         )
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        """(B, E), (B, E) -> (B, A)."""
+        """Returns logits (B, A) of embeddings (B, E) of images and of texts."""
         v, t = _even(image), _even(text)
         return self.mlp(torch.cat([v, t, v * t, (v - t).abs()], dim=-1))
 
 
 class BilinearHead(nn.Module):
-    """Low-rank bilinear pooling: W features, each the sum of `factors` products of a projection of
-    the image with one of the text (MFB: Yu et al. 2017, eq. 3 and 6).
+    """Low-rank bilinear pooling (MFB: Yu et al. 2017, eq. 3 and 6).
 
-    The pooled features get unit length as there, and are then scaled by √W, as the classifier's
-    logits would be too small to learn from.
+    Each of the W features is the sum of `factors` products of a projection of the image with a
+    projection of the text. The pooled features get unit length as in the paper. Then they are
+    scaled by √W, because else the classifier's logits would be too small to learn from.
     """
 
     def __init__(self, width: int, answers: int, config: VQAHeadConfig) -> None:
@@ -56,7 +56,7 @@ class BilinearHead(nn.Module):
         self.classifier = nn.Linear(config.width, answers)
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        """(B, E), (B, E) -> (B, A)."""
+        """Returns logits (B, A) of embeddings (B, E) of images and of texts."""
         products = self.dropout(self.image(_even(image)) * self.text(_even(text)))
         pooled = products.unflatten(-1, (-1, self.factors)).sum(dim=-1)
         # The square root's slope has no bound at 0.
@@ -65,7 +65,10 @@ class BilinearHead(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries (B, Q, W) over states (B, K, W), where the mask is True."""
+    """Multi-head attention of queries (B, Q, W) over states (B, K, W).
+
+    A mask (B, K) is True for states that are no padding.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -82,13 +85,16 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _split(self, states: Tensor) -> Tensor:
-        """(B, Q, W) -> (B, H, Q, W / H)."""
+        """Reshapes (B, Q, W) to (B, H, Q, W / H)."""
         return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class CoAttentionLayer(nn.Module):
-    """Attention over itself, then over `guide` where there is one, then an MLP: the SA and SGA
-    units of MCAN (Yu et al. 2019, §3.1), normed before each part instead of after."""
+    """Self-attention, then attention over a guide if `guided`, then an MLP.
+
+    These are the SA and SGA units of MCAN (Yu et al. 2019, §3.1), but with the normalisation before
+    each part instead of after it.
+    """
 
     def __init__(self, width: int, config: VQAHeadConfig, *, guided: bool) -> None:
         super().__init__()
@@ -113,13 +119,20 @@ class CoAttentionLayer(nn.Module):
         guide: Tensor | None = None,
         guide_mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, Q, W) and a mask (B, Q) of what is no padding; of the guide (B, K, W) and (B, K)."""
+        """Returns states (B, Q, W).
+
+        Args:
+            states: (B, Q, W).
+            mask: (B, Q), True for states that are no padding.
+            guide: (B, K, W) states to attend to; needed if the layer is guided.
+            guide_mask: (B, K), True for states of the guide that are no padding.
+        """
         normed = self.norm(states)
         states = states + self.dropout(self.attention(normed, normed, mask))
         if self.guided is not None and self.guided_norm is not None:
             assert guide is not None
-            looked = self.guided(self.guided_norm(states), guide, guide_mask)
-            states = states + self.dropout(looked)
+            attended = self.guided(self.guided_norm(states), guide, guide_mask)
+            states = states + self.dropout(attended)
         return states + self.dropout(self.mlp(self.mlp_norm(states)))
 
 
@@ -131,7 +144,7 @@ class AttentionPooling(nn.Module):
         self.scores = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, K, W) -> (B, W)."""
+        """Pools states (B, K, W) to (B, W); the mask (B, K) is True for what is no padding."""
         scores = self.scores(states).squeeze(-1)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -139,8 +152,11 @@ class AttentionPooling(nn.Module):
 
 
 class CoAttentionHead(nn.Module):
-    """MCAN's encoder-decoder on the towers' token states: layers over the text, then as many over
-    the image that are guided by the text; both pooled by attention, added and classified."""
+    """MCAN's encoder-decoder on the token states of the two towers.
+
+    Layers over the text are followed by as many layers over the image, which the text guides. Both
+    results are pooled by attention, added and classified.
+    """
 
     def __init__(
         self, image_width: int, text_width: int, answers: int, config: VQAHeadConfig
@@ -169,12 +185,14 @@ class CoAttentionHead(nn.Module):
         image_of: Tensor,
         text_of: Tensor,
     ) -> Tensor:
-        """Answers of B questions, which share images and texts: (B, A).
+        """Returns logits (B, A) of B questions, which share images and texts.
 
         Args:
-            images: (I, N, D), each once.
-            texts, mask: (T, L, D) and (T, L), True where there is text; each once.
-            image_of, text_of: (B,) the numbers of a question's image and text.
+            images: (I, N, D), each image once.
+            texts: (T, L, D), each text once.
+            mask: (T, L), True for tokens that are no padding.
+            image_of: (B,) the number of a question's image.
+            text_of: (B,) the number of a question's text.
         """
         text = self.text(texts)
         for layer in self.text_layers:

@@ -1,4 +1,4 @@
-"""What a split's answers amount to: accuracy in total, by kind of question and by answer."""
+"""Metrics of a split's answers: accuracy in total, by kind of question and by answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..core.metrics import Metric, summed_metric
-from ..core.task import Record, Scores, Table
+from ..core.results import Scores, Table
+from ..core.rows import Record
 from .answers import Vocabulary, score
 
 KINDS = ("question_type", "answer_type")  # columns of VQAv2 by which accuracy is always given
@@ -19,7 +20,7 @@ SHOWN_ROWS = 15
 
 
 def truth(answers: Sequence[str]) -> str:
-    """The answer that most people gave; of equal ones the first in the alphabet."""
+    """Returns the answer that most people gave; of equally frequent ones the first by alphabet."""
     counts = Counter(answers)
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
@@ -32,12 +33,14 @@ def scores(
     groups: Sequence[str],
     resamples: int,
 ) -> Scores:
-    """Questions of one image are resampled together.
+    """Returns the scores of a split. Questions about one image are resampled together.
 
     Args:
-        vocabulary: of the training split; None where nothing was trained.
-        limited: whether only its answers are ever given.
-        groups: columns by which accuracy is given besides `KINDS`.
+        records: of the split.
+        vocabulary: of the training split; None if nothing was trained.
+        limited: whether all answers come from the vocabulary.
+        groups: columns whose values form groups, besides `KINDS`.
+        resamples: for the intervals; 0 for none.
     """
     figures = {"accuracy": _each(records, lambda r: score(r["prediction"], r["answers"]))}
     if vocabulary is not None:
@@ -85,12 +88,12 @@ def _share(sums: np.ndarray) -> np.ndarray:
 
 
 def _members(values: Sequence[Any], *, by_size: bool = False) -> dict[str, np.ndarray]:
-    """The places of each value, in order of the values or of how many there are."""
+    """Returns the places of each value, in order of the values, or the largest group first."""
     names = np.array([str(value) for value in values])
-    found = {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+    places = {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
     if by_size:
-        return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
-    return found
+        return dict(sorted(places.items(), key=lambda item: (-len(item[1]), item[0])))
+    return places
 
 
 def _tables(
@@ -120,7 +123,7 @@ def _tables(
                     ("answer", "questions"),
                     _rows(unknown),
                     f"{sum(unknown.values())} of {len(records)} questions, all counted as they are "
-                    "answered. The vocabulary comes from the training split alone.",
+                    "answered. The vocabulary comes from the training split only.",
                 )
             )
     return tables

@@ -1,4 +1,4 @@
-"""Pictures of the report: questions with what was answered and what is right."""
+"""Pictures of the report: questions with the answers given and the right ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import BadRow
-from ..core.task import Figure, Record, Rows, Table
+from ..core.results import Figure, Table
+from ..core.rows import Record, Rows
 from ..data import media
 from .answers import score
 from .metrics import KINDS, truth
@@ -25,14 +26,14 @@ LINES = 3
 
 
 def illustrate(rows: Rows, records: Sequence[Record], *, count: int) -> list[Figure | Table]:
-    """The surest wrong answers, and right ones to all kinds of questions in turn."""
+    """Returns figures of the surest wrong answers, and of right ones to all kinds of questions."""
     scored = [(record, score(record["prediction"], record["answers"])) for record in records]
     wrong = sorted(
         (record for record, value in scored if value == 0),
         key=lambda record: -record["probability"],
     )
     right = in_turn(record for record, value in scored if value >= 0.5)
-    found: list[Figure | Table] = []
+    figures: list[Figure | Table] = []
     for title, chosen, number, caption in (
         ("Surest wrong answers", wrong, count, "The surest first."),
         ("Right answers", right, max(count // 2, 1), "To all kinds of questions in turn."),
@@ -41,23 +42,25 @@ def illustrate(rows: Rows, records: Sequence[Record], *, count: int) -> list[Fig
         part = list({record["image"]: record for record in reversed(chosen)}.values())[::-1]
         if part and count:
             image = gallery(rows, part[:number])
-            found.append(Figure(title, image, f"{caption} Below, what was answered and the truth."))
-    return found
+            figures.append(
+                Figure(title, image, f"{caption} Below, what was answered and the truth.")
+            )
+    return figures
 
 
 def in_turn(records: Iterable[Record]) -> list[Record]:
-    """One record of each kind of question and answer, then a second one of each, and so on."""
+    """Orders records: one of each kind of question and answer, then a second of each, and so on."""
     seen: dict[tuple, int] = {}
-    turns, found = [], list(records)
-    for record in found:
+    turns, listed = [], list(records)
+    for record in listed:
         kind = (*(record["row"].get(column) for column in KINDS), truth(record["answers"]))
         seen[kind] = seen.get(kind, 0) + 1
         turns.append(seen[kind])
-    return [found[place] for place in np.argsort(turns, kind="stable")]
+    return [listed[place] for place in np.argsort(turns, kind="stable")]
 
 
 def gallery(rows: Rows, records: Sequence[Record]) -> bytes:
-    """PNG: a grid of pictures, each with its question above and the answers below."""
+    """Returns PNG data: a grid of pictures, each with its question above and the answers below."""
     from matplotlib.figure import Figure as Canvas
 
     columns = min(COLUMNS, len(records))
@@ -77,7 +80,7 @@ def _show(axis: Axes, rows: Rows, record: Record) -> None:
     try:
         picture = np.asarray(media.read_image(rows[record["index"]]["image"]))
     except BadRow:
-        picture = np.full((8, 8, 3), 255, np.uint8)  # it could be read when it was evaluated
+        picture = np.full((8, 8, 3), 255, np.uint8)  # evaluation could still read it
     axis.imshow(picture, interpolation="nearest" if max(picture.shape) < 128 else "antialiased")
     style: dict[str, Any] = {"fontsize": 8.5, "color": INK, "parse_math": False}
     axis.set_title("\n".join(_wrapped(record["question"])), **style)
@@ -96,7 +99,7 @@ def _show(axis: Axes, rows: Rows, record: Record) -> None:
 
 
 def _wrapped(question: str) -> Iterator[str]:
-    """Three lines, so that all pictures of a row are of one height."""
+    """Yields three lines, so that all pictures of a row have one height."""
     lines = textwrap.wrap(question, LINE, max_lines=LINES, placeholder=" …")
     yield from [""] * (LINES - len(lines)) + lines
 

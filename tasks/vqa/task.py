@@ -1,4 +1,4 @@
-"""Visual question answering: a row is an image, a question and one answer or several."""
+"""The visual question answering task."""
 
 from __future__ import annotations
 
@@ -16,25 +16,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
 
+from ..core.capabilities import BatchGrouping, CacheableInputs, DataChecks, ReportPictures, TowerRow
 from ..core.errors import BadRow, Problem
-from ..core.task import (
-    Batch,
-    Column,
-    Example,
-    Figure,
-    Record,
-    Rows,
-    Scores,
-    Table,
-    Task,
-    TaskModel,
-    TowerRow,
-)
+from ..core.model import TaskModel
+from ..core.results import Figure, Scores, Table
+from ..core.rows import Batch, Column, Example, Record, Rows
+from ..core.task import Task
 from ..data import media
-from ..encoders.blip import BlipTokens, blip_tokenizer, is_blip
+from ..encoders.blip import is_blip
+from ..encoders.blip_text import BlipTokens, blip_tokenizer
 from ..encoders.clip import load_tokenizer, text_limits
 from ..encoders.preprocessing import image_preprocessing, to_tensor
-from . import metrics
+from . import metrics, pictures
 from .answers import MANY, Vocabulary, all_answers, answers_of
 from .blip import BlipVQA
 from .clip import ClipVQA
@@ -47,9 +40,13 @@ PREDICTED_AT_ONCE = 32
 _REMEMBERED = 20_000  # questions whose ids are kept
 
 
-class VQATask(Task[VQAConfig]):
-    """`state`: preprocessing, text (the encoder's limits), head (its kind), answers (the
-    vocabulary, None where nothing is trained), official and several (about the training answers).
+class VQATask(Task[VQAConfig], CacheableInputs, BatchGrouping, DataChecks, ReportPictures):
+    """A row is an image, a question and one answer or several.
+
+    `state`: "preprocessing" of the encoder; "text", the limits and special tokens of its text
+    tower; "head", its kind; "answers", the vocabulary (None if nothing is trained); "official",
+    whether the rules of the VQA challenge say which answers are the same; "several", whether
+    training questions have several answers.
     """
 
     name = "vqa"
@@ -92,24 +89,26 @@ class VQATask(Task[VQAConfig]):
                 "vqa needs a column of answers: name it in data.columns, as answer (one text) or "
                 f"answers (a list); there are {', '.join(rows.column_names)}"
             )
-        found = [answers for answers in all_answers(rows) if answers is not None]
-        if not found:
+        questions = [answers for answers in all_answers(rows) if answers is not None]
+        if not questions:
             raise ValueError("no row of the training split has an answer")
         config = self.config.answers
-        several = max(map(len, found)) >= MANY
+        several = max(map(len, questions)) >= MANY
         official = config.normalise == "official" or (config.normalise == "auto" and several)
         vocabulary = Vocabulary.counted(
-            found, size=config.size, min_count=config.min_count, official=official
+            questions, size=config.size, min_count=config.min_count, official=official
         )
         self.state |= {"answers": vocabulary.answers, "official": official, "several": several}
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary | None:
+        """The answers of the training split; None if nothing is trained."""
         answers = self.state["answers"]
         return None if answers is None else Vocabulary(answers, official=self.state["official"])
 
     @property
     def blip(self) -> bool:
+        """Whether BLIP's decoder answers."""
         return self.state["head"] in OF_BLIP
 
     @functools.cached_property
@@ -124,7 +123,7 @@ class VQATask(Task[VQAConfig]):
 
     @functools.cached_property
     def candidates(self) -> Tensor:
-        """(M, T): the vocabulary as BLIP's decoder reads it."""
+        """(M, T): ids of the vocabulary's answers for BLIP's decoder."""
         assert self.vocabulary is not None
         return self.tokenizer.answers(self.vocabulary.answers)
 
@@ -163,7 +162,7 @@ class VQATask(Task[VQAConfig]):
         return answer if self.vocabulary is None else self.vocabulary.spelt(answer)
 
     def asked(self, image: Any, question: Any, *, image_id: Any = None) -> Example:
-        """An image and a question about it, without answers.
+        """Returns the example of an image and a question about it, without answers.
 
         Raises:
             BadRow: one of them cannot be read.
@@ -180,7 +179,7 @@ class VQATask(Task[VQAConfig]):
         }
 
     def _tokens(self, question: str) -> Tensor:
-        """Its ids; questions come again and again, with other pictures and in every epoch."""
+        """Returns the ids of a question. They are kept, because most questions come many times."""
         known: dict[str, Tensor] = self.__dict__.setdefault("_ids_of", {})
         if question not in known:
             if len(known) >= _REMEMBERED:
@@ -190,7 +189,10 @@ class VQATask(Task[VQAConfig]):
         return known[question]
 
     def _pixels(self, image: Any, key: str) -> Tensor:
-        """(3, H, W). Rows with the same image mostly follow each other: it is read once."""
+        """Returns an image as (3, H, W).
+
+        The last image is kept, because rows with the same image mostly follow each other.
+        """
         last = self.__dict__.get("_last")
         if last is None or last[0] != key:
             last = (key, to_tensor(media.read_image(image), self.state["preprocessing"]))
@@ -198,7 +200,7 @@ class VQATask(Task[VQAConfig]):
         return last[1]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Every image once, and for CLIP every question's text once."""
+        """Returns a batch with every image once, and for CLIP every question's text once."""
         references = [example["reference"] for example in examples]
         images, image_of = _unique([reference["image"] for reference in references])
         batch: Batch = {
@@ -242,7 +244,7 @@ class VQATask(Task[VQAConfig]):
         ]
 
     def _best(self, model: TaskModel, batch: Batch) -> list[list[tuple[str, float]]]:
-        """The likeliest answers of each question with their probabilities, the best first."""
+        """Returns the likeliest answers to each question with their probabilities, best first."""
         if isinstance(model, ClipVQA):
             output = model(**{k: v for k, v in batch.items() if k != "targets"})
             shares = model.probabilities(output["logits"])
@@ -276,9 +278,7 @@ class VQATask(Task[VQAConfig]):
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int
     ) -> list[Figure | Table]:
-        from .pictures import illustrate
-
-        return illustrate(rows, records, count=count)
+        return pictures.illustrate(rows, records, count=count)
 
     def predict(
         self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
@@ -291,8 +291,8 @@ class VQATask(Task[VQAConfig]):
                 k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()
             }
             with torch.no_grad():
-                found = self._best(model, batch)
-            for (image, question), best in zip(part, found, strict=True):
+                answers = self._best(model, batch)
+            for (image, question), best in zip(part, answers, strict=True):
                 yield {
                     "image": image,
                     "question": question,
@@ -308,8 +308,11 @@ class VQATask(Task[VQAConfig]):
             raise ValueError(f"{image}{SEPARATOR}{question}: {error}") from error
 
     def groups(self, rows: Rows) -> list[int] | None:
-        """Questions about one image share a batch, in which it is read and encoded once: where an
-        `image_id` or a path says which are, without a look into every picture."""
+        """Returns the group of each row: rows with the same image.
+
+        In one batch the image is read and encoded once. There are groups only if an `image_id` or a
+        path names the image, so that no picture has to be read.
+        """
         if "image_id" in rows.column_names:
             keys = [str(value) for value in rows["image_id"]]
         elif _path(rows[0]["image"]) is not None:
@@ -320,8 +323,8 @@ class VQATask(Task[VQAConfig]):
         return [numbers.setdefault(key, len(numbers)) for key in keys]
 
     def check(self, rows: Rows) -> list[Problem]:
-        """Questions that are cut, and answers that the training split does not have."""
-        found = []
+        """Returns problems of questions that are cut, and of answers outside the vocabulary."""
+        problems = []
         length = self.config.data.question_length or self.state["text"]["context_length"]
         questions = list(rows["question"])
         for index, (question, answers) in enumerate(zip(questions, all_answers(rows), strict=True)):
@@ -333,11 +336,11 @@ class VQATask(Task[VQAConfig]):
                 reason = f"the answer {answer!r} is not among the {known} of the vocabulary"
             else:
                 continue
-            found.append(Problem(index, reason))
-        return found
+            problems.append(Problem(index, reason))
+        return problems
 
     def survey(self, rows: Rows) -> list[Table]:
-        """How often each answer is there."""
+        """Returns a table of how often each answer comes."""
         counts = Counter(metrics.truth(answers) for answers in all_answers(rows) if answers)
         total = sum(counts.values())
         lines = [(a, n, f"{100 * n / total:.1f} %") for a, n in counts.most_common()]
@@ -345,23 +348,23 @@ class VQATask(Task[VQAConfig]):
 
 
 def image_key(value: Any) -> str:
-    """Equal for equal paths and for equal pictures without one."""
+    """Returns a key that is equal for equal paths, and for equal pictures without a path."""
     path = _path(value)
     digest = media.media_digest(value) if path is None else path
-    if digest is None:  # decoded already, or broken
+    if digest is None:  # the picture is decoded already, or broken
         digest = hashlib.blake2b(np.asarray(value).tobytes(), digest_size=16).hexdigest()
     return digest
 
 
 def _path(value: Any) -> str | None:
-    """The path of a picture that is not read yet."""
+    """Returns the path of a picture that is not read yet, or None if it has none."""
     if isinstance(value, Mapping):
         value = None if value.get("bytes") else value.get("path")
     return str(value) if isinstance(value, str | Path) else None
 
 
 def _unique(keys: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Where each key comes first, and for every key which of these it is."""
+    """Returns the places where each key stands first, and for every key the number of its place."""
     firsts = {key: len(keys) - 1 - place for place, key in enumerate(reversed(keys))}
     order = sorted(firsts.values())
     numbers = {keys[place]: number for number, place in enumerate(order)}
@@ -369,10 +372,10 @@ def _unique(keys: Sequence[str]) -> tuple[list[int], list[int]]:
 
 
 def _head_kind(kind: str, *, blip: bool) -> str:
-    """The kind of head, where the config leaves it to the encoder.
+    """Returns the kind of head; "auto" becomes the default of the encoder.
 
     Raises:
-        ValueError: it is for another encoder.
+        ValueError: the kind is for another encoder.
     """
     kinds = OF_BLIP if blip else OF_CLIP
     if kind == "auto":
@@ -384,10 +387,10 @@ def _head_kind(kind: str, *, blip: bool) -> str:
 
 
 def _pair(text: str) -> tuple[str, str]:
-    """An image's path and a question, of an input of the command line.
+    """Returns the path of an image and the question in an input of the command line.
 
     Raises:
-        ValueError: it holds no separator, or nothing on one side of it.
+        ValueError: the input has no separator, or nothing on one side of it.
     """
     image, separator, question = text.partition(SEPARATOR)
     if not separator or not image or not question.strip():

@@ -1,1 +1,1 @@
-"""The recipes that made the shipped encoders, and the check of their figures."""
+"""Recipes that train the shipped encoders, and the check of the figures on their cards."""

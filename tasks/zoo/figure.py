@@ -1,4 +1,4 @@
-"""What a card claims beside what was measured again: the unit `mmadapters zoo verify` reports."""
+"""A figure of a card next to the value that was measured again, for `mmadapters zoo verify`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One figure of an encoder's card, recomputed from the weights that ship.
+class CardFigure:
+    """One figure of an encoder's card, recomputed from the shipped weights.
 
     Attributes:
-        name: what is measured, as the card words it ("WER, en-us, held-out voices").
+        name: the measure in the card's words ("WER, en-us, held-out voices").
         expected: the card's value.
-        measured: the value found now; None when it could not be measured here.
-        tolerance: how much worse than `expected` the measured value may be and still hold.
+        measured: the value measured now; None if it could not be measured here.
+        tolerance: how much worse than `expected` the measured value may be; 0 or more.
         higher_is_better: True for an accuracy, False for an error rate.
-        note: why it was not measured, or on what it was.
+        note: the data of the measurement, or the reason why there was none.
     """
 
     name: str
@@ -26,8 +26,8 @@ class Figure:
     note: str = ""
 
     @classmethod
-    def of_card(cls, claimed: Mapping[str, Any], measured: float | None, note: str) -> "Figure":
-        """Of a figure of `config.json` where greater is better."""
+    def of_card(cls, claimed: Mapping[str, Any], measured: float | None, note: str) -> "CardFigure":
+        """Builds it from a figure of `config.json` for which greater is better."""
         return cls(
             name=claimed["name"],
             expected=claimed["value"],
@@ -39,7 +39,7 @@ class Figure:
 
     @property
     def holds(self) -> bool | None:
-        """True or False once measured; None ("not checked") is never a pass."""
+        """Tells whether the measured value holds; None means "not checked" and is no pass."""
         if self.measured is None:
             return None
         worse_by = self.expected - self.measured

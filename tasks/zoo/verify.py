@@ -1,15 +1,14 @@
-"""Recompute the headline figures of the shipped encoders and hold them against their cards."""
+"""Recomputes the headline figures of the shipped encoders and compares them with their cards."""
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from mmadapters.zoo import NANO
 
-from .figure import Figure
+from .figure import CardFigure
 
-__all__ = ["Figure", "verify"]
+__all__ = ["CardFigure", "verify"]
 
 
 def verify(
@@ -17,29 +16,33 @@ def verify(
     *,
     data: Path | None = None,
     directories: dict[str, Path] | None = None,
-) -> list[Figure]:
-    """The headline figures of the named encoders, measured now.
+) -> list[CardFigure]:
+    """Measures the headline figures of the named encoders.
 
     Args:
-        names: keys of `NANO`, all by default.
-        data: folder that holds the data sets which some figures need; a figure whose data is not
-            there comes back with `holds` None.
-        directories: where an encoder's files lie, by name, if not where they ship.
+        names: keys of `NANO`; all of them if None.
+        data: the folder of the data sets that some figures need. A figure without its data comes
+            back with `holds` None.
+        directories: folders of encoders that are not where they ship, by name.
 
     Returns:
-        the figures, each named with its encoder in front.
+        the figures; the name of each begins with that of its encoder.
 
     Raises:
-        ValueError: a name that is not in `NANO`.
+        ValueError: a name is not in `NANO`.
         FileNotFoundError: an encoder's files are missing.
     """
     names = list(NANO if names is None else names)
     if unknown := sorted(set(names) - set(NANO)):
-        raise ValueError(f"no encoder {unknown} ships with the package; there are {sorted(NANO)}")
+        raise ValueError(
+            f"no encoder {', '.join(unknown)} ships with the package; "
+            f"there are {', '.join(sorted(NANO))}"
+        )
+    from .headlines import HEADLINES
+
     figures = []
     for name in names:
         directory = (directories or {}).get(name, NANO[name].directory)
-        module = importlib.import_module(NANO[name].module)
-        found = module.verify(directory, data, **NANO[name].options)
-        figures += [replace(figure, name=f"{name}: {figure.name}") for figure in found]
+        recomputed = HEADLINES[name](directory, data)
+        figures += [replace(figure, name=f"{name}: {figure.name}") for figure in recomputed]
     return figures

@@ -78,9 +78,9 @@ def sum_of(model: AdapterModel, names: str, weights: Any, **options: Any) -> Any
 
 def install(model: AdapterModel, name: str, result: tuple[MethodConfig, dict[str, Tensor]]) -> None:
     config, tensors = result
-    adapter = model._build(name, config)
+    adapter = model.store.build(name, config)
     adapter.load(tensors, name)
-    model._insert(name, adapter)
+    model.store.insert(name, adapter)
 
 
 def changes(model: AdapterModel, name: str) -> list[Array]:

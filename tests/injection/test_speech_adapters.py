@@ -39,6 +39,7 @@ from mmadapters import (
 )
 from mmadapters.composition import Composition
 from mmadapters.methods.conformer import ConformerAdapter
+from mmadapters.sites.acting import Context
 from mmadapters.sites.tables import find_row
 from mmadapters.tasks.encoders.speech import SpeechTower
 
@@ -271,7 +272,7 @@ def test_blocks_run_without_their_tower_leave_nothing_behind() -> None:
     with torch.no_grad():
         acting = tensors(model(sound))[0]
         model.extract_features(sound)
-        assert model._runtime.local.states == {}
+        assert model.store.runtime.local.states == {}
         assert torch.equal(tensors(model(sound))[0], acting)
 
 
@@ -496,6 +497,6 @@ def test_reach_of_a_conformer_adapter_is_that_of_its_kernel() -> None:
     moved = x.clone()
     moved[:, 5] += torch.randn(32)
     with torch.no_grad():
-        changes = [module.change(y, residual=torch.zeros_like(y), input=None) for y in (x, moved)]
+        changes = [module.change(y, Context(torch.zeros_like(y))) for y in (x, moved)]
     differs = (changes[0] - changes[1]).abs().amax((0, 2)) > 1e-6
     assert differs.nonzero().flatten().tolist() == [3, 4, 5, 6, 7]

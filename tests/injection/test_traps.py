@@ -46,10 +46,11 @@ def test_every_site_acts_with_its_own_parameters() -> None:
     handles = []
     for site, module in model.adapter("a").entries():
 
-        def note(_: nn.Module, __: tuple, kwargs: dict, site: str = site) -> None:
-            seen[site] = [kwargs["residual"], kwargs["input"]]
+        def note(_: nn.Module, args: tuple, site: str = site) -> None:
+            _, context = args
+            seen[site] = [context.residual, context.input]
 
-        handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(note))
     by_hand = model(*family.inputs()[0])
     for handle in handles:
         handle.remove()

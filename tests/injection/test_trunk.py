@@ -51,15 +51,15 @@ from mmadapters.tasks.encoders.speech import SpeechTower
 from mmadapters.tasks.encoders.vision import ImageTower
 
 # Towers of which nothing is kept, and why.
-LOOKING = "its blocks look at another tower"
+ATTENDING = "its blocks attend to another tower"
 SKIPPED = {
     "hf-wavlm": {"audio": "its block 0 hands more than one tensor on"},
     "torchaudio-wavlm": {"audio": "its block 0 hands more than one tensor on"},
     "hf-t5": {"text": "its block 0 hands more than one tensor on"},
-    "hf-blip-retrieval": {"text": LOOKING},
-    "hf-blip-vqa": {"text": LOOKING, "decoder": LOOKING},
-    "hf-blip-caption": {"decoder": LOOKING},
-    "open_clip-coca": {"decoder": "it takes turns with tower 'fusion'", "fusion": LOOKING},
+    "hf-blip-retrieval": {"text": ATTENDING},
+    "hf-blip-vqa": {"text": ATTENDING, "decoder": ATTENDING},
+    "hf-blip-caption": {"decoder": ATTENDING},
+    "open_clip-coca": {"decoder": "it takes turns with tower 'fusion'", "fusion": ATTENDING},
 }
 PATTERNS = {"first": "*.blocks.*", "upper": "*.blocks.[1-9]*", "head": None}
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
@@ -781,7 +781,7 @@ def test_pass_that_breaks_off_leaves_nothing_behind() -> None:
     with pytest.raises(OSError, match="no such image"):
         FrozenTrunk.of(model, broken)
     assert not intercepted(model)
-    assert model._runtime.local.passing is None
+    assert model.store.runtime.local.passing is None
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit", "hf-hubert", "torchaudio-hubert"])

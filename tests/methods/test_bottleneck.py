@@ -36,6 +36,7 @@ from mmadapters import (
 )
 from mmadapters.methods import Branch
 from mmadapters.methods.bottleneck import ACTIVATIONS as KNOWN_ACTIVATIONS
+from mmadapters.sites.acting import Context
 from mmadapters.sites.tables import describe
 
 SITE = "vision.blocks.0.ffn"
@@ -95,6 +96,10 @@ def triple(batch: int = 3) -> dict[str, torch.Tensor]:
     return {name: torch.randn(batch, 5, 32, dtype=torch.float64) for name in names}
 
 
+def called(module: Branch, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    return module(given["branch"], Context(given["residual"], given["input"]))
+
+
 @pytest.mark.parametrize("norm", [None, "before", "after"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -106,7 +111,7 @@ def test_module_computes_its_formula(placement: str, scale: str, norm: Any) -> N
     p = {f"{SITE}/{key}": value.numpy() for key, value in module.state_dict().items()}
     u, x, n = (tensor.numpy() for tensor in given.values())
     with torch.no_grad():
-        assert_close(module(**given).numpy(), reference(config, p, SITE, u, x, n), 1e-12)
+        assert_close(called(module, given).numpy(), reference(config, p, SITE, u, x, n), 1e-12)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -121,7 +126,7 @@ def test_hooks_on_a_projection_are_called_and_change_no_bit(
 
     def results() -> list[torch.Tensor]:
         with torch.autocast("cpu", enabled=autocast):
-            out = module(**given)
+            out = called(module, given)
         wanted = [given["branch"], given["residual"], *module.parameters()]
         return [out, *torch.autograd.grad(out.square().sum(), wanted)]
 
@@ -253,8 +258,7 @@ def test_gradients_of_every_input_and_parameter_are_right(options: dict[str, Any
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         branch, residual, read, *parameters = tensors
         named = dict(zip(names, parameters, strict=True))
-        inputs = {"branch": branch, "residual": residual, "input": read}
-        return functional_call(module, named, (), inputs)
+        return functional_call(module, named, (branch, Context(residual, read)))
 
     assert torch.autograd.gradcheck(call, (*given, *values), fast_mode=True)
 
@@ -263,9 +267,9 @@ def test_dropout_acts_in_train_mode_only_and_keeps_the_mean() -> None:
     module = built(BottleneckConfig(size=6, activation="identity", dropout=0.4))
     given = {name: tensor.expand(20_000, -1, -1) for name, tensor in triple(batch=1).items()}
     with torch.no_grad():
-        expected = module.eval()(**given)
+        expected = called(module.eval(), given)
         assert torch.equal(expected, expected[:1].expand_as(expected))
-        random = module.train()(**given)
+        random = called(module.train(), given)
     spread = random.std(dim=0)
     assert spread.min() > 0
     assert ((random.mean(dim=0) - expected[0]).abs() < 5 * spread / 20_000**0.5).all()
@@ -274,8 +278,8 @@ def test_dropout_acts_in_train_mode_only_and_keeps_the_mean() -> None:
 def test_stochastic_depth_drops_whole_samples_and_rescales_the_others() -> None:
     module, given = built(BottleneckConfig(size=6, drop_path=0.25)), triple(batch=4000)
     with torch.no_grad():
-        change = module.eval()(**given) - given["branch"]
-        random = module.train()(**given) - given["branch"]
+        change = called(module.eval(), given) - given["branch"]
+        random = called(module.train(), given) - given["branch"]
     kept = random.flatten(1).ne(0).any(dim=1)
     assert torch.allclose(random[kept], change[kept] / 0.75)
     assert abs(kept.double().mean().item() - 0.75) < 5 * (0.25 * 0.75 / 4000) ** 0.5

@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from mmadapters import CompacterConfig, ParallelPlacement, init
 from mmadapters.methods.compacter import KroneckerLinear
+from mmadapters.sites.acting import Context
 from mmadapters.sites.tables import describe
 
 LIKE = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -112,7 +113,7 @@ def test_rule_follows_blocks_of_different_dtypes() -> None:
     module = modules["vision.blocks.1.ffn"]
     assert module.down.left.dtype == torch.bfloat16
     branch = torch.randn(2, 5, 32, dtype=torch.bfloat16)
-    assert module(branch, residual=None, input=None).dtype == torch.bfloat16
+    assert module(branch, Context()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ class Case:
 
     build: Callable[[], nn.Module]
     call: Callable[[nn.Module, Tensor], Any]
-    prefix: int
+    num_prefix_tokens: int
     size: tuple[int, int] = WIDE
 
 
@@ -274,7 +274,7 @@ def change(method: str, p: dict[str, Array], site: str, seen: Seen, grid: Grid) 
 
 
 def grid_of(case: Case) -> Grid:
-    return Grid(case.prefix, -(-case.size[0] // 8), -(-case.size[1] // 8))
+    return Grid(case.num_prefix_tokens, -(-case.size[0] // 8), -(-case.size[1] // 8))
 
 
 @each_method
@@ -286,7 +286,7 @@ def test_every_branch_is_the_written_out_one(name: str, method: str) -> None:
     found = watched(model, lambda model: case.call(model, images(case.size)))
     assert len(found) == 4
     for site, seen in found.items():
-        assert seen.u.shape[1] == grid.prefix + grid.height * grid.width
+        assert seen.u.shape[1] == grid.num_prefix_tokens + grid.height * grid.width
         expected = seen.u + change(method, p, site, seen, grid)
         assert_close(seen.changed, expected, 1e-9)
         assert np.abs(seen.changed - seen.u).max() > 1e-3
@@ -303,7 +303,7 @@ def test_prompts_behind_the_patches_pass_through_the_centre_tap(
     p, grid = numbers(model), grid_of(case)
     found = watched(model, lambda model: case.call(model, images(case.size)))
     for site, seen in found.items():
-        assert seen.u.shape[1] == grid.prefix + grid.height * grid.width + 3
+        assert seen.u.shape[1] == grid.num_prefix_tokens + grid.height * grid.width + 3
         assert_close(seen.changed, seen.u + change(method, p, site, seen, grid), 1e-9)
 
 
@@ -386,7 +386,7 @@ def test_checkpointed_blocks_see_the_grid_of_their_own_image(method: str) -> Non
         losses = [(model(images(size)) ** 2).mean() for size in (WIDE, (40, 24), SQUARE)]
         for loss in reversed(losses):
             loss.backward()
-        assert not model._runtime.local.stash
+        assert not model.store.runtime.local.stash
         return [p.grad for p in model.adapter("a").parameters() if p.grad is not None]
 
     plain, anew = gradients(False), gradients(True)
@@ -421,7 +421,7 @@ def test_compiled_model_follows_the_shape_of_the_image(name: str, method: str) -
             frames = counters["stats"]["unique_graphs"]
         if number == 1:
             assert counters["stats"]["unique_graphs"] == frames
-    assert not model._runtime.local.stash
+    assert not model.store.runtime.local.stash
 
 
 def _flat(output: Any) -> list[Tensor]:
@@ -438,7 +438,7 @@ def test_nothing_is_left_behind_by_a_forward_pass(method: str) -> None:
         model(images())
         with model.using(None):
             model(images())
-    assert not model._runtime.local.stash
+    assert not model.store.runtime.local.stash
 
 
 @each_method
@@ -452,7 +452,7 @@ def test_without_the_lowest_blocks_it_is_the_adapter_of_the_upper_ones(method: s
     upper.set_active_adapters("a")
     with torch.no_grad(), model.using("a", drop=1):
         assert torch.equal(model(images()), upper(images()))
-    assert not model._runtime.local.stash
+    assert not model.store.runtime.local.stash
 
 
 @each_method

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters import AdapterModel, Average, CrossModalConfig, Fuse, Route, Split
 from mmadapters.methods.cross_modal import CrossModal
+from mmadapters.sites.acting import Context
 
 FAMILIES = families()
 SCALE = 0.7
@@ -97,7 +98,7 @@ def test_what_is_made_of_the_image_depends_on_the_question() -> None:
     module = dict(adapted("hf-blip-vqa").adapter("a").entries())["fusion.blocks.0.cross"]
     assert isinstance(module, CrossModal)
     u, x, other = (torch.randn(2, 5, 32, dtype=torch.float64) for _ in range(3))
-    one, two = (module.change(u, residual=query, input=None) for query in (x, other))
+    one, two = (module.change(u, Context(residual=query)) for query in (x, other))
     assert distance([one], [two]) > 1e-3
 
 
@@ -117,7 +118,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     u, x = (torch.randn(1, 3, 32, dtype=torch.float64, requires_grad=True) for _ in "ux")
 
     def call(u: Tensor, x: Tensor) -> Tensor:
-        return module(u, residual=x, input=None)
+        return module(u, Context(residual=x))
 
     assert torch.autograd.gradcheck(call, (u, x), fast_mode=True)
 

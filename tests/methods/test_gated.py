@@ -28,6 +28,7 @@ from mmadapters import (
     Split,
     Stack,
 )
+from mmadapters.sites.acting import Context
 
 FAMILIES = families()
 HEADS = 2
@@ -163,7 +164,10 @@ def test_text_without_an_image_is_refused_or_said_to_stand_alone() -> None:
     model = adapted(name)
     (images, texts), _ = inputs(name)
     plain = bare(FAMILIES[name]).double().requires_grad_(False)
-    message = r"at text.blocks.0 looks at an image.*looking_at\(image_tokens\).*looking_at\(None\)"
+    message = (
+        r"at text.blocks.0 attends to an image.*looking_at\(image_tokens\)"
+        r".*looking_at\(None\)"
+    )
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             model.encode_text(texts)
@@ -380,7 +384,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     z = torch.randn(1, 4, 32, dtype=torch.float64, requires_grad=True)
 
     def call(x: Tensor, z: Tensor) -> Tensor:
-        return module(x, residual=None, input=None, image=z)
+        return module(x, Context(image=z))
 
     assert torch.autograd.gradcheck(call, (x, z), fast_mode=True)
 

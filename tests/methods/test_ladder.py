@@ -223,7 +223,7 @@ def test_state_of_one_pass_is_gone_in_the_next() -> None:
     assert torch.equal(run(model, family)[0], expected)
     model.set_active_adapters(None)
     assert torch.equal(run(model, family)[0], bare_outputs(family)[0])
-    assert not model._runtime.local.states
+    assert not model.store.runtime.local.states
 
 
 @pytest.mark.parametrize(

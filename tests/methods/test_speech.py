@@ -27,6 +27,7 @@ from mmadapters import (
     init,
 )
 from mmadapters.methods.conformer import ConformerAdapter, FrameNorm
+from mmadapters.sites.acting import Context
 from mmadapters.sites.tables import describe
 
 SITE = "audio.blocks.0.ffn"
@@ -250,7 +251,7 @@ def test_conformer_module_computes_its_formula(
     real = torch.arange(9) < torch.tensor([[6], [9]]) if padded else None
     p = {key: value.clone().numpy() for key, value in module.state_dict().items()}
     with torch.no_grad():
-        given = module(u, residual=x, input=n, mask=real).numpy()
+        given = module(u, Context(residual=x, input=n, mask=real)).numpy()
     expected = conformer_change(
         p, read, real=None if real is None else real.numpy(), training=training
     )

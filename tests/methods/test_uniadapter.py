@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters import AdapterModel, Average, Fuse, Route, Split, UniAdapterConfig
 from mmadapters.methods.uniadapter import UniAdapter
+from mmadapters.sites.acting import Context
 
 FAMILIES = families()
 SCALE = 0.3
@@ -281,6 +282,6 @@ def test_gradients_are_those_of_finite_differences() -> None:
     x, q, u = (torch.randn(1, 3, 32, dtype=torch.float64, requires_grad=True) for _ in "xqu")
 
     def call(u: Tensor, x: Tensor, q: Tensor) -> Tensor:
-        return module(u, residual=x, input=None, query=q)
+        return module(u, Context(residual=x, query=q))
 
     assert torch.autograd.gradcheck(call, (u, x, q), fast_mode=True)

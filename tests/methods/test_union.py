@@ -39,6 +39,7 @@ from mmadapters import (
     init,
 )
 from mmadapters.methods.union import GatedBranch, GatedDelta, GatedPrefix
+from mmadapters.sites.acting import Context
 from mmadapters.sites.tables import describe
 
 
@@ -217,8 +218,7 @@ def test_gradients_of_gated_modules_are_right(kind: type) -> None:
             return functional_call(module, named, (first,))
         if kind is GatedDelta:
             return functional_call(module, named, (first, second, leaves[site]))
-        inputs = {"branch": first, "residual": second, "input": third}
-        return functional_call(module, named, (), inputs)
+        return functional_call(module, named, (first, Context(second, third)))
 
     used = given[: {GatedBranch: 3, GatedDelta: 2, GatedPrefix: 1}[kind]]
     rest = [tensor.detach() for tensor in given[len(used) :]]

@@ -311,7 +311,7 @@ def test_joining_one_that_shares_nothing_asks_what_is_to_be_shared() -> None:
     with pytest.raises(ValueError, match="shares nothing yet: say what"):
         model.add_adapters(["x"], share_with="vqa")
     model.add_adapters(["x"], share_with="vqa", sharing="half_down")
-    assert shared_with(model, "vqa") == ("x",)
+    assert shared_with(model.store, "vqa") == ("x",)
     with pytest.raises(ValueError, match="no adapter is called 'vqaa'"):
         model.add_adapters(["y"], share_with="vqaa")
 
@@ -416,7 +416,7 @@ def test_an_average_stands_alone(sharing: Any) -> None:
     expected = outputs(model)
     model.average_adapter("copy", ["vqa"])
     assert torch.equal(outputs(model)["copy"], expected["vqa"])
-    assert shared_with(model, "copy") == ()
+    assert shared_with(model.store, "copy") == ()
     randomise(model.adapter("copy"))
     del (found := outputs(model))["copy"]
     assert same(found, expected)

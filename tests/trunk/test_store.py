@@ -222,8 +222,8 @@ def of_other_rows(path: Path) -> None:
     [
         (flip, "its checksum differs"),
         (cut, "bytes instead of"),
-        (empty, "no file of a cache"),
-        (foreign, "no file of a cache"),
+        (empty, "not a file of a cache"),
+        (foreign, "not a file of a cache"),
         (header, "its header was changed"),
         (of_another_cache, "of another cache"),
         (of_other_rows, "holds other records"),

@@ -1,4 +1,4 @@
-"""Facts about `nano/blip`: transformers' own classes over `nano/vit`, its one file, its recipe."""
+"""Facts about `nano/blip`: transformers' own classes over `nano/vit`, its one file, its"""
 
 import json
 from pathlib import Path
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import mmadapters
-from mmadapters.tasks.encoders.blip import BlipMatcher, BlipTokenizer
+from mmadapters.tasks.encoders.blip import BlipMatcher
 from mmadapters.tasks.encoders.blip_captioner import BlipCaptioner
-from mmadapters.tasks.zoo.pretrain import blip as recipe
+from mmadapters.tasks.encoders.blip_text import BlipTokenizer
+from mmadapters.tasks.zoo import blip_figures
 from mmadapters.tasks.zoo.pretrain.__main__ import main as pretrain
+from mmadapters.tasks.zoo.pretrain.blip_model import LEARNT_BLOCKS, Blip, loss_of
 from mmadapters.zoo import NANO, image_transform, load_nano, load_tokenizer, nano_config
-from mmadapters.zoo import blip as _blip
+from mmadapters.zoo.blip import CLASSES, build
 from mmadapters.zoo.files import read_weights
 
 NAMES = ("nano/blip-retrieval", "nano/blip-caption")
@@ -22,10 +24,10 @@ TEXTS = ["a photo of a goldfish", "a large red star above a small blue circle", 
 
 
 @pytest.fixture(scope="module")
-def trained() -> recipe.Blip:
+def trained() -> Blip:
     """The recipe's model with other values everywhere that it trains, and the rest as it was."""
     torch.manual_seed(0)
-    model = recipe.Blip(nano_config(NAMES[0])["architecture"])
+    model = Blip(nano_config(NAMES[0])["architecture"])
     with torch.no_grad():
         for parameter in {id(p): p for p in model.parameters() if p.requires_grad}.values():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -44,9 +46,9 @@ def tokens() -> Tensor:
     return tokenizer(TEXTS, padding=True, return_tensors="pt").input_ids
 
 
-def built(trained: recipe.Blip, kind: str) -> nn.Module:
+def built(trained: Blip, kind: str) -> nn.Module:
     architecture = nano_config(NAMES[0])["architecture"]
-    return _blip.build(architecture, trained.tensors(), kind)
+    return build(architecture, trained.tensors(), kind)
 
 
 def test_they_are_the_librarys_own_classes() -> None:
@@ -61,7 +63,7 @@ def test_lower_vision_blocks_are_those_of_nano_vit(name: str) -> None:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     vit: Any = load_nano("nano/vit")
     blip: Any = load_nano(name)
-    depth = len(vit.blocks) - recipe.LEARNT_BLOCKS
+    depth = len(vit.blocks) - LEARNT_BLOCKS
     entered: list[Tensor] = []
     # Only what enters a block is the same in every version of transformers.
     blip.vision_model.encoder.layers[depth].register_forward_pre_hook(
@@ -89,7 +91,7 @@ def test_the_decoder_shares_all_but_self_attention_with_the_encoder() -> None:
 
 
 def test_what_is_trained_is_what_a_file_gives(
-    trained: recipe.Blip, pictures: Tensor, tokens: Tensor
+    trained: Blip, pictures: Tensor, tokens: Tensor
 ) -> None:
     matcher = BlipMatcher(mmadapters.init(built(trained, "retrieval")))
     captioner = BlipCaptioner(mmadapters.init(built(trained, "caption")))
@@ -97,9 +99,9 @@ def test_what_is_trained_is_what_a_file_gives(
     begun, encode = tokens.clone(), tokens.clone()
     begun[:, 0], encode[:, 0] = captioner.tokens.start, captioner.tokens.encode
     with torch.inference_mode():
-        states = trained.finished(trained.begun(pictures))
+        states = trained.image_tokens(trained.frozen_states(pictures))
         for backbone in (matcher.backbone, captioner.backbone):
-            found = _blip.image_tokens(backbone, pictures, image=image)
+            found = blip_figures.image_tokens(backbone, pictures, image=image)
             torch.testing.assert_close(found, states, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(
             matcher.texts(tokens), trained.text_proj(trained.encode(tokens)), atol=1e-4, rtol=1e-4
@@ -118,16 +120,16 @@ def test_what_is_trained_is_what_a_file_gives(
 
 
 def test_loss_is_the_sum_of_its_parts_and_reaches_all_that_is_trained(
-    trained: recipe.Blip, pictures: Tensor, tokens: Tensor
+    trained: Blip, pictures: Tensor, tokens: Tensor
 ) -> None:
     """Of two pairs each has but one negative, so nothing is left to chance."""
     trained.zero_grad()
-    states, ids = trained.begun(pictures[:2]).detach(), tokens[:2]
-    loss = recipe.loss_of(trained, states, ids)
+    states, ids = trained.frozen_states(pictures[:2]).detach(), tokens[:2]
+    loss = loss_of(trained, states, ids)
     loss.backward()
     for name, parameter in trained.named_parameters():
         assert (parameter.grad is not None) is parameter.requires_grad, name
-    images = trained.finished(states)
+    images = trained.image_tokens(states)
     begun, encode = ids.clone(), ids.clone()
     begun[:, 0], encode[:, 0] = 1024, 1025
     unit = nn.functional.normalize
@@ -167,7 +169,7 @@ def test_it_describes_drawn_scenes() -> None:
     drawn, _ = scenes.render(made, scenes.PRETRAINING, size=64)
     image = nano_config(NAMES[1])["image"]
     model = load_nano(NAMES[1])
-    written = _blip.describe(model, _blip.image_tokens(model, drawn, image=image))
+    written = blip_figures.describe(model, blip_figures.image_tokens(model, drawn, image=image))
     colours = [
         any(thing.colour in text for thing in scene.things)
         for scene, text in zip(made, written, strict=True)
@@ -194,7 +196,7 @@ def test_it_ships_in_at_most_10_mb_of_fp16() -> None:
 def test_the_recipe_makes_what_is_loaded_and_a_card(
     tiny_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_blip, "GALLERY", 20)
+    monkeypatch.setattr(blip_figures, "GALLERY", 20)
     options = ["--steps", "2", "--scenes", "40", "--batch-size", "4", "--scene-batch-size", "8"]
     assert pretrain(["blip", "--data", str(tiny_photos), "--out", str(tmp_path), *options]) == 0
     names = {path.name for path in tmp_path.iterdir()}
@@ -202,6 +204,6 @@ def test_the_recipe_makes_what_is_loaded_and_a_card(
     config = json.loads((tmp_path / "config.json").read_text())
     assert [row["step"] for row in config["training"]["curve"]] == [2]
     assert "{" not in (tmp_path / "README.md").read_text()
-    for kind in _blip.CLASSES:
-        figures = _blip.verify(tmp_path, None, kind=kind)
+    for kind in CLASSES:
+        figures = blip_figures.verify(tmp_path, None, kind=kind)
         assert all(figure.holds for figure in figures)

@@ -111,10 +111,11 @@ def test_only_what_reads_text_has_a_tokenizer():
 
 
 def test_its_recipe_makes_a_directory_that_loads(tmp_path, tiny_photos, monkeypatch):
+    from mmadapters.tasks.zoo import clip_figures
     from mmadapters.tasks.zoo.pretrain import clip
-    from mmadapters.zoo import clip as _clip
+    from mmadapters.zoo.clip import load
 
-    monkeypatch.setattr(_clip, "GALLERY", 20)
+    monkeypatch.setattr(clip_figures, "GALLERY", 20)
     monkeypatch.setattr(clip, "TOKENIZER_SCENES", 200)
     monkeypatch.setitem(clip.VISION, "layers", 1)
     monkeypatch.setitem(clip.TEXT, "layers", 1)
@@ -126,18 +127,18 @@ def test_its_recipe_makes_a_directory_that_loads(tmp_path, tiny_photos, monkeypa
         *("model.safetensors", "config.json", "README.md"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
-    assert _clip.load(out, "hf").config.vision_config.num_hidden_layers == 1
-    assert all(figure.holds for figure in _clip.verify(out, tiny_photos))
+    assert load(out, "hf").config.vision_config.num_hidden_layers == 1
+    assert all(figure.holds for figure in clip_figures.verify(out, tiny_photos))
 
 
 def test_vision_starts_from_the_vit():
     """Where `ln_pre` is left out, the start is exactly the ViT's tokens."""
     from mmadapters.tasks.zoo.pretrain.clip import EMBED_DIM, TEXT, VISION, start_vision
-    from mmadapters.zoo import clip as _clip
+    from mmadapters.zoo.clip import build
     from mmadapters.zoo.files import read_weights
 
     vit = load_nano("nano/vit")
-    clip = _clip.build(embed_dim=EMBED_DIM, vision_cfg=VISION, text_cfg=TEXT | {"vocab_size": 512})
+    clip = build(embed_dim=EMBED_DIM, vision_cfg=VISION, text_cfg=TEXT | {"vocab_size": 512})
     start_vision(clip.visual, read_weights(NANO["nano/vit"].directory))
     clip.visual.ln_pre = torch.nn.Identity()
     x = torch.randn(2, 3, 64, 64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from timing import ratio
 
-from mmadapters.tasks.data.synthetic import scenes
+from mmadapters.tasks.data.synthetic import scenes, shapes
 from mmadapters.tasks.data.synthetic.scenes import (
     PRETRAINING,
     RETOLD,
@@ -52,7 +52,7 @@ def test_seed_ranges_do_not_overlap():
 def test_unseen_shares_no_shape_colour_or_size_with_pretraining():
     for field in ("shapes", "colours", "sizes"):
         assert not set(getattr(PRETRAINING, field)) & set(getattr(UNSEEN, field))
-    assert set(PRETRAINING.shapes) | set(UNSEEN.shapes) <= set(scenes.SHAPES)
+    assert set(PRETRAINING.shapes) | set(UNSEEN.shapes) <= set(shapes.SHAPES)
 
 
 def test_retold_tells_the_same_scenes_in_the_same_words_otherwise():

@@ -23,9 +23,9 @@ BLIP_NAMES = ("nano/blip-retrieval", "nano/blip-caption")
 @pytest.fixture(autouse=True)
 def _small_gallery(monkeypatch):
     """200 scenes of the 1,000, to be quick; finding the right one is then a little easier."""
-    from mmadapters.zoo import clip
+    from mmadapters.tasks.zoo import clip_figures
 
-    monkeypatch.setattr(clip, "GALLERY", 200)
+    monkeypatch.setattr(clip_figures, "GALLERY", 200)
 
 
 @pytest.fixture
@@ -124,8 +124,17 @@ def test_the_command_line_lists_every_encoder():
 def test_the_command_line_and_the_zoo_import_no_library():
     code = "import sys, mmadapters.tasks.cli.app, mmadapters.tasks.zoo.verify; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {"torch", "timm", "transformers", "open_clip", "torchaudio", "matplotlib", "datasets"}
-    assert not heavy & set(done.stdout.split())
+    libraries = "torch timm transformers open_clip torchaudio matplotlib datasets"
+    assert not set(libraries.split()) & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["nano/vit", "nano/clip", "nano/wav2vec2", "nano/blip-retrieval"])
+def test_loading_an_encoder_imports_nothing_of_the_application(name):
+    code = f"import sys, mmadapters; mmadapters.load_backbone({name!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = done.stdout.splitlines()[-1].split()
+    assert "mmadapters.zoo" in modules
+    assert [module for module in modules if module.startswith("mmadapters.tasks")] == []
 
 
 @pytest.mark.parametrize("name", IMAGE_NAMES)

@@ -73,16 +73,17 @@ def test_what_does_not_exist_is_refused_with_what_does(name, library, message):
 
 
 def test_its_recipe_makes_a_directory_that_loads(tmp_path, tiny_photos, monkeypatch):
+    from mmadapters.tasks.zoo import vit_figures
     from mmadapters.tasks.zoo.pretrain import vit
-    from mmadapters.zoo import vit as _vit
+    from mmadapters.zoo.vit import load
 
     monkeypatch.setitem(vit.ARCHITECTURE, "depth", 1)
     arguments = ["--steps=2", "--batch-size=8", "--probe-epochs=1", "--device=cpu", "--no-compile"]
     pretrain(["vit", "--data", str(tiny_photos), "--out", str(tmp_path / "vit"), *arguments])
     written = {file.name for file in (tmp_path / "vit").iterdir()}
     assert written == {"model.safetensors", "probe.safetensors", "config.json", "README.md"}
-    assert _vit.load(tmp_path / "vit", "hf").config.num_hidden_layers == 1
-    (figure,) = _vit.verify(tmp_path / "vit", tiny_photos)
+    assert load(tmp_path / "vit", "hf").config.num_hidden_layers == 1
+    (figure,) = vit_figures.verify(tmp_path / "vit", tiny_photos)
     assert figure.holds
     assert json.loads((tmp_path / "vit/config.json").read_text())["training"]["steps"] == 2
 

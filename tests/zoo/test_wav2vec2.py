@@ -10,8 +10,8 @@ import pytest
 import torch
 from timing import ratio
 
-from mmadapters.zoo import NANO, load_nano
-from mmadapters.zoo import wav2vec2 as _wav2vec2
+from mmadapters.tasks.zoo import wav2vec2_figures
+from mmadapters.zoo import NANO, load_nano, wav2vec2
 from mmadapters.zoo.files import read_config, read_weights, write_weights
 
 DIRECTORY = NANO["nano/wav2vec2"].directory
@@ -20,7 +20,7 @@ SENTENCES = 24
 
 @pytest.fixture(scope="module")
 def ctc() -> torch.nn.Module:
-    return _wav2vec2.load_ctc(DIRECTORY)
+    return wav2vec2.load_ctc(DIRECTORY)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_torchaudios_aux_is_the_ctc_head(
 ) -> None:
     x, mask, lengths = padded(waveforms)
     ours = ctc(x, attention_mask=mask).logits
-    theirs, frames = _wav2vec2.to_torchaudio(ctc)(x, lengths)
+    theirs, frames = wav2vec2.to_torchaudio(ctc)(x, lengths)
     for a, b, count in zip(ours, theirs, frames, strict=True):
         assert (a[:count] - b[:count]).abs().max() <= 1e-5
 
@@ -106,10 +106,10 @@ def test_ships_in_at_most_10_mb_of_fp16() -> None:
 
 
 def test_decoding_merges_repeats_and_drops_blanks() -> None:
-    v = _wav2vec2.VOCABULARY
+    v = wav2vec2.VOCABULARY
     frames = [0, v["s"], v["s"], 0, v["e"], 0, v["e"], v["|"], v["|"], 0, v["|"], v["i"], v["'"]]
-    assert _wav2vec2.decode(frames) == "see i'"
-    assert _wav2vec2.decode([]) == ""
+    assert wav2vec2.decode(frames) == "see i'"
+    assert wav2vec2.decode([]) == ""
 
 
 def test_card_states_every_figure() -> None:
@@ -121,7 +121,7 @@ def test_card_states_every_figure() -> None:
 
 def test_headline_holds_on_a_small_sample() -> None:
     pytest.importorskip("espeakng_loader", reason="speech synthesis is the optional extra")
-    (figure,) = _wav2vec2.verify(DIRECTORY, sentences=SENTENCES)
+    (figure,) = wav2vec2_figures.verify(DIRECTORY, sentences=SENTENCES)
     assert figure.holds is True
 
 
@@ -131,7 +131,7 @@ def test_verify_fails_on_tampered_weights(tmp_path: Path) -> None:
     weights = read_weights(DIRECTORY)
     weights["lm_head.weight"] = weights["lm_head.weight"].flip(0)
     write_weights(weights, tmp_path)
-    (figure,) = _wav2vec2.verify(tmp_path, sentences=8)
+    (figure,) = wav2vec2_figures.verify(tmp_path, sentences=8)
     assert figure.holds is False
 
 
@@ -142,7 +142,7 @@ def test_verify_without_the_extra_is_not_checked(monkeypatch: pytest.MonkeyPatch
         raise ImportError("pip install mmadapters[speech]")
 
     monkeypatch.setattr(speech, "held_out_variants", missing)
-    (figure,) = _wav2vec2.verify(DIRECTORY, sentences=2)
+    (figure,) = wav2vec2_figures.verify(DIRECTORY, sentences=2)
     assert figure.holds is None
     assert "mmadapters[speech]" in figure.note
 
@@ -152,28 +152,29 @@ def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
     whole = (DIRECTORY / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(Exception, match=r"(?i)safetensor|header|incomplete|invalid"):
-        _wav2vec2.load_ctc(tmp_path)
+        wav2vec2.load_ctc(tmp_path)
 
 
 def test_recipe_trains_and_writes_what_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("espeakng_loader", reason="speech synthesis is the optional extra")
-    from mmadapters.tasks.zoo.pretrain import wav2vec2, wav2vec2_card
+    from mmadapters.tasks.zoo.pretrain import wav2vec2 as recipe
+    from mmadapters.tasks.zoo.pretrain import wav2vec2_card
 
     # The same code on narrow layers.
     small = {"conv_dim": [8] * 7, "hidden_size": 16, "num_hidden_layers": 2}
     monkeypatch.setattr(
-        wav2vec2, "ARCHITECTURE", wav2vec2.ARCHITECTURE | small | {"intermediate_size": 16}
+        recipe, "ARCHITECTURE", recipe.ARCHITECTURE | small | {"intermediate_size": 16}
     )
-    monkeypatch.setattr(wav2vec2, "CURVE_SENTENCES", 4)
+    monkeypatch.setattr(recipe, "CURVE_SENTENCES", 4)
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
-    wav2vec2.add_arguments(parser)
+    recipe.add_arguments(parser)
     options = "--stages train --steps 3 --batch 2 --hours 0.01 --first-hours 0.01 --workers 1"
     command = [*options.split(), "--device", "cpu", "--evaluations", "1", "--out", str(tmp_path)]
-    wav2vec2.run(parser.parse_args(command))
-    assert _wav2vec2.load_ctc(tmp_path).config.hidden_size == 16
+    recipe.run(parser.parse_args(command))
+    assert wav2vec2.load_ctc(tmp_path).config.hidden_size == 16
     assert read_config(tmp_path)["training"]["curve"][-1]["step"] == 3
     wav2vec2_card.write(tmp_path, count=2)
     assert "en-gb-scotland" in (tmp_path / "README.md").read_text("utf-8")

@@ -2,9 +2,9 @@
 
     out = rest + s * (U act(D h + b_D) + b_U)
 
-Run as torch operations this is four or five launches, and the up-projection's result travels
-through memory twice. At small batches launches are what an adapter costs, at large ones memory.
-Compiled models do not come here: the compiler makes kernels of its own.
+As torch operations this takes four or five launches, and the result of the up-projection travels
+through memory twice. Launches dominate the cost of an adapter at small batches, memory at large
+ones. Compiled models do not use this kernel: the compiler makes its own.
 
 Shape legend: M tokens, D width of the encoder, R of the bottleneck.
 """
@@ -14,11 +14,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# By activation: its number in the kernel.
+from .linear import is_plain
+
+# The number of each activation in the kernel.
 CODES = {"relu": 0, "gelu": 1, "silu": 2, "quick_gelu": 3, "identity": 4}
 LARGEST = 128  # bottlenecks above this do not fit a program's registers
 _HALF = (torch.bfloat16, torch.float16)
@@ -26,9 +29,54 @@ _HALF = (torch.bfloat16, torch.float16)
 Maps = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+class BottleneckModule(Protocol):
+    """The parts of a bottleneck that `sum_of` looks at."""
+
+    training: bool
+    activation: str
+    dropout: float
+    drop_path: float
+    scale: float | nn.Parameter
+    _modules: dict[str, nn.Module | None]
+    _parameters: dict[str, nn.Parameter | None]
+
+
+def sum_of(module: BottleneckModule, h: Tensor, rest: Tensor) -> Tensor | None:
+    """Returns rest + s * (U act(D h + b_D) + b_U), (..., D), if one kernel can compute it.
+
+    It cannot, and None is returned, on a CPU, while compiling, with gradients, with a norm, a
+    learned scale or active dropout, with other projections than linear maps without hooks, or if
+    the tensors do not fit.
+    """
+    if not h.is_cuda or torch.compiler.is_compiling():
+        return None
+    # Looked up where nn.Module keeps them: its attribute access, which searches, would take as
+    # long as the launch.
+    parts = module._modules
+    down, up = parts["down"], parts["up"]
+    if (
+        parts.get("norm_before") is not None
+        or parts.get("norm_after") is not None
+        or "scale" in module._parameters
+        or (module.training and (module.dropout or module.drop_path))
+        or not is_plain(down)
+        or not is_plain(up)
+    ):
+        return None
+    first, second = down._parameters, up._parameters
+    maps: Any = (first["weight"], first["bias"], second["weight"], second["bias"])
+    if not fits(h, rest, maps, module.activation):
+        return None
+    scale: Any = module.scale
+    return bottleneck(h, rest, maps, activation=module.activation, scale=scale)
+
+
 def fits(h: Tensor, rest: Tensor, maps: Maps, activation: str) -> bool:
-    """Whether `bottleneck` can take these: contiguous half-precision tokens (..., D) on a GPU and
-    maps of the same dtype, none of which wants a gradient."""
+    """Whether `bottleneck` can take these tensors.
+
+    It takes contiguous tokens (..., D) in half precision on a GPU and maps of the same dtype, if
+    none of them needs a gradient.
+    """
     dtype = h.dtype
     if not h.is_cuda or dtype not in _HALF or activation not in CODES or _launch() is None:
         return False
@@ -41,9 +89,9 @@ def fits(h: Tensor, rest: Tensor, maps: Maps, activation: str) -> bool:
 
 
 def bottleneck(h: Tensor, rest: Tensor, maps: Maps, *, activation: str, scale: float) -> Tensor:
-    """rest + s * (U act(D h + b_D) + b_U), (..., D), of what `fits`.
+    """Returns rest + s * (U act(D h + b_D) + b_U), (..., D), for tensors that `fits` accepts.
 
-    Products are summed in float32, the bottleneck's state is rounded to the dtype of `h`.
+    Products are summed in float32. The bottleneck's state is rounded to the dtype of `h`.
     """
     launch = _launch()
     assert launch is not None
@@ -54,7 +102,10 @@ def bottleneck(h: Tensor, rest: Tensor, maps: Maps, *, activation: str, scale: f
 
 @functools.cache
 def _launch() -> Callable[..., None] | None:
-    """Runs the kernel; None where Triton, which torch brings along on Linux with CUDA, is not."""
+    """Returns the function that runs the kernel, or None without Triton.
+
+    torch installs Triton on Linux with CUDA.
+    """
     if importlib.util.find_spec("triton") is None:
         return None
     from .fused_kernel import launch

@@ -1,6 +1,6 @@
-"""The Triton kernel of `fused`; imported only where Triton is.
+"""The Triton kernel of `fused`; imported only if Triton is installed.
 
-A program takes BLOCK_M tokens through both projections: it sums D h over stretches of the width,
+A program takes BLOCK_M tokens through both projections. It sums D h over stretches of the width,
 keeps the bottleneck's state in registers, and writes each stretch of the result.
 """
 
@@ -43,14 +43,14 @@ def _kernel(
     state = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + stretch
-        # Where the stretches fill the width, a constant: no lane is looked at.
+        # A constant if the stretches fill the width: then no lane is masked.
         in_d = (d < D) | (D % BLOCK_D == 0)
         x = tl.load(h_ptr + at + d[None, :], mask=in_rows & in_d[None, :], other=0.0)
         w_at = down_ptr + inner[None, :] * D + d[:, None]
         w = tl.load(w_at, mask=in_r[None, :] & in_d[:, None], other=0.0)
         state = tl.dot(x, w, state)
     state += tl.load(down_bias_ptr + inner, mask=in_r, other=0.0).to(tl.float32)[None, :]
-    # Rounded where the projection alone would be.
+    # Rounded as the projection alone would round it.
     z = state.to(dtype).to(tl.float32)
     if ACTIVATION == 0:
         z = tl.maximum(z, 0.0)
@@ -73,13 +73,19 @@ def _kernel(
         tl.store(out_ptr + at + d[None, :], (rest + scale * change).to(dtype), mask=mask)
 
 
-# Compiled kernels by what they were compiled for, so that a launch need not look at its arguments
-# again: that takes longer than the kernel of a small batch.
+# Compiled kernels by device, dtype, sizes and activation, so that a launch need not look at its
+# arguments again: that takes longer than the kernel of a small batch.
 _COMPILED: dict[tuple, Any] = {}
 
 
 def launch(tensors: tuple[Tensor, ...], *, activation: int, scale: float) -> None:
-    """Runs the kernel on h, rest, D, b_D, U, b_U and out, as `fused` describes them."""
+    """Runs the kernel on h, rest, D, b_D, U, b_U and out.
+
+    Args:
+        tensors: the seven tensors, with the shapes that `fused` gives.
+        activation: its number in `fused.CODES`.
+        scale: s of the formula.
+    """
     h = tensors[0]
     rank, width = tensors[2].shape
     tokens = h.numel() // width
@@ -88,9 +94,9 @@ def launch(tensors: tuple[Tensor, ...], *, activation: int, scale: float) -> Non
     key = (device, h.dtype, width, rank, block_m, activation)
     grid = (-(-tokens // block_m), 1, 1)
     constants = (width, rank, block_m, _stretch(width, most), _power_of_two(rank), activation)
-    found = _COMPILED.get(key)
-    if found is not None and _aligned(tensors) and device == torch.cuda.current_device():
-        found[grid](*tensors, tokens, scale, *constants)
+    known = _COMPILED.get(key)
+    if known is not None and _aligned(tensors) and device == torch.cuda.current_device():
+        known[grid](*tensors, tokens, scale, *constants)
         return
     with torch.cuda.device_of(h):
         compiled = _kernel[grid](
@@ -101,7 +107,7 @@ def launch(tensors: tuple[Tensor, ...], *, activation: int, scale: float) -> Non
 
 
 def _blocks(tokens: int) -> tuple[int, int, int, int]:
-    """Tokens and channels at once, warps and stages: measured on an H100 at width 768."""
+    """Returns tokens and channels at once, warps and stages: measured on an H100 at width 768."""
     if tokens >= 32768:
         return 64, 128, 8, 3
     return (32, 256, 4, 3) if tokens >= 2048 else (16, 256, 4, 4)
@@ -109,18 +115,18 @@ def _blocks(tokens: int) -> tuple[int, int, int, int]:
 
 @functools.cache
 def _stretch(width: int, most: int) -> int:
-    """How many channels at once: a power of two that divides the width, if one does."""
+    """Returns the channels at once: a power of two that divides the width, if one does."""
     while most > 32 and width % most:
         most //= 2
     return most
 
 
 def _aligned(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether all begin where the compiled kernels take for granted that tensors do."""
+    """Whether all tensors begin at a multiple of 16 bytes, as the compiled kernels assume."""
     return not any(tensor.data_ptr() % 16 for tensor in tensors)
 
 
 @functools.cache
 def _power_of_two(rank: int) -> int:
-    """The columns of a state of `rank`, which products take in powers of two from 16 on."""
+    """Returns the columns of a state of `rank`: products take powers of two from 16 on."""
     return max(16, triton.next_power_of_2(rank))

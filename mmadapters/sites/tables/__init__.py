@@ -1,18 +1,19 @@
-"""The encoders of timm, transformers, open_clip and torchaudio that have a site map.
+"""Tables of the encoders of timm, transformers, open_clip and torchaudio that have a site map.
 
 A supported architecture is a row of one of the tables in this folder. Nothing here imports those
-libraries: rows are found by the name of the module's class.
+libraries: `find_row` looks for the name of the module's class.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from ..resolve import resolve
 from ..sitemap import SiteMap
-from ..spec import Architecture, Example, Row, Unresolved, resolve
+from ..spec import Architecture, Example, TableRow, Unresolved
 from . import audio, blip, clip, text, vision
 
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[TableRow, ...] = (
     *vision.ROWS,
     *audio.ROWS,
     *clip.ROWS,
@@ -21,8 +22,11 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-def find_row(backbone: nn.Module) -> Row | None:
-    """The first row that knows a class in the backbone's line of classes."""
+def find_row(backbone: nn.Module) -> TableRow | None:
+    """Returns the first row that knows a class from which the backbone's inherits, or None.
+
+    The backbone's own class is looked up first.
+    """
     for cls in type(backbone).__mro__:
         qualified = f"{cls.__module__}.{cls.__name__}"
         for row in ROWS:
@@ -34,7 +38,10 @@ def find_row(backbone: nn.Module) -> Row | None:
 def describe(
     backbone: nn.Module, architecture: Architecture | None = None
 ) -> tuple[SiteMap, Example | None]:
-    """The sites of a backbone, and a function that makes the smallest input for it.
+    """Returns the sites of a backbone, and a function that makes the smallest input for it.
+
+    Args:
+        architecture: describes the backbone; None to look in the tables.
 
     Raises:
         ValueError: the class is unknown and no `architecture` is given, or a path of the given one

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..spec import Architecture, Row, SublayerSpec, TowerSpec
+from ..spec import Architecture, SublayerSpec, TableRow, TowerSpec
 from .huggingface import below, if_sdpa, path_of, place, token_ids
 
 _NO_PROMPTS = (
@@ -20,7 +20,7 @@ _CALLED = {
     role: f"attention.{path}"
     for role, path in zip("qkvo", ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True)
 }
-# WavLM of transformers hands the weights of its projections to F.multi_head_attention_forward.
+# WavLM of transformers passes the weights of its projections to F.multi_head_attention_forward.
 _READ = {role: f"{path}.weight" for role, path in _CALLED.items()}
 # WavLM of torchaudio keeps them in an nn.MultiheadAttention of which it calls only out_proj.
 _PACKED = {
@@ -34,10 +34,11 @@ _PACKED = {
 def _layers(
     *, pre_norm: bool, attention: str | None, leaves: dict[str, str]
 ) -> dict[str, SublayerSpec]:
-    """Wav2Vec2's layer, whose children bear the same names in transformers and torchaudio.
+    """Returns the sublayers of Wav2Vec2's layer, whose children have the same names in transformers
+    and torchaudio.
 
     In both placements of the norms `layer_norm` belongs to attention and `final_layer_norm` to the
-    feed-forward part; pre-norm reads its residual at the norm, post-norm at the sublayer itself.
+    feed-forward part. The residual enters the norm in pre-norm, the sublayer itself in post-norm.
     """
     return {
         "attn": SublayerSpec(
@@ -61,7 +62,7 @@ def _layers(
 
 
 def _samples(frames: int, kernels: Sequence[int], strides: Sequence[int]) -> int:
-    """The fewest samples from which the convolutions make `frames` frames."""
+    """Returns the least number of samples from which the convolutions make `frames` frames."""
     length = frames
     for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
         length = (length - 1) * stride + kernel
@@ -69,11 +70,13 @@ def _samples(frames: int, kernels: Sequence[int], strides: Sequence[int]) -> int
 
 
 def _wave(model: nn.Module, samples: int) -> Tensor:
+    """Returns a random waveform (1, samples)."""
     return torch.randn(1, samples, **place(model))
 
 
 def huggingface_example(model: Any) -> tuple[tuple, dict]:
-    """One random waveform (1, T); long enough for SpecAugment's masks, a quarter of a second."""
+    """Returns a random waveform (1, T) of a quarter of a second or as long as SpecAugment's masks
+    need."""
     config = model.config
     # x-vector heads lose 14 frames in their own convolutions and take a deviation over the rest.
     frames = max(12, config.mask_time_length + 2, 24 if hasattr(model, "tdnn") else 0)
@@ -85,7 +88,7 @@ def _huggingface(model: Any) -> Iterable[Architecture]:
     name = model.base_model_prefix
     path = name if hasattr(model, name) else ""
     encoder = model.get_submodule(below(path, "encoder"))
-    # The layers are asked, not the configuration: they are what runs.
+    # Read from the layers, not from the configuration: they are what runs.
     stable = "EncoderLayerStableLayerNorm" in type(encoder.layers[0]).__name__
     reads_raw = name == "wavlm"
     tower = TowerSpec(
@@ -107,7 +110,8 @@ def _huggingface(model: Any) -> Iterable[Architecture]:
 
 
 def whisper_example(model: Any) -> tuple[tuple, dict]:
-    """One random spectrogram (1, mel bins, 2 × positions), and a token where there is a decoder."""
+    """Returns a random spectrogram (1, mel bins, 2 × positions), and two tokens if there is a
+    decoder."""
     config = model.config
     frames = 2 * config.max_source_positions
     features = torch.randn(1, config.num_mel_bins, frames, **place(model))
@@ -154,7 +158,10 @@ def _whisper(model: Any) -> Iterable[Architecture]:
 
 
 def torchaudio_example(model: Any) -> tuple[tuple, dict]:
-    """One random waveform (1, T) of a quarter of a second; labels too for HuBERT's pretraining."""
+    """Returns a random waveform (1, T) of a quarter of a second.
+
+    HuBERT's pretraining model also needs labels (1, frames).
+    """
     frames = 12
     path = path_of(model, "FeatureExtractor")
     convolutions = model.get_submodule(path or "").conv_layers
@@ -174,8 +181,8 @@ def _torchaudio(model: Any) -> Iterable[Architecture]:
     assert front is not None
     assert projection is not None
     transformer = model.get_submodule(path)
-    # The stack's own flag says the opposite of its layers' and places its norm: before the first
-    # block where True, after the last where False.
+    # The stack's own flag says the opposite of its layers' flag. It places the stack's norm: before
+    # the first block if True, after the last if False.
     pre_norm = transformer.layers[0].layer_norm_first
     for leaves in (_CALLED, _PACKED):
         tower = TowerSpec(
@@ -191,8 +198,8 @@ def _torchaudio(model: Any) -> Iterable[Architecture]:
         yield Architecture(towers=(tower,), example=torchaudio_example, library="torchaudio")
 
 
-ROWS: tuple[Row, ...] = (
-    Row(
+ROWS: tuple[TableRow, ...] = (
+    TableRow(
         classes=(
             "transformers.models.wav2vec2.modeling_wav2vec2.Wav2Vec2PreTrainedModel",
             "transformers.models.hubert.modeling_hubert.HubertPreTrainedModel",
@@ -200,11 +207,11 @@ ROWS: tuple[Row, ...] = (
         ),
         architectures=_huggingface,
     ),
-    Row(
+    TableRow(
         classes=("transformers.models.whisper.modeling_whisper.WhisperPreTrainedModel",),
         architectures=_whisper,
     ),
-    Row(
+    TableRow(
         classes=(
             "torchaudio.models.wav2vec2.model.Wav2Vec2Model",
             "torchaudio.models.wav2vec2.model.HuBERTPretrainModel",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..spec import Architecture, EmbeddingSpec, PatchSpec, Row, SublayerSpec, TowerSpec
+from ..spec import Architecture, EmbeddingSpec, PatchSpec, SublayerSpec, TableRow, TowerSpec
 from .huggingface import path_of, place, token_ids
 from .text import NO_PROMPTS, post_norm_layer
 
@@ -57,7 +57,7 @@ def _text(name: str, path: str, *, crossed: bool, names: dict[str, str] | None =
 
 
 def blip_example(model: Any) -> tuple[tuple, dict]:
-    """A random image (1, 3, H, W) and four random tokens; both answers and labels for VQA."""
+    """Returns a random image (1, 3, H, W) and four random tokens, and for VQA answers too."""
     size = model.config.vision_config.image_size
     vocabulary = model.config.text_config.vocab_size
     inputs = {
@@ -73,7 +73,7 @@ def blip_example(model: Any) -> tuple[tuple, dict]:
 def _blip(model: Any) -> Iterable[Architecture]:
     towers = [_vision()]
     if hasattr(model, "text_model"):
-        # BlipModel compares a text with an image and never looks from one into the other.
+        # BlipModel compares a text with an image, without cross-attention between them.
         towers.append(_text("text", "text_model", crossed=False))
     if hasattr(model, "text_encoder"):
         crossed = model.config.text_config.is_decoder
@@ -92,8 +92,8 @@ def _blip(model: Any) -> Iterable[Architecture]:
     yield Architecture(towers=tuple(towers), example=blip_example, library="transformers")
 
 
-ROWS: tuple[Row, ...] = (
-    Row(
+ROWS: tuple[TableRow, ...] = (
+    TableRow(
         classes=tuple(
             f"transformers.models.blip.modeling_blip.Blip{kind}"
             for kind in (

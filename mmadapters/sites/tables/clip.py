@@ -16,8 +16,8 @@ from ..spec import (
     EmbeddingSpec,
     Example,
     PatchSpec,
-    Row,
     SublayerSpec,
+    TableRow,
     TowerSpec,
     Unresolved,
 )
@@ -41,9 +41,13 @@ TIME_FIRST = "its blocks take tokens in the first dimension and the batch in the
 
 
 def random_text(model: nn.Module, length: int, vocabulary: int, end: int | None) -> Tensor:
-    """Random token ids (1, length) that end with `end`, or with the highest id if that marks it.
+    """Returns random token ids (1, length) that end with `end`.
 
-    The end comes last because its state is pooled: under a causal mask it alone sees every token.
+    The state of the end token is pooled. It comes last, because under a causal mask only the last
+    token attends to all others.
+
+    Args:
+        end: the id of the end token; None if it is the highest id of the vocabulary.
     """
     device = next(model.parameters()).device
     ids = torch.randint(min(3, vocabulary - 2), vocabulary - 1, (1, length), device=device)
@@ -56,14 +60,14 @@ def random_text(model: nn.Module, length: int, vocabulary: int, end: int | None)
 
 
 def _transformers(model: nn.Module) -> Iterable[Architecture]:
-    """CLIP and SigLIP of transformers: both towers, or the one that there is.
+    """Yields CLIP or SigLIP of transformers, with both towers or with the one that there is.
 
     Raises:
         ValueError: the module is only a part of a tower.
     """
     towers = []
     for name, norm in (("vision", "post_layernorm"), ("text", "final_layer_norm")):
-        # The final norm tells which tower it is where a model is just one of them.
+        # The final norm says which tower it is if the model has only one of them.
         prefixes = (f"{name}_model.{name}_model.", f"{name}_model.", "")
         path = first_at(model, *(prefix + norm for prefix in prefixes))
         if path is not None:
@@ -117,21 +121,24 @@ def _transformers_tower(model: nn.Module, name: str, norm: str) -> TowerSpec:
 
 
 def _transformers_embedding(model: Any, name: str, holder: str) -> EmbeddingSpec | str:
-    """CLIP's projections stand beside its towers, SigLIP's heads end them."""
+    """Returns where the embedding of a tower comes out, or the reason why no module returns it.
+
+    CLIP's projections stand next to its towers; SigLIP's heads are the towers' last modules.
+    """
     projection = "visual_projection" if name == "vision" else "text_projection"
     for path in (projection, below(holder, "head")):
         module: Any = at(model, path)
-        # A classifier on patches calls SigLIP's head and throws away what it gives.
+        # A classifier on patches calls SigLIP's head and ignores its output.
         if module is not None and at(model, "classifier") is None:
-            own = getattr(model.config, f"{name}_config", model.config)
-            width = getattr(module, "out_features", own.hidden_size)
+            config = getattr(model.config, f"{name}_config", model.config)
+            width = getattr(module, "out_features", config.hidden_size)
             return EmbeddingSpec(path=path, width=width)
     return UNPROJECTED
 
 
 def _transformers_example(towers: tuple[str, ...]) -> Example:
     def example(model: nn.Module) -> tuple[tuple, dict]:
-        """One image and one text of at most 8 tokens, as far as there is a tower for it."""
+        """Returns an image and a text of at most 8 tokens, as far as there is a tower for each."""
         inputs: dict[str, Tensor] = {}
         if "text" in towers:
             config: Any = getattr(model.config, "text_config", model.config)
@@ -150,9 +157,13 @@ def _transformers_example(towers: tuple[str, ...]) -> Example:
 
 
 def _residual_block(blocks: nn.Module, kind: str = "attn") -> dict[str, SublayerSpec]:
-    """open_clip's blocks, with `nn.MultiheadAttention` or with its own attention.
+    """Returns the sublayers of open_clip's blocks.
 
-    Both read `in_proj_weight` themselves; `nn.MultiheadAttention` its output weight, too.
+    Their attention is `nn.MultiheadAttention` or open_clip's own. Both read `in_proj_weight`
+    themselves, and `nn.MultiheadAttention` also reads its output weight.
+
+    Args:
+        kind: the key of the attention, "attn" or "cross".
     """
     attn = at(blocks, "0.attn")
     mha = isinstance(attn, nn.MultiheadAttention)
@@ -183,11 +194,12 @@ def _residual_block(blocks: nn.Module, kind: str = "attn") -> dict[str, Sublayer
 
 
 def _batch_first(blocks: nn.Module) -> bool:
+    """Says whether blocks of open_clip take (B, N, D), not (N, B, D)."""
     return getattr(at(blocks, "0.attn"), "batch_first", True)
 
 
 def _open_clip_width(model: Any) -> int:
-    """Of the space that both towers share."""
+    """Returns the width of the space that both towers share."""
     holder = getattr(model, "text", model)
     projection = getattr(holder, "text_projection", None)
     if isinstance(projection, nn.Linear):
@@ -200,6 +212,7 @@ def _open_clip_width(model: Any) -> int:
 
 
 def _open_clip_text_embedding(model: nn.Module) -> EmbeddingSpec | str:
+    """Returns where the text's embedding comes out, or the reason why no module returns it."""
     for path in ("text", "text_projection"):
         if at(model, path) is not None:
             return EmbeddingSpec(path=path, width=_open_clip_width(model))
@@ -207,20 +220,20 @@ def _open_clip_text_embedding(model: nn.Module) -> EmbeddingSpec | str:
 
 
 def _open_clip_vision(model: nn.Module) -> list[TowerSpec]:
-    """Candidates for the image tower.
+    """Returns candidates for the image tower.
 
     Raises:
         ValueError: it is not a vision transformer.
     """
     embedding = EmbeddingSpec(path="visual", width=_open_clip_width(model))
-    found = [
+    towers = [
         dataclasses.replace(tower, embedding=embedding)
         for tower in nested(model, "visual.trunk", vision.ROWS, "vision")
     ]
     blocks = at(model, "visual.transformer.resblocks")
     if blocks is not None:
         batch_first = _batch_first(blocks)
-        found.append(
+        towers.append(
             TowerSpec(
                 name="vision",
                 blocks="visual.transformer.resblocks",
@@ -233,17 +246,17 @@ def _open_clip_vision(model: nn.Module) -> list[TowerSpec]:
                 embedding=embedding,
             )
         )
-    if not found:
+    if not towers:
         tower = at(model, "visual.trunk") or at(model, "visual")
         raise ValueError(
             f"the image tower of this {type(model).__name__} is a {type(tower).__name__}; "
             "adapters need a vision transformer there"
         )
-    return found
+    return towers
 
 
 def _open_clip_text(model: nn.Module) -> list[TowerSpec]:
-    """Candidates for the text tower: of open_clip, or a transformers model in it.
+    """Returns candidates for the text tower, which is open_clip's own or a transformers model.
 
     Raises:
         ValueError: it is a transformers model that is not known.
@@ -262,19 +275,19 @@ def _open_clip_text(model: nn.Module) -> list[TowerSpec]:
                 embedding=_open_clip_text_embedding(model),
             )
             return [tower]
-    found = list(nested(model, "text.transformer", text.ROWS, "text"))
-    if not found:
+    towers = list(nested(model, "text.transformer", text.ROWS, "text"))
+    if not towers:
         module = at(model, "text.transformer") or at(model, "text")
         raise ValueError(
             f"the text tower of this {type(model).__name__} is a {type(module).__name__}, which "
             "mmadapters does not know"
         )
     embedding = _open_clip_text_embedding(model)
-    return [dataclasses.replace(tower, copies=MASKED, embedding=embedding) for tower in found]
+    return [dataclasses.replace(tower, copies=MASKED, embedding=embedding) for tower in towers]
 
 
 def open_clip_example(model: nn.Module) -> tuple[tuple, dict]:
-    """One image, and one text as long as the context."""
+    """Returns an image and a text as long as the context, or 8 tokens for a transformers model."""
     holder: Any = getattr(model, "text", model)
     visual: Any = model.visual
     native = at(holder, "transformer.resblocks") is not None
@@ -292,7 +305,8 @@ def _open_clip(model: nn.Module) -> Iterator[Architecture]:
 
 
 def _coca(model: nn.Module) -> Iterator[Architecture]:
-    """CoCa's decoder alternates between blocks of `decoder` and, with cross-attention, `fusion`."""
+    """Yields CoCa, whose decoder alternates between blocks of `decoder` (self-attention) and of
+    `fusion` (cross-attention)."""
     decoder = TowerSpec(
         name="decoder",
         blocks="text_decoder.resblocks",
@@ -315,23 +329,24 @@ def _coca(model: nn.Module) -> Iterator[Architecture]:
 
 
 def _required(model: nn.Module, path: str) -> nn.Module:
+    """Returns the module at `path`, or raises `Unresolved`."""
     module = at(model, path)
     if module is None:
         raise Unresolved(f"{type(model).__name__} has no module {path!r}")
     return module
 
 
-ROWS: tuple[Row, ...] = (
-    Row(
+ROWS: tuple[TableRow, ...] = (
+    TableRow(
         classes=(
             "transformers.models.clip.modeling_clip.CLIP*",
             "transformers.models.siglip.modeling_siglip.Siglip*",
         ),
         architectures=_transformers,
     ),
-    Row(
+    TableRow(
         classes=("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP"),
         architectures=_open_clip,
     ),
-    Row(classes=("open_clip.coca_model.CoCa",), architectures=_coca),
+    TableRow(classes=("open_clip.coca_model.CoCa",), architectures=_coca),
 )

@@ -1,4 +1,4 @@
-"""What the tables of transformers' models share."""
+"""Helpers that the tables of transformers' models share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 
 def path_of(model: nn.Module, *classes: str) -> str | None:
-    """The path of the first module in `model` (itself included) of a class of one of the names.
+    """Returns the path of the first module in `model` that is an instance of one of `classes`.
 
-    Heads keep the encoder under paths that differ by model and version; its class name does not.
+    Models with a head keep the encoder under paths that differ by model and version, but the name
+    of its class does not differ. The path of `model` itself is "".
+
+    Args:
+        classes: names of classes, without their modules.
+
+    Returns:
+        None if there is no such module.
     """
     for path, module in model.named_modules():
         if any(cls.__name__ in classes for cls in type(module).__mro__):
@@ -20,22 +27,26 @@ def path_of(model: nn.Module, *classes: str) -> str | None:
 
 
 def below(path: str, child: str) -> str:
+    """Returns the path of `child` below `path`, which may be empty."""
     return f"{path}.{child}" if path else child
 
 
 def if_sdpa(model: Any, path: str) -> str | None:
-    """`path` where attention is computed by `scaled_dot_product_attention`, the default, else None:
-    "eager" multiplies matrices itself and the flash kernels are called from elsewhere."""
+    """Returns `path` if the model's attention calls `scaled_dot_product_attention`, else None.
+
+    It does by default; "eager" attention multiplies matrices itself, and the flash kernels are
+    called from elsewhere.
+    """
     return path if getattr(model.config, "_attn_implementation", None) == "sdpa" else None
 
 
 def place(model: nn.Module) -> dict:
-    """Factory keywords of the model's first floating parameter."""
+    """Returns dtype and device of the model's first floating parameter, as keyword arguments."""
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     return {"dtype": parameter.dtype, "device": parameter.device}
 
 
 def token_ids(model: nn.Module, vocabulary: int, *shape: int) -> Tensor:
-    """Random token ids of `shape`, none of them among the special ones that stand first."""
+    """Returns random token ids of `shape`, none of them special: those start the vocabulary."""
     low = min(8, vocabulary - 1)
     return torch.randint(low, vocabulary, shape, device=place(model)["device"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..spec import Architecture, Row, SublayerSpec, TowerSpec
+from ..spec import Architecture, SublayerSpec, TableRow, TowerSpec
 from .huggingface import below, if_sdpa, path_of, token_ids
 
 NO_PROMPTS = (
@@ -15,10 +15,14 @@ NO_PROMPTS = (
 
 
 def post_norm_layer(*, attention: str | None, crossed: bool = False) -> Mapping[str, SublayerSpec]:
-    """BERT's layer, which RoBERTa and BLIP's text models share.
+    """Returns the sublayers of BERT's layer, which RoBERTa and BLIP's text models share.
 
-    Each sublayer ends in an `output` that maps, drops out, adds and norms: the branch is what its
-    dropout gives, and the residual stream is what the sublayer was called with.
+    Each sublayer ends in an `output` module that maps, drops out, adds and norms. The branch is the
+    output of its dropout, and the residual stream is the input of the sublayer.
+
+    Args:
+        attention: the path of the module that prefix tuning can enter; None if there is none.
+        crossed: the layer has cross-attention.
     """
 
     def attends(path: str, inside: str | None) -> SublayerSpec:
@@ -55,7 +59,7 @@ def post_norm_layer(*, attention: str | None, crossed: bool = False) -> Mapping[
 
 
 def bert_example(model: Any) -> tuple[tuple, dict]:
-    """Four random tokens (1, L); of two choices (1, 2, L) for a multiple-choice head."""
+    """Returns four random tokens (1, L), or (1, 2, L) of two choices for a multiple-choice head."""
     vocabulary = model.config.vocab_size
     if path_of(model, "BertForMultipleChoice", "RobertaForMultipleChoice") == "":
         return (), {"input_ids": token_ids(model, vocabulary, 1, 2, 4)}
@@ -65,7 +69,7 @@ def bert_example(model: Any) -> tuple[tuple, dict]:
 def _bert(model: Any) -> Iterable[Architecture]:
     path = path_of(model, "BertEncoder", "RobertaEncoder")
     assert path is not None
-    # Relative positions are added to the scores by hand, in 4.x.
+    # transformers 4 adds relative positions to the scores itself.
     positions = getattr(model.config, "position_embedding_type", "absolute")
     attention = if_sdpa(model, "attention.self") if positions == "absolute" else None
     tower = TowerSpec(
@@ -78,7 +82,7 @@ def _bert(model: Any) -> Iterable[Architecture]:
 
 
 def t5_example(model: Any) -> tuple[tuple, dict]:
-    """Four random tokens (1, L), and one for the decoder where there is one."""
+    """Returns four random tokens (1, L), and two for the decoder if there is one."""
     vocabulary = model.config.vocab_size
     inputs = {"input_ids": token_ids(model, vocabulary, 1, 4)}
     if getattr(model, "decoder", None) is not None:
@@ -122,13 +126,13 @@ def _t5(model: Any) -> Iterable[Architecture]:
     yield Architecture(towers=(tower,), example=t5_example, library="transformers")
 
 
-ROWS: tuple[Row, ...] = (
-    Row(
+ROWS: tuple[TableRow, ...] = (
+    TableRow(
         classes=(
             "transformers.models.bert.modeling_bert.BertPreTrainedModel",
             "transformers.models.roberta.modeling_roberta.RobertaPreTrainedModel",
         ),
         architectures=_bert,
     ),
-    Row(classes=("transformers.models.t5.modeling_t5.T5PreTrainedModel",), architectures=_t5),
+    TableRow(classes=("transformers.models.t5.modeling_t5.T5PreTrainedModel",), architectures=_t5),
 )

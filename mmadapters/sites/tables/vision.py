@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..paths import first_at, patches_at
-from ..spec import Architecture, LeafSpec, Row, SublayerSpec, TowerSpec
+from ..spec import Architecture, LeafSpec, SublayerSpec, TableRow, TowerSpec
 from .huggingface import if_sdpa
 
 ROTARY = "its rotary positions are laid over every token behind the class and register tokens"
@@ -24,9 +24,9 @@ PLAIN_ATTENTION = {"Attention", "AttentionRope", "EvaAttention", "RelPosAttentio
 
 
 def random_image(model: nn.Module, size: tuple[int, int]) -> Tensor:
-    """A random image (1, C, H, W) in the dtype and on the device of the first convolution.
+    """Returns a random image (1, C, H, W) in the dtype and on the device of the first convolution.
 
-    Two images where there is batch norm, which cannot train on one.
+    For a model with batch norm, which cannot train on one image, it returns two.
     """
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = getattr(model, "in_chans", 3) if convolution is None else convolution.in_channels
@@ -36,12 +36,15 @@ def random_image(model: nn.Module, size: tuple[int, int]) -> Tensor:
 
 
 def square(size: Any) -> tuple[int, int]:
-    """A side or a pair of sides, as a pair (H, W)."""
+    """Returns a side, or a pair of sides, as a pair (H, W)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def timm_example(model: nn.Module) -> tuple[tuple, dict]:
-    """One image of the size that the model was built for, or 2 x 2 patches if any size will do."""
+    """Returns an image of the size for which the model was built.
+
+    If the model takes any size, the image has 2 x 2 patches.
+    """
     embed: Any = model.patch_embed
     size = embed.img_size
     if size is None or getattr(model, "dynamic_img_size", False):
@@ -50,9 +53,12 @@ def timm_example(model: nn.Module) -> tuple[tuple, dict]:
 
 
 def timm_tower(model: Any, prompts: str | None, scaled: bool = True) -> TowerSpec:
-    """The blocks of a timm vision transformer.
+    """Returns the tower of a timm vision transformer.
 
-    `scaled`: whether a branch is taken after its LayerScale.
+    Args:
+        prompts: the reason why no tokens can be appended, as the end of a sentence; None if they
+            can be.
+        scaled: takes a branch after its LayerScale, not before it.
 
     Raises:
         ValueError: attention and feed-forward part of its blocks are not two sublayers.
@@ -92,6 +98,7 @@ def timm_tower(model: Any, prompts: str | None, scaled: bool = True) -> TowerSpe
 
 
 def _takes_prefix(attn: Any) -> bool:
+    """Says whether prefix tuning can enter the attention."""
     into, out = attn.proj.in_features, attn.proj.out_features
     plain = any(cls.__name__ in PLAIN_ATTENTION for cls in type(attn).__mro__)
     return plain and bool(attn.fused_attn) and into == out
@@ -101,7 +108,7 @@ def _timm_attention(attn: nn.Module) -> Mapping[str, str | LeafSpec]:
     if attn.qkv is None:
         return {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.proj"}
     if getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate:
-        # EVA and BEiT have no bias for k, and hand the weight itself to F.linear.
+        # EVA and BEiT have no bias for k, and pass the weight itself to F.linear.
         return {
             "q": LeafSpec(path="attn.qkv.weight[0/3]", bias="attn.q_bias"),
             "k": LeafSpec(path="attn.qkv.weight[1/3]", bias=None),
@@ -136,8 +143,8 @@ def _timm_beit(model: nn.Module) -> Iterable[Architecture]:
     biased = model.rel_pos_bias is not None or any(
         block.attn.relative_position_bias_table is not None for block in model.blocks
     )
-    # transformers' BEiT has no module after its LayerScale: both take the branch before it, so that
-    # one adapter file fits both.
+    # transformers' BEiT has no module after its LayerScale. The branch is taken before it in both
+    # libraries, so that one adapter file fits both.
     yield _timm(timm_tower(model, RELATIVE if biased else None, scaled=False))
 
 
@@ -146,7 +153,10 @@ def _timm(tower: TowerSpec) -> Architecture:
 
 
 def _attentions(model: nn.Module, norm: str, output: str) -> Iterator[SublayerSpec]:
-    """Of transformers 5 and 4: query, key and value beside the output map, or one level below."""
+    """Yields the attention of transformers 5 and of transformers 4.
+
+    Version 5 has query, key and value next to the output map, version 4 one level below it.
+    """
     for inner, names in (
         ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
         ("attention.attention", ("query", "key", "value", None)),
@@ -166,7 +176,7 @@ def _attentions(model: nn.Module, norm: str, output: str) -> Iterator[SublayerSp
 
 
 def _mlps(norm: str, output: str | None) -> Iterator[SublayerSpec]:
-    """Every spelling of the feed-forward part in transformers 5 and 4, the most telling first."""
+    """Yields the spellings of the feed-forward part in transformers 5 and 4, exact ones first."""
     for leaves in (
         {"up": "mlp.up_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"},
         {"up": "mlp.up_proj", "down": "mlp.down_proj"},
@@ -193,12 +203,16 @@ def _transformers(
     *,
     prompts: str | None = None,
     any_size: bool = False,
-    prefix_tokens: int = 1,
+    num_prefix_tokens: int = 1,
 ) -> Iterable[Architecture]:
-    """Candidates for one vision model of transformers, bare or under a head.
+    """Yields candidates for a vision model of transformers, with or without a head.
 
-    `norms`, `outputs`: of attention and feed-forward part; `any_size`: whether position embeddings
-    are interpolated, so that the example may be small; `prefix_tokens`: those before the patches.
+    Args:
+        norms: the paths of the norms of attention and feed-forward part.
+        outputs: the paths of their outputs; None for the default of each spelling.
+        prompts: the reason why no tokens can be appended; None if they can be.
+        any_size: the model interpolates position embeddings, so that the example may be small.
+        num_prefix_tokens: the number of class and register tokens before the patches.
     """
     # DINOv3's base model is named "model", as is the encoder inside it: look in both places.
     prefixes = (f"{model.base_model_prefix}.", "")
@@ -208,7 +222,7 @@ def _transformers(
     final = first_at(model, *(prefix + norm for prefix in prefixes for norm in norms_after))
     embeddings = ("embeddings.patch_embeddings.projection", "embeddings.patch_embeddings")
     patches = patches_at(
-        model, prefix_tokens, *(prefix + name for prefix in prefixes for name in embeddings)
+        model, num_prefix_tokens, *(prefix + name for prefix in prefixes for name in embeddings)
     )
     if path is None:
         raise ValueError(f"{type(model).__name__} has no blocks at {', '.join(blocks)}")
@@ -239,8 +253,8 @@ def _vit(model: nn.Module) -> Iterable[Architecture]:
 
 
 def _deit(model: nn.Module) -> Iterable[Architecture]:
-    # Behind the class token stands one for distillation.
-    return _transformers(model, ("layernorm_before", "layernorm_after"), prefix_tokens=2)
+    # A token for distillation follows the class token.
+    return _transformers(model, ("layernorm_before", "layernorm_after"), num_prefix_tokens=2)
 
 
 def _beit(model: nn.Module) -> Iterable[Architecture]:
@@ -260,31 +274,33 @@ def _dino(prompts: str | None) -> Callable[[nn.Module], Iterable[Architecture]]:
             ("layer_scale1", "layer_scale2"),
             prompts=prompts,
             any_size=True,
-            prefix_tokens=1 + getattr(model.config, "num_register_tokens", 0),
+            num_prefix_tokens=1 + getattr(model.config, "num_register_tokens", 0),
         )
 
     return architectures
 
 
-ROWS: tuple[Row, ...] = (
-    Row(classes=("timm.models.vision_transformer.VisionTransformer",), architectures=_timm_vit),
-    Row(classes=("timm.models.eva.Eva",), architectures=_timm_eva),
-    Row(classes=("timm.models.beit.Beit",), architectures=_timm_beit),
-    Row(
+ROWS: tuple[TableRow, ...] = (
+    TableRow(
+        classes=("timm.models.vision_transformer.VisionTransformer",), architectures=_timm_vit
+    ),
+    TableRow(classes=("timm.models.eva.Eva",), architectures=_timm_eva),
+    TableRow(classes=("timm.models.beit.Beit",), architectures=_timm_beit),
+    TableRow(
         classes=("timm.models.vision_transformer_relpos.VisionTransformerRelPos",),
         architectures=_timm_relative,
     ),
-    Row(classes=("transformers.models.vit.modeling_vit.ViT*",), architectures=_vit),
-    Row(classes=("transformers.models.deit.modeling_deit.DeiT*",), architectures=_deit),
-    Row(classes=("transformers.models.beit.modeling_beit.Beit*",), architectures=_beit),
-    Row(
+    TableRow(classes=("transformers.models.vit.modeling_vit.ViT*",), architectures=_vit),
+    TableRow(classes=("transformers.models.deit.modeling_deit.DeiT*",), architectures=_deit),
+    TableRow(classes=("transformers.models.beit.modeling_beit.Beit*",), architectures=_beit),
+    TableRow(
         classes=(
             "transformers.models.dinov2.modeling_dinov2.Dinov2*",
             "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2*",
         ),
         architectures=_dino(None),
     ),
-    Row(
+    TableRow(
         classes=("transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViT*",),
         architectures=_dino(ROTARY),
     ),

@@ -1,14 +1,14 @@
-"""Data that is made here or that a package ships: `data.source: builtin/NAME`.
+"""Data that is generated here or that a package ships: `data.source: builtin/NAME`.
 
-A module for each: its `Options`, a config section in which each split has its size (0 leaves it
-out), and `read(options, split)`. The same options give the same rows everywhere. Media are encoded
-as files are, so that what reads them cannot tell them from anybody's own data.
+Each source is a module with `Options`, a config section in which each split has its size (0 leaves
+it out), and `read(options, split)`. The same options give the same rows everywhere. Media are
+encoded like files, so their readers treat them like any other data.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,27 +16,24 @@ from pydantic import ValidationError
 from mmadapters.suggest import nearest
 
 from ...config.schema import SPLITS
-from ..files import Parts, Piece
+from ..parts import Parts, Piece
+from . import easy_vqa, scenes, speech
 
-SOURCES = {
-    "scenes": "drawn scenes with masks, captions and counts",
-    "speech": "sentences read in accents by speech synthesis",
-    "easy_vqa": "the questions and pictures of the package easy-vqa",
-}
+SOURCES: dict[str, ModuleType] = {"scenes": scenes, "speech": speech, "easy_vqa": easy_vqa}
 
 
 def builtin_parts(name: str, options: Mapping[str, Any]) -> Parts:
-    """The splits of a builtin source, made when they are read.
+    """Returns the splits of a builtin source, which are made when they are read.
 
     Raises:
-        ValueError: there is no such source or option.
+        ValueError: there is no such source or option, or an option has a wrong value.
     """
     if name not in SOURCES:
         raise ValueError(
             f"data.source: there is no builtin/{name}{nearest(name, SOURCES)}; there are "
-            + ", ".join(f"builtin/{own}" for own in SOURCES)
+            + ", ".join(f"builtin/{known}" for known in SOURCES)
         )
-    module = importlib.import_module(f".{name}", __name__)
+    module = SOURCES[name]
     known = module.Options.model_fields
     if unknown := [key for key in options if key not in known]:
         raise ValueError(

@@ -1,7 +1,7 @@
 """easy-VQA: questions about pictures of one shape in one colour, from the PyPI package `easy-vqa`
 (Victor Zhou, MIT): 4,000 + 1,000 pictures of 64×64, 38,575 + 9,673 questions, 13 answers.
 
-A question alone, without its picture, is answered right in 67.0 % of cases.
+The questions alone, without the pictures, are answered right in 67.0 % of cases.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ _NEGATED = re.compile(r"\b(not|no)\b")
 
 
 class Options(Section):
+    """The options of `builtin/easy_vqa`."""
+
     validation: int = Field(default=400, ge=0, lt=TRAIN_IMAGES)
-    """Pictures of the training set that are kept for choices, with all their questions."""
+    """Number of training pictures that become the validation split, with all their questions."""
     train: int = Field(default=TRAIN_IMAGES, ge=0, le=TRAIN_IMAGES)
-    """Pictures to train on, at most: the others of the training set."""
+    """Largest number of training pictures, from those that are not in the validation split."""
     test: int = Field(default=TEST_IMAGES, ge=0, le=TEST_IMAGES)
-    """Pictures of the test set."""
+    """Number of test pictures."""
     seed: int = 0
-    """Draws the pictures."""
+    """Seed of the random choice of pictures."""
 
 
 def read(options: Options, split: Split) -> Dataset:
-    """Columns: image (a path), question, answer, question_type (color, shape, presence, absence).
+    """Reads a split with the columns image (a path), question, answer and question_type (color,
+    shape, presence or absence).
 
     Raises:
         ImportError: the package is not installed.
@@ -61,7 +64,7 @@ def read(options: Options, split: Split) -> Dataset:
 
 
 def question_type(question: str) -> str:
-    """What is asked for: a color, a shape, whether something is there or whether it is not."""
+    """Returns the subject of a question: color, shape, presence or absence of something."""
     if question.startswith("what"):
         return "color" if "color" in question else "shape"
     return "absence" if _NEGATED.search(question) else "presence"
@@ -80,7 +83,7 @@ def _images(options: Options, split: Split) -> frozenset[int]:
 
 
 def _folder() -> Path:
-    found = importlib.util.find_spec("easy_vqa")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("easy_vqa")
+    if package is None or package.origin is None:
         raise ImportError("builtin/easy_vqa needs its package: pip install mmadapters[demo]")
-    return Path(found.origin).parent / "data"
+    return Path(package.origin).parent / "data"

@@ -1,4 +1,4 @@
-"""Drawn scenes (`synthetic.scenes`): pictures with their masks, captions and counts."""
+"""Drawn scenes (`synthetic.scenes`): pictures with masks, captions and counts of things."""
 
 from __future__ import annotations
 
@@ -29,29 +29,32 @@ MOST_WORDINGS = 100
 
 
 class Options(Section):
+    """The options of `builtin/scenes`."""
+
     vocabulary: Literal["unseen", "pretraining", "retold"] = "unseen"
-    """Shapes, colours and phrasings that the nano encoders never saw, or those that they did, or
-    those shapes and words in phrasings that they never saw."""
+    """Shapes, colours and phrasings of the scenes. unseen: new to the nano encoders; pretraining:
+    those of their pretraining; retold: those shapes and words in new phrasings."""
     train: int = Field(default=1000, ge=0, le=len(scenes.TASK_SEEDS))
-    """Scenes for training."""
+    """Number of training scenes."""
     validation: int = Field(default=200, ge=0, le=len(scenes.VALIDATION_SEEDS))
-    """Scenes for choices."""
+    """Number of validation scenes."""
     test: int = Field(default=1000, ge=0, le=len(scenes.TEST_SEEDS))
-    """Scenes for the reported figures."""
+    """Number of test scenes."""
     size: int = Field(default=64, ge=16, le=1024)
-    """Side of the pictures in pixels."""
+    """Height and width of the pictures, in pixels."""
     wordings: int = Field(default=1, ge=1, le=MOST_WORDINGS)
-    """Captions of a scene, each worded anew: the first is `caption`, the others are `captions`."""
+    """Number of differently worded captions of a scene: the first is `caption`, the others are
+    `captions`."""
 
 
 def class_names(options: Options) -> tuple[str, ...]:
-    """What a mask's ids mean."""
+    """Returns the class of each id in a mask."""
     return ("background", *VOCABULARIES[options.vocabulary].shapes)
 
 
 def read(options: Options, split: Split) -> Dataset:
-    """Columns: image, mask (an indexed PNG), caption, count (of the things in it); with
-    several `options.wordings` also captions."""
+    """Draws a split with the columns image, mask (an indexed PNG), caption and count (number of
+    things); with several `options.wordings` also captions."""
     import datasets
     import pyarrow as pa
 
@@ -88,7 +91,7 @@ def read(options: Options, split: Split) -> Dataset:
 
 
 def _captions(scene: scenes.Scene, options: Options) -> dict[str, list[str]]:
-    """The wordings behind the first."""
+    """Returns the captions after the first."""
     numbers, vocabulary = range(1, options.wordings), VOCABULARIES[options.vocabulary]
     others = scenes.wordings(scene, vocabulary, numbers, of=MOST_WORDINGS)
     return {"captions": others} if others else {}
@@ -106,7 +109,7 @@ def _png(pixels: np.ndarray, palette: list[int] | None = None) -> bytes:
 
 
 def _palette(classes: int) -> list[int]:
-    """Black, and hues as far apart as can be: what a viewer shows of a mask."""
+    """Returns the colours in which a viewer shows a mask: black, and hues at equal distances."""
     import colorsys
 
     hues = (colorsys.hsv_to_rgb(i / (classes - 1), 0.8, 1) for i in range(classes - 1))

@@ -1,11 +1,11 @@
 """Sentences read in English accents by eSpeak NG (`synthetic.speech`), with their text.
 
-Splits share neither sentences nor speakers: an eighth of the voice variants, those that the nano
-encoder never heard either, are the test's, an eighth of the others the validation's. Text i of
-validation and test is read by the same variant at the same rate and pitch in every accent, so that
-accents can be compared; those of the test are the readings of nano/wav2vec2's card.
+Splits share neither sentences nor speakers. The test split has an eighth of the voice variants,
+which the nano encoder never heard; the validation split has an eighth of the others. In validation
+and test the same variant reads text i at the same rate and pitch in every accent, so that accents
+can be compared. The readings of the test split are those of nano/wav2vec2's card.
 
-What is read is kept in the cache of `datasets`: some 12 ms an utterance are spent once.
+Readings are kept in the cache of `datasets`, since each takes about 12 ms to make.
 """
 
 from __future__ import annotations
@@ -30,24 +30,26 @@ from ..synthetic import sentences, speech
 if TYPE_CHECKING:
     from datasets import Dataset
 
-HELD_OUT_TEXTS = 1000  # so many of the test and the validation are never trained on, at least
+HELD_OUT_TEXTS = 1000  # at least so many texts of test and validation are never trained on
 DEFAULT_ACCENT = "en-gb-scotland"
 
 
 class Options(Section):
+    """The options of `builtin/speech`."""
+
     accents: tuple[str, ...] = Field(default=(DEFAULT_ACCENT,), min_length=1)
-    """Of en-us, en-us-nyc, en-gb, en-gb-x-rp, en-gb-scotland, en-gb-x-gbclan, en-gb-x-gbcwmd,
-    en-029."""
+    """The accents: en-us, en-us-nyc, en-gb, en-gb-x-rp, en-gb-scotland, en-gb-x-gbclan,
+    en-gb-x-gbcwmd or en-029."""
     train: int = Field(default=600, ge=0, le=100_000)
-    """Utterances of each accent for training, some 2.5 s each."""
+    """Number of training utterances in each accent, about 2.5 s each."""
     validation: int = Field(default=60, ge=0, le=len(sentences.VALIDATION_SEEDS))
-    """Utterances of each accent for choices."""
+    """Number of validation utterances in each accent."""
     test: int = Field(default=150, ge=0, le=len(sentences.TEST_SEEDS))
-    """Utterances of each accent for the reported figures."""
+    """Number of test utterances in each accent."""
     augment: bool = False
-    """Rooms, noise and levels on the training utterances."""
+    """Add reverberation, noise and random levels to the training utterances."""
     seed: int = 0
-    """Draws who reads the training utterances and what augments them."""
+    """Seed of the readers and of the augmentation of the training utterances."""
 
     @field_validator("accents")
     @classmethod
@@ -59,12 +61,19 @@ class Options(Section):
                     f"{', '.join(speech.ACCENTS)}"
                 )
         if len(set(value)) < len(value):
-            raise ValueError("an accent stands there twice")
+            raise ValueError("an accent is named twice")
         return value
 
 
 class Reading(NamedTuple):
-    """What is to be read by whom. `noise`: seed of the augmentation, None for none."""
+    """An utterance to synthesize.
+
+    Attributes:
+        text: the sentence.
+        reader: the voice.
+        name: the file name of the recording.
+        noise: the seed of the augmentation; None for no augmentation.
+    """
 
     text: str
     reader: speech.Reader
@@ -73,14 +82,15 @@ class Reading(NamedTuple):
 
 
 def read(options: Options, split: Split) -> Dataset:
-    """Columns: audio (FLAC, 16,000 Hz), text, accent, speaker (a voice variant).
+    """Reads a split with the columns audio (FLAC, 16,000 Hz), text, accent and speaker (a voice
+    variant).
 
     Raises:
-        ImportError: speech synthesis is not installed; says how to.
+        ImportError: speech synthesis is not installed; the message says how to install it.
     """
     import datasets
 
-    speech.variants()  # says what is missing before anything is written to the cache
+    speech.variants()  # raises the ImportError before anything is written to the cache
     features = datasets.Features(
         {
             # Writing an Audio column would need torchcodec.
@@ -89,7 +99,7 @@ def read(options: Options, split: Split) -> Dataset:
         }
     )
     count = getattr(options, split)
-    # A tuple, since a list would be cut into shards of one.
+    # A tuple, since `datasets` would cut a list into shards of one reading.
     wanted = tuple(readings(options, split, count))
     made = datasets.Dataset.from_generator(
         _rows,
@@ -101,39 +111,40 @@ def read(options: Options, split: Split) -> Dataset:
 
 
 def readings(options: Options, split: Split, count: int) -> list[Reading]:
-    """`count` for each accent, accents by turns."""
+    """Returns `count` readings in each accent, the accents in turn."""
     if split == "train":
         return _training(options, count)
     seeds = sentences.TEST_SEEDS if split == "test" else sentences.VALIDATION_SEEDS
-    found = []
+    chosen = []
     for seed in seeds[:count]:
         for accent in options.accents:
             rng = random.Random(f"{split} reader {seed}")
             reader = speech.random_reader(rng, accent=accent, among=speakers(split))
-            found.append(Reading(sentences.sentence(seed), reader, f"{accent}-{seed}.flac", None))
-    return found
+            text = sentences.sentence(seed)
+            chosen.append(Reading(text, reader, f"{accent}-{seed}.flac", None))
+    return chosen
 
 
 def _training(options: Options, count: int) -> list[Reading]:
-    """Every utterance has a sentence of its own, whatever its accent."""
+    """Returns the readings for training, each with a different sentence."""
     taken = _held_out_texts(max(options.validation, options.test, HELD_OUT_TEXTS))
     texts = (
         (s, text) for s in sentences.TASK_SEEDS if (text := sentences.sentence(s)) not in taken
     )
     rng = random.Random(f"train readers {options.seed}")
-    found = []
+    chosen = []
     for _ in range(count):
         for accent in options.accents:
             seed, text = next(texts)
             reader = speech.random_reader(rng, accent=accent, among=speakers("train"))
             noise = rng.getrandbits(32) if options.augment else None
-            found.append(Reading(text, reader, f"{accent}-{seed}.flac", noise))
-    return found
+            chosen.append(Reading(text, reader, f"{accent}-{seed}.flac", noise))
+    return chosen
 
 
 @functools.cache
 def speakers(split: Split) -> tuple[str, ...]:
-    """The voice variants of a split, none of which another split has."""
+    """Returns the voice variants of a split; no other split has any of them."""
     if split == "test":
         return speech.held_out_variants()
     others = speech.pretraining_variants()
@@ -149,7 +160,7 @@ def _held_out_texts(count: int) -> frozenset[str]:
 
 
 def _rows(readings: Sequence[Reading], version: str) -> Iterator[dict[str, Any]]:
-    # Two threads: while one waits for the synthesis process, the other resamples and encodes.
+    # While one thread waits for the synthesis process, the other resamples and encodes.
     with ThreadPoolExecutor(2) as pool:
         for reading, data in zip(readings, pool.map(_flac, readings), strict=True):
             yield {
@@ -175,7 +186,8 @@ def _flac(reading: Reading) -> bytes:
 
 @functools.cache
 def _version() -> str:
-    """Of all that the samples depend on: what another version made is not taken from the cache."""
+    """Returns a hash of everything that the samples depend on, so that the cache of another version
+    is not used."""
     from importlib.metadata import version
 
     digest = hashlib.sha256(version("espeakng-loader").encode())

@@ -1,1 +1,1 @@
-"""Synthetic data that tasks and pretraining draw from: scenes (`scenes`) and speech (`speech`)."""
+"""Synthetic data for tasks and pretraining: drawn scenes (`scenes`) and speech (`speech`)."""

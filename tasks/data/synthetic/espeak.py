@@ -1,17 +1,17 @@
-"""A program of its own that reads requests and answers with speech: `speech` starts and feeds it.
+"""A separate program that reads requests and answers with speech; `speech` starts and feeds it.
 
-Apart for two reasons. eSpeak NG's state survives from one utterance to the next (the phase of its
-pitch flutter, filters), and no call resets it: here a fork reads each utterance, so all start from
-the same state and the same request gives the same samples. And a process of its own, which speaks
-through pipes and imports nothing but the standard library, starts in some 50 ms.
+It is separate for two reasons. eSpeak NG's state survives from one utterance to the next (the phase
+of its pitch flutter, filters), and no call resets it: here a fork reads each utterance, so all
+start from the same state, and the same request gives the same samples. And a process that talks
+through pipes and imports only the standard library starts in about 50 ms.
 
     python espeak.py LIBRARY DATA_FOLDER
     stdin   one JSON list a line: [text, voice, words a minute, pitch 0–99]
-    stdout  sample rate, once; then for each line a count of bytes and as many bytes of 16-bit
-            samples. Numbers are 4 bytes, little-endian; a count of −1 says that it failed.
+    stdout  the sample rate, once; then for each line a number of bytes and that many bytes of
+            16-bit samples. Numbers are 4 bytes, little-endian; −1 means that the request failed.
 
-Where there is no fork (Windows) utterances share one state, and the same request may give samples
-that differ a little in pitch and length.
+Without fork (on Windows) utterances share one state, and the same request may give samples that
+differ slightly in pitch and length.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import sys
 from typing import BinaryIO
 
 # From espeak-ng's speak_lib.h.
-_SYNCHRONOUS = 2  # samples go to the callback, and the call returns when all are there
+_SYNCHRONOUS = 2  # samples go to the callback, and the call returns after the last
 _CHARS_UTF8 = 1
 _RATE, _VOLUME, _PITCH = 1, 2, 3
 _CALLBACK = ctypes.CFUNCTYPE(
@@ -40,15 +40,15 @@ def _serve(library_path: str, data_folder: str, requests: BinaryIO, answers: Bin
             chunks.append(ctypes.string_at(samples, 2 * count))
         return 0
 
-    callback = _CALLBACK(collect)  # the library keeps the pointer only: this name keeps it alive
+    callback = _CALLBACK(collect)  # the library holds a bare pointer: this name keeps it alive
     library.espeak_SetSynthCallback(callback)
-    library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # it is the clock's otherwise
+    library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # by default the clock is the seed
 
     def read(text: str, voice: str, words_a_minute: int, pitch: int) -> bytes | None:
         chunks.clear()
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
             return None
-        # A voice brings its own values, so ours come after it.
+        # Setting a voice resets the parameters, so they are set after it.
         library.espeak_SetParameter(_RATE, words_a_minute, 0)
         library.espeak_SetParameter(_PITCH, pitch, 0)
         library.espeak_SetParameter(_VOLUME, 100, 0)

@@ -1,15 +1,15 @@
 """Drawn scenes with captions, masks and an exact description: synthetic pictures for CLIP and VQA.
 
-A scene is a function of a seed and a `Vocabulary` (which shapes, colours, sizes and phrasings
-exist), so a task can ask for scenes whose words and shapes pretraining never saw. Things stand
-in the cells of a 3×3 grid and never overlap: what the caption says is always visible.
+A scene is a function of a seed and a `Vocabulary` (its shapes, colours, sizes and phrasings), so a
+task can ask for scenes with words and shapes that pretraining never saw. Things stand in the cells
+of a 3×3 grid and never overlap, so everything that the caption names is visible.
 
-Seed ranges are a promise between pretraining and whoever measures on these scenes:
+Pretraining and all measurements keep to these seed ranges:
 
 | range               | for                                                        |
 |---------------------|------------------------------------------------------------|
 | `TEST_SEEDS`        | reported figures only; nothing is ever trained on them      |
-| `VALIDATION_SEEDS`  | choices (early stopping, hyper-parameters)                  |
+| `VALIDATION_SEEDS`  | early stopping and the choice of hyper-parameters           |
 | `TASK_SEEDS`        | training of adapters and heads on downstream tasks          |
 | `PRETRAINING_SEEDS` | pretraining of `nano/clip`                                  |
 
@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .shapes import SHAPES
+
 TEST_SEEDS = range(0, 100_000)
 VALIDATION_SEEDS = range(100_000, 200_000)
 TASK_SEEDS = range(200_000, 1_000_000)
@@ -31,12 +33,15 @@ PRETRAINING_SEEDS = range(1_000_000, 100_000_000)
 
 RGB = tuple[float, float, float]
 GRID = 3
-LARGEST_RADIUS = 0.155  # of the image side; leaves a margin inside a cell of 1/3
+LARGEST_RADIUS = 0.155  # as a share of the image side; leaves a margin inside a cell of 1/3
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What may be drawn and how it is told. Every field can be replaced to leave pretraining."""
+    """The things that may be drawn and the phrases that describe them.
+
+    Every field can be replaced, to get scenes or captions that pretraining never saw.
+    """
 
     shapes: tuple[str, ...]  # keys of SHAPES; a mask's class id is the index here plus one
     colours: Mapping[str, RGB]  # name -> red, green, blue in [0, 1]
@@ -68,7 +73,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn shape; lengths are shares of the image side, x to the right, y down."""
+    """One drawn shape. Lengths are shares of the image side; x points right and y down."""
 
     shape: str
     colour: str
@@ -84,7 +89,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Groups of equal things (same shape, colour and size) on a soft gradient of two greys."""
+    """Groups of equal things (same shape, colour and size) on a gradient between two greys."""
 
     seed: int
     groups: tuple[tuple[Thing, ...], ...]
@@ -93,24 +98,25 @@ class Scene:
 
     @property
     def things(self) -> list[Thing]:
+        """The things of all groups."""
         return [thing for group in self.groups for thing in group]
 
     def count(self, *, shape: str | None = None, colour: str | None = None) -> int:
-        """How many things have this shape and colour (None: any)."""
+        """Returns the number of things with this shape and colour (None: any)."""
         return sum(
             shape in (None, thing.shape) and colour in (None, thing.colour) for thing in self.things
         )
 
 
 def make_scene(seed: int, vocabulary: Vocabulary) -> Scene:
-    """The scene of a seed: one to three groups of one to three equal things each."""
+    """Makes the scene of a seed: one to three groups of one to three equal things each."""
     rng = random.Random(seed)
     cells = rng.sample(range(GRID * GRID), GRID * GRID)
     kinds: set[tuple[str, str]] = set()
     groups = []
     for _ in range(rng.choices((1, 2, 3), weights=(15, 50, 35))[0]):
         kind = (rng.choice(vocabulary.shapes), rng.choice(list(vocabulary.colours)))
-        if kind in kinds:  # two groups told by the same words could not be told apart
+        if kind in kinds:  # the same words would describe both groups
             continue
         kinds.add(kind)
         size = rng.choice(list(vocabulary.sizes))
@@ -125,7 +131,7 @@ def make_scene(seed: int, vocabulary: Vocabulary) -> Scene:
 
 
 def describe(scene: Scene, vocabulary: Vocabulary, *, seed: int | None = None) -> str:
-    """A caption of the scene; `seed` chooses the phrasing (default: the scene's own seed)."""
+    """Returns a caption of the scene; `seed` chooses the phrasing, by default the scene's own."""
     rng = random.Random(scene.seed if seed is None else seed)
     groups = rng.sample(scene.groups, len(scene.groups))
     relation = _relation(groups, vocabulary) if rng.random() < 0.5 else None
@@ -138,7 +144,7 @@ def describe(scene: Scene, vocabulary: Vocabulary, *, seed: int | None = None) -
 
 
 def wordings(scene: Scene, vocabulary: Vocabulary, numbers: Iterable[int], *, of: int) -> list[str]:
-    """Captions of the scene by their numbers; no two scenes share a seed of up to `of` captions."""
+    """Returns the captions with these numbers, each below `of`; no two scenes share a seed."""
     return [describe(scene, vocabulary, seed=of * scene.seed + number) for number in numbers]
 
 
@@ -149,7 +155,7 @@ def render(
     size: int = 64,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Draw the scenes with antialiased edges.
+    """Draws the scenes with antialiased edges.
 
     Returns:
         images: (N, 3, S, S) uint8.
@@ -159,10 +165,10 @@ def render(
     paint = torch.zeros(4, len(scenes) * size * size, device=device)  # alpha, alpha * rgb
     masks = torch.zeros(len(scenes) * size * size, dtype=torch.uint8, device=device)
     for index, shape in enumerate(vocabulary.shapes):
-        owned = [(n, t) for n, scene in enumerate(scenes) for t in scene.things if t.shape == shape]
-        if not owned:
+        drawn = [(n, t) for n, scene in enumerate(scenes) for t in scene.things if t.shape == shape]
+        if not drawn:
             continue
-        rows = [[n, t.x * size, t.y * size, t.radius * size, t.angle, *t.rgb] for n, t in owned]
+        rows = [[n, t.x * size, t.y * size, t.radius * size, t.angle, *t.rgb] for n, t in drawn]
         table = torch.tensor(rows, dtype=torch.float32).to(device)  # (T, 8)
         pixels, alpha = _coverage(SHAPES[shape], table[:, :5], size)
         rgba = torch.cat([torch.ones_like(table[:, :1]), table[:, 5:]], dim=1)  # (T, 4)
@@ -213,7 +219,7 @@ def _tell(
 
 
 def _relation(groups: list[tuple[Thing, ...]], vocabulary: Vocabulary) -> tuple[str, ...] | None:
-    """The phrasings of how the first of two single things lies to the second, if there is one."""
+    """Returns the phrasings of the relation between two single things, or None."""
     if [len(group) for group in groups] != [1, 1]:
         return None
     (a,), (b,) = groups
@@ -223,7 +229,7 @@ def _relation(groups: list[tuple[Thing, ...]], vocabulary: Vocabulary) -> tuple[
 
 
 def plural(shape: str) -> str:
-    """English plural of a shape's name: crosses, not crosss."""
+    """Returns the English plural of a shape's name: crosses, not crosss."""
     return shape + ("es" if shape.endswith(("s", "x", "ch", "sh")) else "s")
 
 
@@ -238,12 +244,12 @@ def _random_grey(rng: random.Random) -> RGB:
 
 
 def _contrast(rgb: RGB, others: Sequence[RGB]) -> float:
-    """Smallest distance to the others, capped: beyond 0.4 every background will do."""
+    """Returns the smallest distance to the others, at most 0.4: more contrast is not needed."""
     return min(0.4, *(math.dist(rgb, other) for other in others))
 
 
 def _draw_backgrounds(scenes: Sequence[Scene], size: int, device: torch.device | str) -> Tensor:
-    """(N, 3, S, S) in [0, 1]: a linear gradient between the scene's two greys."""
+    """Returns (N, 3, S, S) in [0, 1]: a linear gradient between the scene's two greys."""
     rows = [
         [*s.background[0], *s.background[1], math.cos(s.slope), math.sin(s.slope)] for s in scenes
     ]
@@ -256,7 +262,7 @@ def _draw_backgrounds(scenes: Sequence[Scene], size: int, device: torch.device |
 def _coverage(
     distance: Callable[[Tensor, Tensor], Tensor], table: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Share of each pixel that a thing covers, in a window around it.
+    """Returns the share of each pixel that a thing covers, in a window around the thing.
 
     Args:
         distance: signed distance of a shape of radius 1, negative inside.
@@ -279,98 +285,6 @@ def _coverage(
     return pixels, alpha.clamp(0, 1) * inside
 
 
-# Signed distances in a frame where the shape has radius 1, x to the right and y down;
-# the formulas are those of Inigo Quilez, "2D distance functions".
-
-
-def _polygon(*corners: tuple[float, float]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Exact signed distance of a simple polygon (even-odd rule)."""
-
-    def distance(x: Tensor, y: Tensor) -> Tensor:
-        nearest = torch.full_like(x, math.inf)
-        sign = torch.ones_like(x)
-        for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
-            ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
-            along = ((px * ex + py * ey) / (ex * ex + ey * ey)).clamp(0, 1)
-            nearest = torch.minimum(nearest, (px - ex * along) ** 2 + (py - ey * along) ** 2)
-            crosses = ((y >= ay) != (y >= by)) & ((ex * py > ey * px) == (by > ay))
-            sign = torch.where(crosses, -sign, sign)
-        return sign * nearest.sqrt()
-
-    return distance
-
-
-def _regular(sides: int, *, turn: float = 0.0, inner: float | None = None):
-    """A regular polygon with a corner at the top; `inner` < 1 makes it a star."""
-    radii = (1.0,) if inner is None else (1.0, inner)
-    number = sides * len(radii)
-    angles = [2 * math.pi * (i / number + turn) - math.pi / 2 for i in range(number)]
-    return _polygon(
-        *(
-            (math.cos(angle) * radii[i % len(radii)], math.sin(angle) * radii[i % len(radii)])
-            for i, angle in enumerate(angles)
-        )
-    )
-
-
-def _circle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 1
-
-
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.75).abs() - 0.25
-
-
-def _crescent(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(torch.hypot(x, y) - 1, 0.85 - torch.hypot(x - 0.5, y))
-
-
-def _dome(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(torch.hypot(x, y - 0.45) - 1, y - 0.45)
-
-
-def _heart(x: Tensor, y: Tensor) -> Tensor:
-    lobe = torch.hypot(x.abs() - 0.45, y + 0.3) - 0.54
-    x, y = x.abs(), y + 0.3
-    point = torch.maximum((x - 0.45) * 0.77 + y * 0.64 - 0.54, -y)
-    return torch.minimum(lobe, point)
-
-
-def _drop(x: Tensor, y: Tensor) -> Tensor:
-    ball = torch.hypot(x, y - 0.4) - 0.6
-    point = torch.maximum(x.abs() * 0.9 - (y + 1) * 0.436, y - 0.14)
-    return torch.minimum(ball, point)
-
-
-SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "circle": _circle,
-    "ring": _ring,
-    "crescent": _crescent,
-    "dome": _dome,
-    "heart": _heart,
-    "drop": _drop,
-    "triangle": _regular(3),
-    "square": _regular(4, turn=0.125),
-    "diamond": _polygon((0, -1), (0.62, 0), (0, 1), (-0.62, 0)),
-    "pentagon": _regular(5),
-    "hexagon": _regular(6),
-    "star": _regular(5, inner=0.42),
-    "cross": _polygon(
-        *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
-        *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
-    ),
-    "rectangle": _polygon((-1, -0.45), (1, -0.45), (1, 0.45), (-1, 0.45)),
-    "trapezoid": _polygon((-0.5, -0.6), (0.5, -0.6), (1, 0.6), (-1, 0.6)),
-    "parallelogram": _polygon((-0.4, -0.55), (1, -0.55), (0.4, 0.55), (-1, 0.55)),
-    "arrow": _polygon(
-        *((0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.8, -0.1)),
-    ),
-    "arch": _polygon(
-        *((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (0.35, 0.85), (0.35, -0.3)),
-        *((-0.35, -0.3), (-0.35, 0.85), (-0.85, 0.85)),
-    ),
-}
-
 PRETRAINING = Vocabulary(
     shapes=(
         *("circle", "square", "triangle", "star", "cross"),
@@ -391,7 +305,7 @@ PRETRAINING = Vocabulary(
     sizes={"small": 0.07, "medium": 0.105, "large": 0.145},
 )
 
-# What PRETRAINING draws, told in its words as a telegram: what an adapter must learn is a style.
+# The things and words of PRETRAINING in the style of a telegram, which an adapter must learn.
 RETOLD = replace(
     PRETRAINING,
     one=("{shape} {colour} {size}",),
@@ -405,8 +319,8 @@ RETOLD = replace(
     sentence=("{body}", "picture {body}"),
 )
 
-# No shape, colour or size is shared with PRETRAINING: what an adapter must learn is new.
-# Its words take more tokens of nano/clip, so its phrasings are short enough for that context.
+# Shares no shape, colour or size with PRETRAINING: an adapter must learn all of them. Its words
+# take more tokens of nano/clip, so its phrasings are short enough for nano/clip's context.
 UNSEEN = Vocabulary(
     shapes=("pentagon", "dome", "drop", "trapezoid", "arrow", "arch"),
     colours={

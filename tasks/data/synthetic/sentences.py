@@ -1,11 +1,11 @@
-"""English sentences made from a small grammar: text for synthetic speech that needs no download.
+"""English sentences from a small grammar: text for synthetic speech without a download.
 
-The words (`lexicon.txt`, the project's own licence) are everyday ones, some three thousand forms
-with their inflections; within a part of speech they are drawn with a Zipf-like weight, and function
-words come from the templates, so that counts fall off as in real text. A sentence is a function
-of its seed. Seed ranges promise the same as those of drawn scenes: nothing is ever trained on
-`TEST_SEEDS`. A twelfth of the content words is reserved: `reserved_words()` never occur in a
-sentence unless asked for, so what an encoder does with *words never heard* can be measured.
+The words (`lexicon.txt`, under the project's licence) are everyday ones, about three thousand forms
+with their inflections. Within a part of speech they are drawn with a Zipf-like weight, and function
+words come from the templates, so word counts fall off as in real text. A sentence is a function of
+its seed. The seed ranges mean the same as those of drawn scenes: nothing is ever trained on
+`TEST_SEEDS`. A twelfth of the content words is reserved: `reserved_words()` occur in a sentence
+only on request, so that an encoder can be measured on words that it never heard.
 """
 
 import functools
@@ -22,7 +22,7 @@ VALIDATION_SEEDS = range(100_000, 200_000)
 TASK_SEEDS = range(200_000, 1_000_000)
 PRETRAINING_SEEDS = range(1_000_000, 100_000_000)
 
-# weight, template. {slot?} is there half of the time; see `_fill` for what a slot becomes.
+# (weight, template). {slot?} is filled half of the time; `_fill` chooses the words of a slot.
 TEMPLATES: tuple[tuple[int, str], ...] = (
     (8, "{det} {adj?} {noun} {past} {det} {adj?} {noun}"),
     (6, "{det} {adj?} {noun} {past} {prep} {det} {adj?} {noun} {time?}"),
@@ -61,18 +61,18 @@ TEMPLATES: tuple[tuple[int, str], ...] = (
     (2, "{det} {noun} of {det} {noun} {s} {adv?}"),
 )
 _SLOT = re.compile(r"\{(\w+)(\?)?\}")
-_RESERVED_SHARE = 12  # one content word in so many
+_RESERVED_SHARE = 12  # one of so many content words is reserved
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """The forms one slot may take, each tuple from common to rare."""
+    """The words that each slot may take, from common to rare."""
 
     forms: dict[str, tuple[str, ...]]
 
     def draw(self, slot: str, rng: random.Random) -> str:
-        """One form, rank r with weight 1 / (r + 30)^0.8: common words come some ten times as
-        often as rare ones, and rare ones still come."""
+        """Draws one form. Rank r has weight 1 / (r + 30)^0.8: common words are about ten times as
+        frequent as rare ones."""
         words = self.forms[slot]
         return rng.choices(words, cum_weights=_cumulative(len(words)))[0]
 
@@ -91,10 +91,11 @@ def _plural(noun: str) -> str:
 
 
 def _inflect(verb: str) -> tuple[str, str, str, str, str]:
-    """(base, third person, past, participle, -ing) of an entry `base[/past/participle[/ing]]`."""
+    """Returns (base, third person, past, participle, -ing) of an entry
+    `base[/past/participle[/ing]]`."""
     base, *irregular = verb.split("/")
     third = {"be": "is", "have": "has"}.get(base, _plural(base))
-    # A short vowel before one final consonant doubles it: stop, stopped, stopping.
+    # One final consonant after a short vowel is doubled: stop, stopped, stopping.
     doubled = re.search(r"^[^aeiou]*(?:qu)?[aeiou][bdfgklmnprt]$", base)
     stem = base + base[-1] if doubled else base
     if base.endswith("ie"):
@@ -112,7 +113,7 @@ def _inflect(verb: str) -> tuple[str, str, str, str, str]:
 
 
 def is_reserved(lemma: str) -> bool:
-    """Whether a content word is one of those that pretraining never hears."""
+    """Whether a content word is reserved, so that pretraining never hears it."""
     return zlib.crc32(lemma.encode()) % _RESERVED_SHARE == 0
 
 
@@ -132,7 +133,7 @@ def _sections() -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def lexicon(*, reserved: bool = False) -> Lexicon:
-    """The words that pretraining may hear, or only the content words that it must not."""
+    """Returns the words that pretraining may hear, or only the reserved content words."""
     sections = _sections()
 
     def keep(section: str) -> list[str]:
@@ -150,7 +151,7 @@ def lexicon(*, reserved: bool = False) -> Lexicon:
         "name": keep("name"),
     }
     if not reserved:
-        # Function and number words are too few to spare any; tasks may well be about them.
+        # Function and number words are too few to reserve some.
         forms |= {
             slot: sections[section]
             for slot, section in {
@@ -164,20 +165,20 @@ def lexicon(*, reserved: bool = False) -> Lexicon:
 
 @functools.cache
 def heard_words() -> tuple[str, ...]:
-    """Every form that a pretraining sentence may hold, sorted."""
+    """Returns every form that a pretraining sentence may contain, sorted."""
     of_templates = " ".join(_SLOT.sub(" ", template) for _, template in TEMPLATES).split()
     return tuple(sorted({"an", *of_templates}.union(*lexicon().forms.values())))
 
 
 @functools.cache
 def reserved_words() -> frozenset[str]:
-    """The forms that no pretraining sentence holds, in any part of speech."""
+    """Returns the forms that no pretraining sentence contains, in any part of speech."""
     forms = lexicon(reserved=True).forms.values()
     return frozenset(word for words in forms for word in words) - frozenset(heard_words())
 
 
 def number_words(number: int) -> str:
-    """0 to 99 in words, as they are read: 42 is "forty two"."""
+    """Returns a number from 0 to 99 in words: 42 is "forty two"."""
     forms = lexicon().forms
     if number < 10:
         return forms["digit"][number]
@@ -188,11 +189,11 @@ def number_words(number: int) -> str:
 
 
 def sentence(seed: int, *, reserved_share: float = 0.0) -> str:
-    """One sentence in lower case, letters, apostrophes and spaces only.
+    """Returns one sentence of lower-case letters, apostrophes and spaces.
 
     Args:
-        seed: from one of the ranges above; the same seed, the same sentence.
-        reserved_share: how often a content word is one of `reserved_words()`.
+        seed: from one of the ranges above; the same seed gives the same sentence.
+        reserved_share: the share of content words, 0 to 1, that are drawn from `reserved_words()`.
     """
     rng = random.Random(f"sentence {seed}")
     weights, templates = zip(*TEMPLATES, strict=True)
@@ -216,7 +217,7 @@ def _fill(slot: re.Match[str], rng: random.Random, reserved_share: float) -> str
 
 
 def word_string(seed: int, *, words: Sequence[str] | None = None) -> str:
-    """One to six words in no order at all, each form as likely as any other: what a recogniser
-    hears must be heard, not guessed from the grammar. `words` defaults to `heard_words()`."""
+    """Returns one to six random words, each form equally likely, so that a recogniser cannot guess
+    them from the grammar. `words` defaults to `heard_words()`."""
     rng = random.Random(f"word string {seed}")
     return " ".join(rng.choices(words or heard_words(), k=rng.randint(1, 6)))

@@ -1,9 +1,10 @@
-"""English read by speech synthesis in many accents and voices, and the noise of the world on top.
+"""English by speech synthesis in many accents and voices, with reverberation and noise.
 
-Synthesis is eSpeak NG's, through the shared library that the wheel `espeakng-loader` carries: an
-optional extra (`pip install mmadapters[speech]`), since eSpeak NG is GPL-3. Nothing of it is part
-of this package; it runs in a process of its own (`espeak.py`), one for each process that asks,
-at some 200 s of audio per second of one core. The same request gives the same samples.
+eSpeak NG synthesizes the speech, through the shared library in the wheel `espeakng-loader`. The
+wheel is an optional extra (`pip install mmadapters[speech]`), since eSpeak NG is GPL-3; nothing of
+it is part of this package. It runs in a separate process (`espeak.py`), one for each process that
+uses it, and makes about 200 s of audio per second on one core. The same request gives the same
+samples.
 
 Shape legend: B utterances, T samples at 16,000 Hz.
 """
@@ -41,13 +42,13 @@ PRETRAINING_ACCENT = "en-us"
 
 @dataclass(frozen=True)
 class Reader:
-    """Who reads, and how: one voice variant of one accent.
+    """A voice variant of an accent, with its rate and pitch.
 
     Attributes:
         accent: a key of `ACCENTS`.
         variant: one of `variants()` ("f3"), or "" for the accent's own voice.
-        rate: words a minute, 80 to 450.
-        pitch: 0 to 99, 50 is the variant's own.
+        rate: words per minute, 80 to 450.
+        pitch: 0 to 99; 50 is the variant's own pitch.
     """
 
     accent: str = PRETRAINING_ACCENT
@@ -57,14 +58,14 @@ class Reader:
 
     @property
     def voice(self) -> str:
-        """eSpeak NG's name of the voice, as "en-us+f3"."""
-        # British is its default English, whose file has no country in its name.
+        """eSpeak NG's name of the voice: "en-us+f3"."""
+        # Its British voice is the default English, without a country in its name.
         accent = "en" if self.accent == "en-gb" else self.accent
         return f"{accent}+{self.variant}" if self.variant else accent
 
 
 class _Espeak:
-    """The synthesis process of this process, fed by one thread at a time."""
+    """The synthesis process; one thread at a time may send it a request."""
 
     def __init__(self) -> None:
         import espeakng_loader
@@ -89,7 +90,7 @@ class _Espeak:
         return struct.unpack("<i", answer)[0]
 
     def read(self, text: str, reader: Reader) -> bytes:
-        """16-bit samples at `sample_rate`."""
+        """Returns 16-bit samples at `sample_rate`."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         request = json.dumps([text, reader.voice, reader.rate, reader.pitch])
@@ -104,7 +105,8 @@ class _Espeak:
 
 @functools.cache
 def _espeak(pid: int) -> _Espeak:
-    """One for each process: a fork (a data loader's worker) must not share its parent's pipes."""
+    """Starts one synthesis process for each process: a fork (a worker of a data loader) must not
+    share the pipes of its parent."""
     return _Espeak()
 
 
@@ -121,33 +123,34 @@ def _data_folder() -> Path:
 
 @functools.cache
 def variants() -> tuple[str, ...]:
-    """Every speaker variant there is, sorted; each goes with every accent."""
+    """Returns all voice variants, sorted; each can read every accent."""
     return tuple(sorted(path.name for path in (_data_folder() / "voices" / "!v").iterdir()))
 
 
 def held_out_variants() -> tuple[str, ...]:
-    """Every eighth variant: never used in pretraining, so that "new speakers" can be measured."""
+    """Returns every eighth variant. Pretraining never uses them, so they measure new speakers."""
     return variants()[::8]
 
 
 def pretraining_variants() -> tuple[str, ...]:
-    """The other variants."""
+    """Returns the variants that pretraining uses."""
     return tuple(name for name in variants() if name not in held_out_variants())
 
 
 def random_reader(
     rng: random.Random, *, accent: str = PRETRAINING_ACCENT, among: Sequence[str] | None = None
 ) -> Reader:
-    """A reader of `accent` with a variant from `among` (all), rate 130–220 and pitch 30–70."""
+    """Draws a reader of `accent`: a variant from `among` (by default all), a rate of 130–220 words
+    per minute and a pitch of 30–70."""
     variant = rng.choice(among if among is not None else variants())
     return Reader(accent, variant, rate=rng.randint(130, 220), pitch=rng.randint(30, 70))
 
 
 def synthesize(text: str, reader: Reader) -> Tensor:
-    """`text` as read by `reader`: (T,) float32 in [−1, 1] at 16,000 Hz.
+    """Returns `text` read by `reader`: (T,) float32 in [−1, 1] at 16,000 Hz.
 
     Raises:
-        ImportError: the optional extra is not installed; the message says how.
+        ImportError: the optional extra is not installed; the message says how to install it.
         ValueError: there is no such accent or variant.
     """
     import torchaudio
@@ -163,17 +166,17 @@ def synthesize(text: str, reader: Reader) -> Tensor:
 
 
 def augment(waveform_BT: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """A room, coloured noise and another level for each utterance, on the device it lies on.
+    """Adds reverberation and coloured noise to each utterance and changes its level.
 
     Half of the utterances get a short reverberation: an exponentially decaying noise tail of
-    0.05–0.3 s (Polack's model of a diffuse room) mixed 5–30 % with the direct sound, whose start
-    is kept, so nothing shifts in time. Three in four get noise at 5–40 dB below the speech, with a
-    spectral slope between white and brown. The level is drawn last: RMS −40 to 0 dB of one.
+    0.05–0.3 s (Polack's model of a diffuse room), mixed at 5–30 % with the direct sound, which
+    keeps its place in time. Three in four get noise at 5–40 dB below the speech, with a spectral
+    slope between white and brown. Last, each gets a random level: an RMS of −40 to 0 dB.
 
     Args:
-        waveform_BT: (B, T) at 16,000 Hz; trailing zeros count as padding for no one, so noise
-            covers them too.
-        generator: on the waveform's device.
+        waveform_BT: (B, T) at 16,000 Hz. Trailing zeros are not taken for padding: noise covers
+            them too.
+        generator: draws all random numbers; on the waveform's device.
 
     Returns:
         (B, T), same dtype and device.

@@ -1,1 +1,1 @@
-"""`mmadapters compare`: methods beside each other on one job."""
+"""`mmadapters compare`: several methods on one job, compared with plain bottlenecks."""

@@ -1,4 +1,4 @@
-"""What a config of `mmadapters compare` may say, and the jobs that it speaks of.
+"""The config of `mmadapters compare`, and the jobs that it describes.
 
     YAML -> `ComparisonConfig` -> one `JobConfig` for each method
 
@@ -18,36 +18,40 @@ from ...config.file import read_as, read_config
 from ...config.schema import JobConfig, Section
 
 NAME = re.compile(r"\w[\w+@ .-]*", re.ASCII)
-# What must be the same for all methods, or they are not compared on one job and one budget.
+# Sections and trainer keys that must be equal for all methods, which share one job and budget.
 _SHARED = ("data", "backbone", "evaluation", "seed", "augment", "transforms")
 _BUDGET = ("epochs", "max_steps", "batch_size", "accumulation", "evaluate_every", "early_stopping")
 
 
 class ComparisonConfig(Section):
+    """The keys of a comparison."""
+
     name: str = "comparison"
-    """Of the run."""
+    """The name of the run."""
     output: str = "runs/${name}"
     """The run directory; every training has a folder in it."""
     job: str
-    """What all are trained for: a config of `mmadapters train`, a file or one that ships."""
+    """The job of all methods: a config of `mmadapters train`, a YAML file or the name of a config
+    that ships."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Changes to the job, for all alike, by dotted keys or in sections (trainer.epochs: 3)."""
+    """Changes to the job for all methods, by dotted keys or in sections (trainer.epochs: 3)."""
     methods: dict[str, dict[str, Any]]
-    """Changes that make each method of the job, by its name in the table, for instance
+    """The methods, at least one: the name in the table -> the changes to the job, for instance
     {LoRA: {adapter: {method: lora, rank: 8}}}. Neither data nor budget may change."""
     references: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """The same for what is trained and shown but has no bottleneck of its size beside it:
+    """References, as `methods`. They are trained and shown without a bottleneck of their size:
     {head only: {trainer.mode: head}}."""
     baseline: dict[str, Any] = Field(default_factory=lambda: {"method": "double_seq_bn"})
-    """The `adapter` section of the plain bottleneck, without its size: for each method it gets the
-    size with which as many parameters are trained."""
+    """The `adapter` section of the plain bottleneck, without its size. For each method the size is
+    chosen so that as many parameters are trained."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Every method and bottleneck is trained once with each."""
+    """The seeds, at least two. Every method and bottleneck is trained once with each of them."""
     learning_rates: tuple[float, ...] = ()
-    """Tried with the first seed for every method and bottleneck; the one that is best on the
-    validation split is kept. By default the job's own."""
+    """Learning rates above 0 that every method and bottleneck tries with the first seed. The one
+    that is best on the validation split is used. By default the learning rate of the job."""
     timed_steps: int = Field(default=10, ge=1)
-    """Training steps whose median is shown, those of a method and of its bottleneck in turns."""
+    """The number of timed training steps, at least 1; their median is shown. A method and its
+    bottleneck take them in turns."""
 
     @field_validator("methods", "references")
     @classmethod
@@ -63,7 +67,7 @@ class ComparisonConfig(Section):
     @classmethod
     def _several(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if len(value) < 2 or len(set(value)) < len(value):
-            raise ValueError("give at least two different seeds: one says nothing of their spread")
+            raise ValueError("give at least two different seeds: one alone has no spread")
         return value
 
     @field_validator("learning_rates")
@@ -78,7 +82,7 @@ class ComparisonConfig(Section):
         if not self.methods:
             raise ValueError("methods is empty: name at least one method to compare")
         if both := self.methods.keys() & self.references.keys():
-            raise ValueError(f"{min(both)!r} is both a method and a reference: call one otherwise")
+            raise ValueError(f"{min(both)!r} is both a method and a reference: rename one of them")
         for key in ("size", "reduction_factor"):
             if key in self.baseline:
                 raise ValueError(
@@ -89,47 +93,48 @@ class ComparisonConfig(Section):
 
 
 def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> ComparisonConfig:
-    """The config of a YAML file, or of a name that ships with the package.
+    """Reads the config from a YAML file, or by the name of a config that ships.
 
     Raises:
-        ValueError: everything that is wrong, as `read_config` tells it.
+        ValueError: the config is wrong; lists every mistake, as `read_config` does.
     """
     return read_as(ComparisonConfig, name_or_path, overrides)
 
 
 def read_contenders(config: ComparisonConfig) -> dict[str, JobConfig]:
-    """The job of every method and reference, by name.
+    """Returns the job of every method and reference, by name.
 
     Raises:
-        ValueError: a job's config is wrong, or a method changes what all must share.
+        ValueError: the config of a job is wrong, or a method changes the data, encoder, evaluation,
+            seed or budget that all share.
     """
     plain = make_job(config, {}, "job")
-    found = {}
+    jobs = {}
     for name, changes in {**config.methods, **config.references}.items():
         section = "methods" if name in config.methods else "references"
         try:
             job = make_job(config, changes, name)
         except ValueError as error:
             raise ValueError(f"{section}.{name}: {error}") from None
-        own, shared = job.model_dump(mode="json"), plain.model_dump(mode="json")
-        changed = [key for key in _SHARED if own.get(key) != shared.get(key)]
+        mine, shared = job.model_dump(mode="json"), plain.model_dump(mode="json")
+        changed = [key for key in _SHARED if mine.get(key) != shared.get(key)]
         changed += [
-            f"trainer.{key}" for key in _BUDGET if own["trainer"][key] != shared["trainer"][key]
+            f"trainer.{key}" for key in _BUDGET if mine["trainer"][key] != shared["trainer"][key]
         ]
         if changed:
             raise ValueError(
                 f"{section}.{name} changes {changed[0]}, and all are compared on one job and one "
                 "budget: change it under overrides"
             )
-        found[name] = job
-    return found
+        jobs[name] = job
+    return jobs
 
 
 def make_job(config: ComparisonConfig, changes: Mapping[str, Any], name: str) -> JobConfig:
-    """The job with these changes.
+    """Returns the job of the config with these changes and this name.
 
     Raises:
-        ValueError: as `read_config`.
+        ValueError: the config of the job is wrong; see `read_config`.
     """
     given = {
         **{"trainer.tensorboard": False, "evaluation.pictures": 0, "evaluation.before": False},

@@ -1,60 +1,50 @@
-"""What a training step costs, in time and memory, of several jobs side by side."""
+"""Measures the time and memory of a training step, of several jobs in turns."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
 from ...config.schema import JobConfig, Split
-from ...core.task import Rows
+from ...core.capabilities import Calibration, capability
+from ...core.device import to_device
+from ...core.rows import Rows
 from ...core.timing import kept_for_backward, seconds
 from ...training.trainer import TaskTrainer
-from ..run import chosen, device_of, make_model, rows_to_fit, without_test
+from ..model import make_model, rows_to_fit
+from ..run import chosen, device_of, without_test
+from .results import Cost
 
-WARM = 2  # steps before any is measured
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one training step: forward, backward and update.
-
-    Attributes:
-        step_seconds: the median.
-        kept_bytes: what the forward pass keeps for the backward pass, parameters left out.
-        peak_bytes: the most that was allocated on an accelerator, the model included; None on CPU.
-    """
-
-    step_seconds: float
-    kept_bytes: int
-    peak_bytes: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+WARM = 2  # steps before the first one that is timed
 
 
 def costs(jobs: Sequence[JobConfig], splits: dict[Split, Rows], *, steps: int) -> list[Cost]:
-    """The costs of the jobs, on the first training batch of each; their steps are timed in turns,
-    so that what else the machine does falls on all alike."""
+    """Measures each job on its first training batch.
+
+    The jobs take their steps in turns, so that other work of the machine slows all of them alike.
+
+    Args:
+        splits: the rows by split.
+        steps: the timed steps of each job.
+    """
     with TemporaryDirectory() as folder:
         runners = [_Stepper(job, splits, Path(folder) / str(i)) for i, job in enumerate(jobs)]
         times: list[list[float]] = [[] for _ in runners]
         for _ in range(steps):
-            for runner, own in zip(runners, times, strict=True):
-                own.append(runner.timed())
+            for runner, of_runner in zip(runners, times, strict=True):
+                of_runner.append(runner.timed())
     return [
-        Cost(statistics.median(own), runner.kept, runner.peak)
-        for runner, own in zip(runners, times, strict=True)
+        Cost(statistics.median(of_runner), runner.kept, runner.peak)
+        for runner, of_runner in zip(runners, times, strict=True)
     ]
 
 
 class _Stepper:
-    """A job's model and its first batch, on which it can take a step."""
+    """A job's model and its first batch, on which it takes training steps."""
 
     def __init__(self, job: JobConfig, splits: dict[Split, Rows], folder: Path) -> None:
         self.cuda = job.trainer.device != "cpu" and torch.cuda.is_available()
@@ -62,7 +52,7 @@ class _Stepper:
         task, model = make_model(job, rows_to_fit(splits.get("train")))
         model.to(device_of(job))
         splits = chosen(task, splits)
-        task.prepare(model, without_test(splits))
+        capability(task, Calibration).prepare(model, without_test(splits))
         self.trainer = TaskTrainer(
             task, model, train=splits["train"], validation=None, folder=folder, quiet=True
         )
@@ -70,7 +60,7 @@ class _Stepper:
         if loaded.batch is None:
             raise ValueError(f"no row of the first batch can be used: {loaded.problems[0].reason}")
         self.model = model
-        self.batch = self.trainer._prepare_inputs(loaded.batch)
+        self.batch = to_device(loaded.batch, self.trainer.args.device)
         self.optimizer = self.trainer.create_optimizer()
         with kept_for_backward(self.model.parameters()) as kept:
             self._step()
@@ -83,7 +73,7 @@ class _Stepper:
         self.peak = torch.cuda.max_memory_allocated() - before if self.cuda else None
 
     def timed(self) -> float:
-        """The seconds of one step."""
+        """Takes a step and returns its seconds."""
         return seconds(self._step, self.trainer.args.device)
 
     def _step(self) -> None:

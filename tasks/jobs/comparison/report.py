@@ -1,4 +1,4 @@
-"""What `mmadapters compare` shows: a table as Markdown, a chart, `report.html` and the console."""
+"""Shows a comparison: a table as Markdown, a chart, `report.html` and the console."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mmadapters.files import write_text
+from mmadapters.files import write_bytes, write_text
 
 from ...core.metrics import Metric
 from ...core.plots import LIGHT, figure_png
-from ...core.task import Figure, Table
+from ...core.results import Figure, Table
 from ...reports.console import plain
 from ...reports.page import template
-from ..run import REPORT
+from ..folder import REPORT
+from .results import Comparison, Cost, Duel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
     from rich.console import Console
-
-    from .cost import Cost
-    from .run import Comparison, Duel
 
 MARKDOWN, CHART = "comparison.md", "comparison.png"
 COLUMNS = ("method", "metric", "bottleneck", "difference", "trained", "step, ms", "MiB", "verdict")
 
 
 def write_comparison_report(done: Comparison, environment: Mapping[str, Any]) -> None:
-    """Writes `comparison.md`, `comparison.png` and `report.html`."""
+    """Writes `comparison.md`, `comparison.png` and `report.html`.
+
+    Args:
+        environment: as in `comparison.json`.
+    """
     image = figure_png(chart(done.duels))
     table = Table(metric_title(done), COLUMNS, rows(done), caption(done))
     page = template("comparison.html.j2").render(
@@ -37,22 +39,21 @@ def write_comparison_report(done: Comparison, environment: Mapping[str, Any]) ->
         headline=f"{sum(d.verdict == 'better' for d in done.duels)} of {len(done.duels)}",
         summary=summary(done),
         picture=Figure("Methods and bottlenecks of their size", image, CHARTED),
-        found=table,
+        comparison=table,
         environment=environment,
         config=yaml.safe_dump(done.config.model_dump(mode="json"), sort_keys=False),
         created=datetime.now().astimezone(),
     )
-    temporary = done.folder / f".{CHART}.tmp"
-    temporary.write_bytes(image)
-    temporary.replace(done.folder / CHART)
+    write_bytes(done.folder / CHART, image)
     write_text(done.folder / MARKDOWN, markdown(done))
     write_text(done.folder / REPORT, page)
 
 
 CAPTION = (
     "Means of {} seeds with 95 % intervals over test examples and seeds. The plain bottleneck "
-    "trains as many parameters, the head's among both; after a slash stand its figures. MiB: what "
-    "the forward pass keeps for the backward pass, parameters left out{}. Steps are timed in turns."
+    "trains as many parameters; both counts include the head. Its figures stand after the slash. "
+    "MiB: tensors that the forward pass keeps for the backward pass, without parameters{}. Steps "
+    "of both are timed in turns."
 )
 CHARTED = (
     "Left: the metric of a method (filled) and of the bottleneck of its size (hollow). Right: "
@@ -61,61 +62,65 @@ CHARTED = (
 
 
 def metric_title(done: Comparison) -> str:
-    """What is compared: the metric, the job and the encoder."""
+    """Returns the title of the table: the metric, the job and the encoder."""
     metric = done.duels[0].method.metric
     better = "higher" if metric.greater_is_better else "lower"
     return f"{metric.name} ({better} is better), {done.config.job} on {done.backbone}"
 
 
 def caption(done: Comparison) -> str:
-    """What the columns are."""
+    """Returns the caption of the table, which explains its columns."""
     peak = any(duel.cost.peak_bytes is not None for duel in done.duels)
-    more = "; in brackets the most that a step allocates, with the model" if peak else ""
+    more = "; in brackets the peak memory of a step, with the model" if peak else ""
     return CAPTION.format(len(done.config.seeds), more)
 
 
 def rows(done: Comparison) -> list[tuple[str, ...]]:
-    """The table as text, the best difference first, then the references."""
-    found: list[tuple[str, ...]] = []
+    """Returns the table as text: methods by their difference, the best first, then references."""
+    lines: list[tuple[str, ...]] = []
     for duel in sorted(done.duels, key=_gain, reverse=True):
         mine, other = duel.method, duel.bottleneck
         sizes = f"{mine.parameters:,} / {other.parameters:,}"
         both = (duel.cost, duel.bottleneck_cost)
-        found.append(
+        lines.append(
             (
                 *(mine.name, str(mine.metric), str(other.metric), _signed(duel.difference)),
                 *(sizes, _joined(_milliseconds, *both), _joined(_memory, *both), duel.verdict),
             )
         )
     for entrant, cost in done.references:
-        found.append(
+        lines.append(
             (
                 *(entrant.name, str(entrant.metric), "", "", f"{entrant.parameters:,}"),
                 *(_milliseconds(cost), _memory(cost), "reference"),
             )
         )
-    return found
+    return lines
 
 
 def summary(done: Comparison) -> list[str]:
-    """In words: which methods beat the plain bottleneck, and plainly which do not."""
+    """Returns sentences that say which methods beat the plain bottleneck and which do not."""
     by: dict[str, list[str]] = {}
     for duel in done.duels:
         by.setdefault(duel.verdict, []).append(duel.method.name)
-    told = []
+    sentences = []
     if "better" in by:
-        told.append(f"Better than the plain bottleneck of its size: {', '.join(by['better'])}.")
+        sentences.append(
+            f"Better than the plain bottleneck of its size: {', '.join(by['better'])}."
+        )
     else:
-        told.append("No method is shown to be better than the plain bottleneck of its size.")
+        sentences.append("No method is shown to be better than the plain bottleneck of its size.")
     if "no difference" in by:
-        told.append(f"Not shown to beat it, nor to lose to it: {', '.join(by['no difference'])}.")
+        sentences.append(
+            f"Not shown to beat it, nor to lose to it: {', '.join(by['no difference'])}."
+        )
     if "worse" in by:
-        told.append(f"Worse than it: {', '.join(by['worse'])}.")
-    return told
+        sentences.append(f"Worse than it: {', '.join(by['worse'])}.")
+    return sentences
 
 
 def markdown(done: Comparison) -> str:
-    """The table and what it says, as Markdown."""
+    """Returns the table, its summary and its caption as Markdown."""
     lines = [f"**{metric_title(done)}**", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(done)]
@@ -123,7 +128,7 @@ def markdown(done: Comparison) -> str:
 
 
 def chart(duels: Sequence[Duel]) -> Canvas:
-    """Every method beside the bottleneck of its size, and the difference, with intervals."""
+    """Draws each method with the bottleneck of its size, and their difference, with intervals."""
     from matplotlib.figure import Figure as Canvas
 
     ordered = sorted(duels, key=_gain)
@@ -163,7 +168,7 @@ def _whisker(
 
 
 def show(done: Comparison, console: Console) -> None:
-    """The table, what it says, and where the report is."""
+    """Prints the table, its summary and the path of the report."""
     from rich.table import Table as Grid
 
     grid = Grid(*COLUMNS, title=plain(metric_title(done)), title_justify="left")
@@ -179,8 +184,8 @@ def show(done: Comparison, console: Console) -> None:
 
 
 def _gain(duel: Duel) -> float:
-    found = duel.difference
-    return found.value if found.greater_is_better else -found.value
+    metric = duel.difference
+    return metric.value if metric.greater_is_better else -metric.value
 
 
 def _signed(metric: Metric) -> str:

@@ -1,158 +1,46 @@
-"""Methods against the plain bottleneck of as many parameters, on one job, budget and encoder.
+"""Compares methods with plain bottlenecks of as many parameters, on one job, budget and encoder.
 
-Every method is trained with several seeds, and so is, for each, a bottleneck whose size makes it
-train as many parameters. What a difference's interval holds is in `difference`; step time and
-memory are measured apart, a method and its bottleneck in turns, in `comparison_cost`.
+Every method is trained with several seeds. So is, for each method, a bottleneck whose size makes it
+train as many parameters. `results` defines the intervals; `cost` measures step time and memory, of
+a method and its bottleneck in turns.
 
 config.yaml      the resolved config
 comparison.json  figures with intervals, parameters, step times, memory, seeds and environment
 comparison.md    the table as Markdown; comparison.png is its chart
 report.html      both, on a page that opens offline
-METHOD/          the run directory of every training, below its learning rate and seed
+METHOD/          a run directory for every training, in folders by learning rate and seed
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mmadapters.files import write_text
 from mmadapters.suggest import nearest
 
-from ... import artifact
 from ...config.schema import SPLITS, JobConfig, Split
-from ...core.metrics import Metric, interval
-from ...core.task import Rows
-from ...data import load
-from ..run import (
-    CONFIG,
-    check_folder,
-    environment,
-    make_folder,
-    make_model,
-    measured_split,
-    process_state,
-    rows_to_fit,
-    train_model,
-)
+from ...core.metrics import Metric
+from ...core.rows import Rows
+from ...data.load import load_splits
+from ...registry import task_class
+from ..folder import CONFIG, check_folder, make_folder
+from ..metrics import environment
+from ..model import make_model, rows_to_fit
+from ..run import measured_split, process_state, train_model
 from .config import ComparisonConfig, make_job, read_contenders
-from .cost import Cost, costs
+from .cost import costs
+from .report import write_comparison_report
+from .results import Comparison, Duel, Entrant, TrainingScore
 
-RESULT, CELL = "comparison.json", "cell.json"
+RESULT, SCORE = "comparison.json", "cell.json"
 Splits = dict[Split, Rows]
-Verdict = Literal["better", "worse", "no difference"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training: its metric on the test split, and on the validation split, by which learning
-    rates are chosen."""
-
-    test: Metric
-    validation: float | None
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A method, a reference or a bottleneck: what it trains, and how it did with each seed.
-
-    `parameters`: all that is trained, the head's included; `rate`: the learning rate it got.
-    """
-
-    name: str
-    parameters: int
-    rate: float
-    cells: tuple[Cell, ...]
-
-    @functools.cached_property
-    def metric(self) -> Metric:
-        """The mean over seeds; its interval is of test examples and seeds together."""
-        values = np.array([cell.test.value for cell in self.cells])
-        found = _over_seeds(self.cells[0].test, values, _mean_samples(self.cells))
-        if found.unit == "%" and found.low is not None:
-            return replace(found, low=max(found.low, 0.0))
-        return found
-
-
-@dataclass(frozen=True)
-class Duel:
-    """A method, the bottleneck of its size, and what both cost."""
-
-    method: Entrant
-    bottleneck: Entrant
-    cost: Cost
-    bottleneck_cost: Cost
-
-    @functools.cached_property
-    def difference(self) -> Metric:
-        return difference(self.method.cells, self.bottleneck.cells)
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the interval of the difference leaves zero out."""
-        found = self.difference
-        if found.low is None or found.high is None or found.low <= 0 <= found.high:
-            return "no difference"
-        return "better" if (found.low > 0) is found.greater_is_better else "worse"
-
-
-@dataclass
-class Comparison:
-    """What came out."""
-
-    config: ComparisonConfig
-    folder: Path
-    task: str
-    backbone: str
-    duels: list[Duel] = field(default_factory=list)
-    references: list[tuple[Entrant, Cost]] = field(default_factory=list)
-
-
-def difference(cells: Sequence[Cell], others: Sequence[Cell]) -> Metric:
-    """The mean over seeds of a metric less that of the others, with its 95 % interval.
-
-    Test examples are resampled for both together; to that comes the spread of the seeds' own
-    differences, with Student's t for so few of them. Both errors are independent: the one is of the
-    examples that happen to be in the test split, the other of the draws of training.
-    """
-    values = np.array(
-        [a.test.value - b.test.value for a, b in zip(cells, others, strict=True)], dtype=float
-    )
-    samples = None
-    mine, theirs = _mean_samples(cells), _mean_samples(others)
-    if mine is not None and theirs is not None and mine.shape == theirs.shape:
-        samples = mine - theirs
-    return _over_seeds(cells[0].test, values, samples)
-
-
-def _over_seeds(like: Metric, values: np.ndarray, samples: np.ndarray | None) -> Metric:
-    """The mean of `values` (seeds,) as a metric like another, with the interval of `spread`."""
-    low, high = interval(spread(values, samples))
-    return replace(like, value=float(values.mean()), low=low, high=high, samples=None)
-
-
-def spread(values: np.ndarray, samples: np.ndarray | None, *, seed: int = 1) -> np.ndarray:
-    """(S,) draws of the mean of `values` (seeds,): around the samples of the test split goes the
-    error of a mean of so few seeds, t-distributed with one degree of freedom less than there are.
-    """
-    if samples is None:
-        samples = np.full(1000, values.mean())
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    draws = np.random.default_rng(seed).standard_t(len(values) - 1, size=len(samples))
-    return samples + error * draws
-
-
-def _mean_samples(cells: Sequence[Cell]) -> np.ndarray | None:
-    found = [cell.test.samples for cell in cells]
-    given = [samples for samples in found if samples is not None]
-    return np.mean(given, axis=0) if len(given) == len(found) else None
 
 
 def compare(
@@ -163,13 +51,15 @@ def compare(
     only: Sequence[str] = (),
     tell: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Comparison | None:
-    """Trains and measures all, writes the run directory, and returns what came out.
+    """Trains and measures all entrants and writes the run directory.
 
     Args:
-        resume: keep the trainings that are there already with the same config.
-        only: train these methods and references alone, with their bottlenecks, and return None;
-            several processes may do so at once, and a last one with `resume` collects all.
-        tell: is given what is trained next, how many trainings are done, and of how many.
+        resume: keep finished trainings of the same config.
+        overwrite: replace an earlier run in the run directory.
+        only: train only these methods and references, with their bottlenecks, and return None.
+            Several processes may do so at once; a last call with `resume` collects all.
+        tell: is called before each training with its description, the number of trainings done,
+            and their total number.
 
     Raises:
         ValueError: a job, its data or the run directory does not fit.
@@ -183,13 +73,13 @@ def compare(
         raise ValueError("compare runs in one process: start it without torchrun or accelerate")
     folder = Path(config.output)
     _prepare(folder, config, resume=resume or bool(only), overwrite=overwrite)
-    splits: Splits = load.load(first.data, artifact.task_class(first.task)(first).columns, SPLITS)
+    splits: Splits = load_splits(first.data, task_class(first.task)(first).columns, SPLITS)
     measured_split(splits)
     if config.learning_rates and "validation" not in splits:
         raise ValueError("learning_rates are chosen on a validation split, and there is none")
     sizes = _Sizes(config, splits)
     pairs = {name: sizes.bottleneck(jobs[name]) for name in config.methods}
-    # A bottleneck that several methods share is trained with the first of them.
+    # A bottleneck of several methods is trained with the first of them.
     owner = {job.name: name for name, job in reversed(pairs.items())}
     bottlenecks = {job.name: job for job in pairs.values()}
     everyone = {
@@ -228,23 +118,25 @@ def _prepare(folder: Path, config: ComparisonConfig, *, resume: bool, overwrite:
 
 @dataclass
 class _Sizes:
-    """How many parameters a job trains, and which bottleneck trains as many."""
+    """Counts the trained parameters of jobs, and finds bottlenecks that train as many."""
 
     config: ComparisonConfig
     splits: Splits
     _known: dict[str, int] = field(default_factory=dict)
 
     def trained(self, job: JobConfig) -> int:
-        """All that is trained of adapter, head and encoder."""
+        """Returns the number of trained parameters of adapter, head and encoder together."""
         if job.name not in self._known:
             _, model = make_model(job, rows_to_fit(self.splits.get("train")))
-            found = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            self._known[job.name] = found
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            self._known[job.name] = trained
         return self._known[job.name]
 
     def bottleneck(self, job: JobConfig) -> JobConfig:
-        """The plain job with the bottleneck with which it trains what `job` does, as nearly as a
-        whole size can."""
+        """Returns the job of the bottleneck whose trained parameters are closest to those of `job`.
+
+        Its size is a whole number.
+        """
         one, two = (self.trained(self._sized(size)) for size in (1, 2))
         size = max(1, round(1 + (self.trained(job) - one) / (two - one)))
         return self._sized(size)
@@ -256,7 +148,7 @@ class _Sizes:
 
 @dataclass
 class _Runner:
-    """Trains one entrant with all seeds, at the learning rate that does best on validation."""
+    """Trains one entrant with all seeds, at the learning rate that is best on validation."""
 
     config: ComparisonConfig
     job: JobConfig
@@ -269,58 +161,56 @@ class _Runner:
         rates = self.config.learning_rates or (self.job.trainer.learning_rate,)
         tried = {rate: self._train(rate, first) for rate in rates}
         best = max(rates, key=lambda rate: _merit(tried[rate]))
-        cells = [tried[best], *(self._train(best, seed) for seed in others)]
-        return Entrant(self.job.name, parameters, best, tuple(cells))
+        trainings = [tried[best], *(self._train(best, seed) for seed in others)]
+        return Entrant(self.job.name, parameters, best, tuple(trainings))
 
-    def _train(self, rate: float, seed: int) -> Cell:
+    def _train(self, rate: float, seed: int) -> TrainingScore:
         self.tell(f"{self.job.name}, learning rate {rate:g}, seed {seed}", self.done)
         self.done += 1
         job = _at(self.job, rate, seed)
         folder = Path(job.output)
-        cell = folder / CELL
-        if not cell.is_file():
+        file = folder / SCORE
+        if not file.is_file():
             make_folder(folder, job)
             task, model = make_model(job, rows_to_fit(self.splits.get("train")))
             run = train_model(task, model, self.splits, quiet=True)
             validation = run.scores.get("validation")
-            found = Cell(
+            training = TrainingScore(
                 run.headline, None if validation is None else validation[task.metric].value
             )
-            write_text(cell, json.dumps(_to_data(found)))
-        return _from_data(json.loads(cell.read_text("utf-8")))
+            write_text(file, json.dumps(_to_data(training)))
+        return _from_data(json.loads(file.read_text("utf-8")))
 
 
 def _at(job: JobConfig, rate: float, seed: int) -> JobConfig:
-    """A job at a learning rate and seed, in a folder of its own."""
+    """Returns the job with a learning rate and a seed, in a folder of its own."""
     trainer = job.trainer.model_copy(update={"learning_rate": rate})
     output = f"{job.output}/{rate:g}/{seed}"
     return job.model_copy(update={"trainer": trainer, "seed": seed, "output": output})
 
 
-def _merit(cell: Cell) -> float:
-    value = cell.validation
+def _merit(training: TrainingScore) -> float:
+    value = training.validation
     if value is None or not np.isfinite(value):
         return -np.inf
-    return value if cell.test.greater_is_better else -value
+    return value if training.test.greater_is_better else -value
 
 
-def _to_data(cell: Cell) -> dict[str, Any]:
-    samples = cell.test.samples
+def _to_data(training: TrainingScore) -> dict[str, Any]:
+    samples = training.test.samples
     return {
-        "test": cell.test.to_dict(),
+        "test": training.test.to_dict(),
         "samples": None if samples is None else samples.tolist(),
-        "validation": cell.validation,
+        "validation": training.validation,
     }
 
 
-def _from_data(found: Mapping[str, Any]) -> Cell:
-    samples = None if found["samples"] is None else np.array(found["samples"])
-    return Cell(Metric(**found["test"], samples=samples), found["validation"])
+def _from_data(data: Mapping[str, Any]) -> TrainingScore:
+    samples = None if data["samples"] is None else np.array(data["samples"])
+    return TrainingScore(Metric(**data["test"], samples=samples), data["validation"])
 
 
 def _write(done: Comparison) -> None:
-    from .report import write_comparison_report
-
     around = environment()
     write_text(
         done.folder / RESULT,
@@ -363,5 +253,5 @@ def _entrant_data(entrant: Entrant) -> dict[str, Any]:
         "parameters": entrant.parameters,
         "learning_rate": entrant.rate,
         "metric": entrant.metric.to_dict(),
-        "by_seed": [cell.test.value for cell in entrant.cells],
+        "by_seed": [training.test.value for training in entrant.trainings],
     }

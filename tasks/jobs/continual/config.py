@@ -1,4 +1,4 @@
-"""What a config of `mmadapters continual` may say, and the jobs that it speaks of.
+"""The config of `mmadapters continual`, and the jobs that it describes.
 
     YAML -> `ContinualConfig` -> one `JobConfig` for each job and way of learning
 
@@ -17,24 +17,27 @@ from ...config.file import read_as
 from ...config.jobs import Job, check_jobs, read_job, several
 from ...config.schema import JobConfig, Section
 
-FULL = "full"  # the folder of sequential full fine-tuning, beside those of the jobs
+FULL = "full"  # the folder of sequential full fine-tuning, next to the folders of the jobs
 
 
 class ContinualConfig(Section):
+    """The keys of a run of continual learning."""
+
     name: str = "continual"
-    """Of the run."""
+    """The name of the run."""
     output: str = "runs/${name}"
-    """The run directory; each job's own is a folder in it."""
+    """The run directory; each job has a run directory in it."""
     seed: int = 0
-    """Of every job."""
+    """The seed of every job."""
     jobs: tuple[Job, ...]
-    """What is learned, in this order, on one encoder."""
+    """The jobs, at least two, that are learned in this order on one encoder."""
     contrast: Literal["full", "none"] = "full"
-    """Sequential fine-tuning of the whole encoder on the same jobs, beside the adapters."""
+    """full: also learn the same jobs by sequential fine-tuning of the whole encoder; none: do
+    not."""
     contrast_overrides: dict[str, Any] = Field(default_factory=dict)
-    """Changes to every job of the contrast (trainer.learning_rate: 3e-4); not to its data."""
+    """Changes to every job of the contrast (trainer.learning_rate: 3e-4), but not to its data."""
     routing: bool = True
-    """Measure how well a picture's job is found where nothing says which it is."""
+    """Measure how often a picture without a task label is sent to the right job."""
 
     @field_validator("jobs")
     @classmethod
@@ -43,20 +46,20 @@ class ContinualConfig(Section):
 
 
 def read_continual(name_or_path: str, overrides: Sequence[str] = ()) -> ContinualConfig:
-    """The config of a YAML file, or of a name that ships with the package.
+    """Reads the config from a YAML file, or by the name of a config that ships.
 
     Raises:
-        ValueError: everything that is wrong, as `read_config` tells it.
+        ValueError: the config is wrong; lists every mistake, as `read_config` does.
     """
     return read_as(ContinualConfig, name_or_path, overrides)
 
 
 def read_jobs(config: ContinualConfig) -> list[JobConfig]:
-    """The jobs as they are learned with adapters, each with a run directory below the run's own.
+    """Returns the jobs as adapters learn them, each with a run directory in that of the run.
 
     Raises:
-        ValueError: a job's config is wrong, two have one name, one has no adapter, or they are not
-            all on one encoder.
+        ValueError: the config of a job is wrong, two jobs have one name, a job has no adapter, or
+            the jobs have different encoders.
     """
     jobs = [_read(config, number, {}, "") for number in range(len(config.jobs))]
     check_jobs(jobs, "jobs", reserved=(FULL,))
@@ -64,21 +67,21 @@ def read_jobs(config: ContinualConfig) -> list[JobConfig]:
 
 
 def contrast_jobs(config: ContinualConfig, jobs: Sequence[JobConfig]) -> list[JobConfig]:
-    """The same jobs as full fine-tuning.
+    """Returns the same jobs as full fine-tuning.
 
     Raises:
-        ValueError: `contrast_overrides` change what is compared.
+        ValueError: `contrast_overrides` change the name, encoder or data of a job.
     """
     changes = {**config.contrast_overrides, "trainer.mode": "full"}
-    found = [_read(config, number, changes, FULL) for number in range(len(config.jobs))]
-    for job, other in zip(found, jobs, strict=True):
+    contrast = [_read(config, number, changes, FULL) for number in range(len(config.jobs))]
+    for job, other in zip(contrast, jobs, strict=True):
         for section in ("name", "backbone", "data"):
             if getattr(job, section) != getattr(other, section):
                 raise ValueError(
                     f"contrast_overrides change {section} of {other.name}, and the contrast is "
                     "measured on the same jobs: leave it out"
                 )
-    return found
+    return contrast
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""What `mmadapters continual` shows: the matrices in `report.html` and on the console."""
+"""Shows the matrices of continual learning in `report.html` and on the console."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ import yaml
 from mmadapters.files import write_text
 
 from ...core.plots import figure_png, heat_maps
-from ...core.task import Figure, Table
+from ...core.results import Figure, Table
 from ...reports.console import plain
 from ...reports.page import template, value_text
-from ..run import REPORT
-from .router import Routing
+from ..folder import REPORT
+from .results import Continual, LearningSequence, Routing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .run import Chain, Continual
-
 ADAPTERS, FULL = "an adapter for each", "sequential full fine-tuning"
 
 
-def chains(done: Continual) -> dict[str, Chain]:
-    """The ways of learning that were measured, by title."""
+def sequences(done: Continual) -> dict[str, LearningSequence]:
+    """Returns the measured ways of learning, by title."""
     return {ADAPTERS: done.adapters, **({FULL: done.full} if done.full is not None else {})}
 
 
 def write_continual_report(done: Continual, environment: Mapping[str, Any]) -> None:
-    """Writes `report.html`, which refers to those of the jobs' own runs and to nothing else."""
-    worst = {title: max(chain.forgetting.values()) for title, chain in chains(done).items()}
+    """Writes `report.html`, which links to the reports of the jobs and to nothing else.
+
+    Args:
+        environment: as in `metrics.json`.
+    """
+    worst = {title: max(s.forgetting.values()) for title, s in sequences(done).items()}
     page = template("continual.html.j2").render(
         title=done.config.name,
         headline=points(worst[ADAPTERS]),
         contrast=points(worst[FULL]) if FULL in worst else "",
         summary=_summary(done),
         picture=_picture(done),
-        tables=[_ends(title, chain) for title, chain in chains(done).items()],
+        tables=[_ends(title, sequence) for title, sequence in sequences(done).items()],
         routing=_routing(done.routing),
         reports=_reports(done),
         environment=environment,
@@ -51,21 +53,21 @@ def write_continual_report(done: Continual, environment: Mapping[str, Any]) -> N
 
 def _summary(done: Continual) -> list[str]:
     names = ", ".join(done.adapters.jobs)
-    kept = done.adapters
-    told = [f"{done.jobs[0].backbone.name} learned {names}, in this order."]
-    if all(kept.unchanged.values()):
-        told.append(
-            "With adapters, every output on earlier test splits is bit for bit what it was."
+    adapters = done.adapters
+    sentences = [f"{done.jobs[0].backbone.name} learned {names}, in this order."]
+    if all(adapters.unchanged.values()):
+        sentences.append(
+            "With adapters, every output on earlier test splits is bit for bit unchanged."
         )
-    if kept.encoder_unchanged:
-        told.append("So is every weight of the encoder.")
-    return told
+    if adapters.encoder_unchanged:
+        sentences.append("So is every weight of the encoder.")
+    return sentences
 
 
 def _picture(done: Continual) -> Figure:
     maps = {
-        title: [[None if c is None else c.metric for c in row] for row in chain.cells]
-        for title, chain in chains(done).items()
+        title: [[None if c is None else c.metric for c in row] for row in sequence.cells]
+        for title, sequence in sequences(done).items()
     }
     figures = ", ".join(
         f"{name}: {metric.name}"
@@ -75,58 +77,61 @@ def _picture(done: Continual) -> Figure:
     return Figure("Every job after every step", image, f"On test splits, in %. {figures}.")
 
 
-def _ends(title: str, chain: Chain) -> Table:
-    """What each job was worth at first and is worth at the end."""
+def _ends(title: str, sequence: LearningSequence) -> Table:
+    """Returns a table of the score of each job after its own step and after the last one."""
     rows: list[tuple[Any, ...]] = []
-    for place, name in enumerate(chain.jobs):
-        first, last = chain.history(place)[0].metric, chain.history(place)[-1].metric
-        forgotten = points(chain.forgetting[name]) if name in chain.forgetting else "—"
-        same = chain.unchanged.get(name, "—")
+    for place, name in enumerate(sequence.jobs):
+        first, last = sequence.history(place)[0].metric, sequence.history(place)[-1].metric
+        forgotten = points(sequence.forgetting[name]) if name in sequence.forgetting else "—"
+        same = sequence.unchanged.get(name, "—")
         rows.append((name, first.name, first, last, forgotten, same))
-    words = [f"Backward transfer {points(chain.backward_transfer)}"]
-    if chain.average is not None:
-        words.insert(0, f"Average after the last step {100 * chain.average:.1f} %")
+    words = [f"Backward transfer {points(sequence.backward_transfer)}"]
+    if sequence.average is not None:
+        words.insert(0, f"Average after the last step {100 * sequence.average:.1f} %")
     return Table(
         title,
         ("job", "metric", "after its own step", "after the last", "forgetting", "same bits"),
         rows,
-        f"{'; '.join(words)}. Forgetting: the best score of earlier steps less the last one.",
+        f"{'; '.join(words)}. Forgetting: the best score of earlier steps minus the last one.",
     )
 
 
-def _routing(found: Routing | str | None) -> list[Table] | str | None:
-    if not isinstance(found, Routing):
-        return found
+def _routing(routing: Routing | str | None) -> list[Table] | str | None:
+    if not isinstance(routing, Routing):
+        return routing
     rows = [
         (
             name,
             *(f"{100 * share:.1f} %" for share in shares),
             f"{100 * told:.1f} %",
-            f"{100 * end:.1f} %",
+            f"{100 * routed:.1f} %",
         )
-        for name, shares, told, end in zip(
-            found.jobs, found.shares, found.told, found.routed, strict=True
+        for name, shares, told, routed in zip(
+            routing.jobs, routing.shares, routing.told, routing.routed, strict=True
         )
     ]
     return [
         Table(
             "Where test pictures go",
-            ("of", *(f"to {name}" for name in found.jobs), "job told", "job found"),
+            ("pictures of", *(f"to {name}" for name in routing.jobs), "job told", "job found"),
             rows,
-            f"To the nearest of {sum(found.means)} class means in the space of the frozen encoder; "
-            f"chance is {100 / len(found.jobs):.0f} %. A picture that goes astray earns nothing.",
+            f"To the nearest of {sum(routing.means)} class means in the space of the frozen "
+            f"encoder; chance is {100 / len(routing.jobs):.0f} %. A picture that goes to a wrong "
+            "job counts as 0.",
         )
     ]
 
 
 def _reports(done: Continual) -> list[str]:
-    own = [f"{name}/{REPORT}" for name in done.adapters.jobs]
-    return own + ([f"full/{name}/{REPORT}" for name in done.full.jobs] if done.full else [])
+    paths = [f"{name}/{REPORT}" for name in done.adapters.jobs]
+    return paths + ([f"full/{name}/{REPORT}" for name in done.full.jobs] if done.full else [])
 
 
 def points(difference: float) -> str:
-    """A difference of scores, in points of a percentage where it is one of shares; exactly 0 alone
-    is shown as 0.0."""
+    """Returns a difference of scores as text, times 100: percentage points for shares.
+
+    Only a difference of exactly 0 is shown as 0.0.
+    """
     text = f"{100 * difference:.1f}"
     if difference and text in ("0.0", "-0.0"):
         text = f"{100 * difference:.1g}"
@@ -134,45 +139,46 @@ def points(difference: float) -> str:
 
 
 def show(done: Continual, console: Console) -> None:
-    """The matrices, forgetting and routing, and where the report is."""
+    """Prints the matrices, forgetting, routing and the path of the report."""
     from rich.table import Table as Grid
 
-    for title, chain in chains(done).items():
+    for title, sequence in sequences(done).items():
         grid = Grid("", title=f"Test splits, {title}", title_justify="left")
-        for name, metric in zip(chain.jobs, chain.last, strict=True):
+        for name, metric in zip(sequence.jobs, sequence.last, strict=True):
             grid.add_column(f"{plain(name)}\n{metric.name}", justify="right", no_wrap=True)
-        for name, row in zip(chain.jobs, chain.cells, strict=True):
+        for name, row in zip(sequence.jobs, sequence.cells, strict=True):
             cells = ["" if cell is None else value_text(cell.metric) for cell in row]
             grid.add_row(f"after {plain(name)}", *cells)
         grid.add_section()
-        forgotten = chain.forgetting
+        forgotten = sequence.forgetting
         grid.add_row(
-            "forgetting", *(points(forgotten[n]) if n in forgotten else "" for n in chain.jobs)
+            "forgetting", *(points(forgotten[n]) if n in forgotten else "" for n in sequence.jobs)
         )
         console.print(grid)
-        same = sum(chain.unchanged.values())
-        average = "" if chain.average is None else f"average {100 * chain.average:.1f} %, "
+        same = sum(sequence.unchanged.values())
+        average = "" if sequence.average is None else f"average {100 * sequence.average:.1f} %, "
         console.print(
-            f"{average}backward transfer {points(chain.backward_transfer)}; outputs bit for bit "
-            f"the same for {same} of {len(chain.unchanged)} earlier jobs; {chain.seconds:.0f} s",
+            f"{average}backward transfer {points(sequence.backward_transfer)}; outputs bit for bit "
+            f"the same for {same} of {len(sequence.unchanged)} earlier jobs; "
+            f"{sequence.seconds:.0f} s",
             soft_wrap=True,
         )
     _show_routing(done.routing, console)
     console.print(f"Report: {done.folder / REPORT}", soft_wrap=True)
 
 
-def _show_routing(found: Routing | str | None, console: Console) -> None:
+def _show_routing(routing: Routing | str | None, console: Console) -> None:
     from rich.table import Table as Grid
 
-    if isinstance(found, str):
-        console.print(f"No routing: {plain(found)}", soft_wrap=True)
-    if not isinstance(found, Routing):
+    if isinstance(routing, str):
+        console.print(f"No routing: {plain(routing)}", soft_wrap=True)
+    if not isinstance(routing, Routing):
         return
     columns = ("", "finds its job", "score, job told", "score, job found")
     grid = Grid(*columns, title="Without a task label", title_justify="left")
     for column in grid.columns[1:]:
         column.justify = "right"
-    for name, told, end in zip(found.jobs, found.told, found.routed, strict=True):
-        share = found.accuracy[name]
-        grid.add_row(plain(name), *(f"{100 * value:.1f} %" for value in (share, told, end)))
+    for name, told, routed in zip(routing.jobs, routing.told, routing.routed, strict=True):
+        share = routing.accuracy[name]
+        grid.add_row(plain(name), *(f"{100 * value:.1f} %" for value in (share, told, routed)))
     console.print(grid)

@@ -1,9 +1,10 @@
-"""Which job a picture belongs to, where nothing says it: the nearest class mean of the encoder.
+"""Chooses the job of a picture that has no task label, by the nearest class mean of the encoder.
 
-A feature is the mean of the patch tokens after the final norm, of the frozen encoder without any
-adapter, scaled to length 1. A class mean is the mean of its training pictures' features, scaled
-likewise, and the nearest one has the largest cosine. A job without one class to each picture
-(segmentation, several labels) has one mean in all. Nothing is trained.
+The feature of a picture is the mean of the patch tokens after the final norm, scaled to length 1,
+of the frozen encoder without any adapter. A class mean is the mean of the features of the class's
+training pictures, scaled to length 1. The nearest mean is the one with the largest cosine. A job
+whose pictures do not have one class each (segmentation, several labels) has a single mean. Nothing
+is trained.
 
 Nearest class mean in a fixed space: Mensink et al. 2013, "Distance-based image classification".
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,63 +25,46 @@ from mmadapters import AdapterModel
 
 from ...classification.task import ClassificationTask
 from ...core.errors import BadRow
-from ...core.task import Record, Rows, Task
+from ...core.rows import Record, Rows
+from ...core.task import Task
 from ...data.media import read_image
 from ...encoders.vision import ImageTower, image_preprocessing, to_tensor
+from .results import Routing
 
-BATCH = 64
+BATCH = 64  # pictures that the encoder reads at once
 
 
 def obstacle(tasks: Sequence[Task]) -> str | None:
-    """Why pictures cannot be sent to these jobs, None if they can."""
+    """Returns why pictures cannot be routed to these jobs, or None if they can."""
     for task in tasks:
         kinds = {column.kind for column in task.columns.values()}
         if "image" not in kinds or kinds & {"audio", "text", "texts"}:
             others = ", ".join(sorted(kinds & {"image", "audio", "text", "texts"}))
             return (
                 f"{task.config.name} reads {others}: routing is measured where all jobs read "
-                "pictures alone"
+                "only pictures"
             )
     return None
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Where the test pictures went.
-
-    Attributes:
-        jobs: J names.
-        shares: (J, J), of a job's test pictures the share that went to each job.
-        told: the score of each job where its adapter is told, as in the matrix's last row.
-        routed: the same where the picture's way decides; one that went astray earns nothing.
-        means: how many class means each job has.
-    """
-
-    jobs: list[str]
-    shares: list[list[float]]
-    told: list[float]
-    routed: list[float]
-    means: list[int]
-
-    @property
-    def accuracy(self) -> dict[str, float]:
-        """The share of each job's pictures that found it."""
-        return {name: self.shares[place][place] for place, name in enumerate(self.jobs)}
-
-
 class Router:
-    """Means (M, D) of length 1 and the job (M,) that each belongs to."""
+    """Sends features to the job of the nearest class mean.
+
+    Args:
+        means: (M, D), each of length 1.
+        owners: (M,) the number of the job of each mean.
+    """
 
     def __init__(self, means: Tensor, owners: Tensor) -> None:
         self.means, self.owners = means, owners
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Features (N, D) of length 1 -> job numbers (N,)."""
+        """Returns the job numbers (N,) of features (N, D) of length 1."""
         return self.owners[(features @ self.means.T).argmax(dim=1)]
 
 
 class FrozenFeatures:
-    """What the encoder makes of pictures while no adapter acts.
+    """Computes features of pictures with the encoder while no adapter is active.
 
     Raises:
         ValueError: the encoder reads no images.
@@ -92,7 +75,7 @@ class FrozenFeatures:
         self.preprocessing = image_preprocessing(task.config.backbone, encoder.backbone)
 
     def __call__(self, rows: Any) -> Iterator[tuple[list[int], Tensor]]:
-        """Row numbers and features (N, D), batch by batch; rows without a picture are left out."""
+        """Yields row numbers and features (N, D) by batch, without rows whose picture is bad."""
         numbers: list[int] = []
         pixels: list[Tensor] = []
         for number in range(len(rows)):
@@ -119,13 +102,13 @@ class FrozenFeatures:
 
 
 def fit_router(features: FrozenFeatures, tasks: Sequence[Task], rows: Sequence[Rows]) -> Router:
-    """The class means of each job's training rows."""
+    """Makes a router from the training rows of each job."""
     means, owners = [], []
-    for owner, (task, own) in enumerate(zip(tasks, rows, strict=True)):
+    for owner, (task, of_task) in enumerate(zip(tasks, rows, strict=True)):
         sums: dict[int, Tensor] = defaultdict(lambda: torch.zeros(()))
-        for numbers, found in features(own):
-            for number, feature in zip(numbers, found, strict=True):
-                if (name := _class_of(task, own[number])) is not None:
+        for numbers, batch in features(of_task):
+            for number, feature in zip(numbers, batch, strict=True):
+                if (name := _class_of(task, of_task[number])) is not None:
                     sums[name] = sums[name].to(feature) + feature
         means += [F.normalize(total, dim=0) for total in sums.values()]
         owners += [owner] * len(sums)
@@ -134,7 +117,7 @@ def fit_router(features: FrozenFeatures, tasks: Sequence[Task], rows: Sequence[R
 
 
 def _class_of(task: Task, row: Any) -> int | None:
-    """The class whose mean a row counts for; None for a label that cannot be used."""
+    """Returns the class to whose mean a row belongs, or None if its label cannot be used."""
     if not isinstance(task, ClassificationTask) or task.config.data.multi_label:
         return 0
     try:
@@ -150,25 +133,27 @@ def measure(
     test: Sequence[Rows],
     records: Sequence[Sequence[Record]],
 ) -> Routing:
-    """Sends the test rows of all jobs.
+    """Routes the test rows of all jobs and scores the result.
 
     Args:
-        records: of each job's test rows, by its own adapter and head. A picture that finds its job
-            gives the same record, so nothing is run twice.
+        train: the training rows of each job.
+        test: the test rows of each job.
+        records: the records of each job's test rows with its own adapter and head. A picture that
+            is routed to the right job gives the same record, so that nothing is run twice.
     """
     features = FrozenFeatures(encoder, tasks[0])
     router = fit_router(features, tasks, train)
     shares, told, routed = [], [], []
     for place, (task, rows, known) in enumerate(zip(tasks, test, records, strict=True)):
-        ways = {
-            number: way
-            for numbers, found in features(rows)
-            for number, way in zip(numbers, router(found).tolist(), strict=True)
+        routes = {
+            number: job
+            for numbers, batch in features(rows)
+            for number, job in zip(numbers, router(batch).tolist(), strict=True)
         }
-        counts = [list(ways.values()).count(other) for other in range(len(tasks))]
-        shares.append([count / max(len(ways), 1) for count in counts])
+        counts = [list(routes.values()).count(other) for other in range(len(tasks))]
+        shares.append([count / max(len(routes), 1) for count in counts])
         told.append(_score(task, known))
-        arrived = [record for record in known if ways.get(record["index"]) == place]
+        arrived = [record for record in known if routes.get(record["index"]) == place]
         routed.append(_score(task, arrived) * len(arrived) / len(known) if arrived else 0.0)
     owners = router.owners.tolist()
     names = [task.config.name for task in tasks]

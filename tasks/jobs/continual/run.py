@@ -1,12 +1,14 @@
-"""Jobs learned one after another on one encoder, and what each is worth after every later one.
+"""Learns jobs one after another on one encoder, and measures each again after every later one.
 
-    matrix[i][j]    the score of job j on its test split after job i; none for i < j, which has no
-                    head yet
+    matrix[i][j]    the score of job j on its test split after job i; none for i < j, as job j has
+                    no head yet
 
-Adapters: each job adds its own to the frozen encoder, and is measured with it and its own head.
-Contrast: the encoder's weights go from job to job as they are, and each head stays what it was
-after its own job. That adapters forget nothing is measured: every cell holds a hash of all that the
-head and the task gave for the split.
+Adapters: each job adds an adapter of its own to the frozen encoder, and is measured with this
+adapter and its own head.
+Contrast: full fine-tuning passes the encoder's weights from job to job, and each head stays as it
+was after its own job.
+Every cell of a matrix holds a hash of all outputs of the head and the task on the split. So it is
+measured, and not assumed, that adapters forget nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +16,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,121 +31,21 @@ from mmadapters.files import write_text
 
 from ... import artifact
 from ...config.schema import SPLITS, JobConfig, Split
-from ...core.metrics import Metric
-from ...core.task import Record, Rows, Task, TaskModel
-from ...data import load
-from ..run import (
-    CONFIG,
-    METRICS,
-    build_model,
-    check_folder,
-    environment,
-    evaluate_split,
-    make_encoder,
-    make_folder,
-    measured_split,
-    process_state,
-    rows_to_fit,
-    train_model,
-)
+from ...core.model import TaskModel
+from ...core.rows import Record, Rows
+from ...core.task import Task
+from ...data.load import load_splits
+from ...registry import task_class
+from ..folder import CONFIG, METRICS, check_folder, make_folder
+from ..metrics import environment
+from ..model import build_model, make_encoder, rows_to_fit
+from ..run import evaluate_split, measured_split, process_state, train_model
 from . import router
 from .config import ContinualConfig, contrast_jobs, read_jobs
-from .router import Routing
+from .report import write_continual_report
+from .results import Continual, LearningSequence, Routing, ScoreCell
 
 Splits = dict[Split, Rows]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A job after a step: its deciding metric, and a hash of all outputs on the split."""
-
-    metric: Metric
-    outputs: str
-
-
-@dataclass
-class Chain:
-    """One way of learning the jobs in turn.
-
-    Attributes:
-        jobs: names, in the order of learning.
-        cells: (steps, jobs); None for a job that was not learned yet.
-        encoder_unchanged: whether the encoder's tensors have the bits that they came with.
-        seconds: in all, for training and evaluation.
-    """
-
-    jobs: list[str]
-    cells: list[list[Cell | None]] = field(default_factory=list)
-    encoder_unchanged: bool = True
-    seconds: float = 0.0
-
-    def history(self, job: int) -> list[Cell]:
-        """A job from its own step on."""
-        return [row[job] for row in self.cells if row[job] is not None]  # type: ignore[misc]
-
-    @property
-    def matrix(self) -> list[list[float]]:
-        """(steps, jobs) scores, NaN where there is none."""
-        return [[math.nan if c is None else c.metric.value for c in row] for row in self.cells]
-
-    @property
-    def last(self) -> list[Metric]:
-        """Every job after the last step."""
-        return [self.history(job)[-1].metric for job in range(len(self.jobs))]
-
-    @property
-    def average(self) -> float | None:
-        """The mean score after the last step; None where metrics are no shares or point both ways
-        (Lopez-Paz & Ranzato 2017, ACC)."""
-        last = self.last
-        alike = {(metric.unit, metric.greater_is_better) for metric in last}
-        if len(alike) > 1 or last[0].unit != "%":
-            return None
-        return sum(metric.value for metric in last) / len(last)
-
-    @property
-    def forgetting(self) -> dict[str, float]:
-        """Of each job but the last: its best score in earlier steps minus that after the last step
-        (Chaudhry et al. 2018, f_j^k). Above 0 is worse, whichever way the metric points."""
-        found = {}
-        for job, name in enumerate(self.jobs[:-1]):
-            *earlier, last = [_upwards(cell.metric) for cell in self.history(job)]
-            found[name] = max(earlier) - last
-        return found
-
-    @property
-    def backward_transfer(self) -> float:
-        """The mean over all jobs but the last of the score after the last step minus that after
-        their own (Lopez-Paz & Ranzato 2017, BWT). Below 0 is forgetting."""
-        gains = []
-        for job in range(len(self.jobs) - 1):
-            own, *_, last = [_upwards(cell.metric) for cell in self.history(job)]
-            gains.append(last - own)
-        return sum(gains) / len(gains)
-
-    @property
-    def unchanged(self) -> dict[str, bool]:
-        """Of each job but the last: whether later steps left all outputs bit for bit the same."""
-        return {
-            name: len({cell.outputs for cell in self.history(job)}) == 1
-            for job, name in enumerate(self.jobs[:-1])
-        }
-
-
-def _upwards(metric: Metric) -> float:
-    return metric.value if metric.greater_is_better else -metric.value
-
-
-@dataclass
-class Continual:
-    """What came out. `routing`: figures, or why there are none; None where not asked for."""
-
-    config: ContinualConfig
-    jobs: list[JobConfig]
-    folder: Path
-    adapters: Chain
-    full: Chain | None = None
-    routing: Routing | str | None = None
 
 
 def learn(
@@ -155,10 +55,12 @@ def learn(
     quiet: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Continual:
-    """Learns all jobs, with adapters and in contrast, and writes the run directory.
+    """Learns all jobs, with adapters and as contrast, and writes the run directory.
 
     Args:
-        tell: is given a line before each job.
+        overwrite: replace an earlier run in the run directory.
+        quiet: no progress bar.
+        tell: is called with a line of text before each job.
 
     Raises:
         ValueError: the jobs, their data, the encoder or the run directory do not fit.
@@ -180,7 +82,7 @@ def learn(
     if config.routing:
         done.routing = learner.route()
     if others:
-        del learner  # one encoder in memory at a time
+        del learner  # frees its encoder, so that only one is in memory
         contrast = _Learner(others, splits, quiet=quiet, tell=lambda text: tell(f"{text}, full"))
         done.full = contrast.learn()
     if state.is_main_process:
@@ -203,7 +105,7 @@ def _check_folders(
 
 
 def _load(job: JobConfig) -> Splits:
-    splits = load.load(job.data, artifact.task_class(job.task)(job).columns, SPLITS)
+    splits = load_splits(job.data, task_class(job.task)(job).columns, SPLITS)
     if "train" not in splits:
         raise ValueError(f"{job.name}: there is no training split: name it in data.splits")
     measured_split(splits)
@@ -211,8 +113,11 @@ def _load(job: JobConfig) -> Splits:
 
 
 class _Learner:
-    """Jobs in turn on one encoder. All are fitted before the first is learned, so that what is
-    wrong with any data is told at once."""
+    """Learns jobs one after another on one encoder.
+
+    All tasks are fitted before the first job is learned, so that wrong data of any job stops the
+    run at its start.
+    """
 
     def __init__(
         self,
@@ -224,16 +129,17 @@ class _Learner:
     ) -> None:
         set_seed(jobs[0].seed)
         backbone = artifact.make_backbone(jobs[0].backbone)
-        self.tasks = [artifact.task_class(job.task)(job) for job in jobs]
-        for task, own in zip(self.tasks, splits, strict=True):
-            task.fit(rows_to_fit(own["train"]), backbone)
+        self.tasks = [task_class(job.task)(job) for job in jobs]
+        for task, of_task in zip(self.tasks, splits, strict=True):
+            task.fit(rows_to_fit(of_task["train"]), backbone)
         self.encoder = make_encoder(backbone)
         self.models: list[TaskModel] = []
         self.records: list[list[Record]] = []
         self.splits, self.quiet, self.tell = splits, quiet, tell
 
-    def learn(self) -> Chain:
-        chain = Chain([task.config.name for task in self.tasks])
+    def learn(self) -> LearningSequence:
+        """Learns all jobs and measures each after every step."""
+        sequence = LearningSequence([task.config.name for task in self.tasks])
         started, before = time.perf_counter(), fingerprint(self.encoder.backbone.state_dict())
         for step, (task, splits) in enumerate(zip(self.tasks, self.splits, strict=True)):
             self.tell(f"{task.config.name}, {step + 1} of {len(self.tasks)}")
@@ -242,19 +148,19 @@ class _Learner:
             train_model(task, self.models[-1], splits, quiet=self.quiet)
             self.records = []
             row = [self._measure(job) for job in range(step + 1)]
-            chain.cells.append([*row, *[None] * (len(self.tasks) - len(row))])
+            sequence.cells.append([*row, *[None] * (len(self.tasks) - len(row))])
         after = fingerprint(self.encoder.backbone.state_dict())
-        chain.encoder_unchanged = after == before
-        chain.seconds = round(time.perf_counter() - started, 1)
-        return chain
+        sequence.encoder_unchanged = after == before
+        sequence.seconds = round(time.perf_counter() - started, 1)
+        return sequence
 
-    def _measure(self, job: int) -> Cell:
-        """A job on its test split, with its own adapter and head; keeps the records."""
+    def _measure(self, job: int) -> ScoreCell:
+        """Measures a job on its test split, with its own adapter and head; keeps the records."""
         task, model = self.tasks[job], self.models[job]
         name = task.config.name
-        own = name if name in self.encoder.adapter_names else None
+        adapter = name if name in self.encoder.adapter_names else None
         drop = artifact.blocks_dropped(task.config)
-        with self.encoder.using(own, drop=drop):
+        with self.encoder.using(adapter, drop=drop):
             cell, records = measure(task, model, self._test(job))
         self.records.append(records)
         return cell
@@ -263,7 +169,7 @@ class _Learner:
         return measured_split(self.splits[job])[1]
 
     def route(self) -> Routing | str:
-        """How well the jobs' test pictures find their adapters, or why that is not measured."""
+        """Routes the test pictures of all jobs, or returns why that is impossible."""
         problem = router.obstacle(self.tasks)
         if problem is not None:
             return problem
@@ -272,18 +178,18 @@ class _Learner:
         return router.measure(self.encoder, self.tasks, train, test, self.records)
 
 
-def measure(task: Task, model: TaskModel, rows: Rows) -> tuple[Cell, list[Record]]:
-    """A job's score and outputs on a split, and the records that they are of."""
+def measure(task: Task, model: TaskModel, rows: Rows) -> tuple[ScoreCell, list[Record]]:
+    """Evaluates a task on rows; returns its score with the hash of all outputs, and the records."""
     with _watched(model.head) as outputs:
-        found = evaluate_split(task, model, rows)
-    _feed(outputs, found.records)
-    scores = task.score(found.records, bootstrap=task.config.evaluation.bootstrap)
-    return Cell(scores[task.metric], outputs.hexdigest()), found.records
+        result = evaluate_split(task, model, rows)
+    _feed(outputs, result.records)
+    scores = task.score(result.records, bootstrap=task.config.evaluation.bootstrap)
+    return ScoreCell(scores[task.metric], outputs.hexdigest()), result.records
 
 
 @contextmanager
 def _watched(head: nn.Module) -> Iterator[Any]:
-    """A hash of all that the head gives inside the block, in order."""
+    """Yields a hash of all outputs of the head inside the block, in order."""
     sha = hashlib.sha256()
     handle = head.register_forward_hook(lambda module, args, output: _feed(sha, output))
     try:
@@ -293,7 +199,7 @@ def _watched(head: nn.Module) -> Iterator[Any]:
 
 
 def fingerprint(value: Any) -> str:
-    """A hash of every bit of nested plain data, arrays and tensors."""
+    """Returns a hash of every bit of nested plain data, arrays and tensors."""
     sha = hashlib.sha256()
     _feed(sha, value)
     return sha.hexdigest()
@@ -320,7 +226,7 @@ def _feed(sha: Any, value: Any) -> None:
 
 
 def metrics_of(done: Continual) -> dict[str, Any]:
-    """What `metrics.json` says; null for a job that was not learned yet."""
+    """Returns the contents of `metrics.json`; null stands for a job that was not learned yet."""
     return {
         "name": done.config.name,
         "backbone": done.jobs[0].backbone.name,
@@ -329,40 +235,39 @@ def metrics_of(done: Continual) -> dict[str, Any]:
             {"name": job.name, "task": job.task, "metric": metric.name, "test": metric.count}
             for job, metric in zip(done.jobs, done.adapters.last, strict=True)
         ],
-        "adapters": _chain(done.adapters),
-        "full": None if done.full is None else _chain(done.full),
+        "adapters": _sequence(done.adapters),
+        "full": None if done.full is None else _sequence(done.full),
         "routing": _routing(done.routing),
         "environment": environment(),
     }
 
 
-def _chain(chain: Chain) -> dict[str, Any]:
+def _sequence(sequence: LearningSequence) -> dict[str, Any]:
     return {
-        "matrix": [[None if c is None else c.metric.value for c in row] for row in chain.cells],
-        "outputs": [[None if c is None else c.outputs for c in row] for row in chain.cells],
+        "matrix": [[None if c is None else c.metric.value for c in row] for row in sequence.cells],
+        "outputs": [[None if c is None else c.outputs for c in row] for row in sequence.cells],
         "last": {
-            name: metric.to_dict() for name, metric in zip(chain.jobs, chain.last, strict=True)
+            name: metric.to_dict()
+            for name, metric in zip(sequence.jobs, sequence.last, strict=True)
         },
-        "average": chain.average,
-        "forgetting": chain.forgetting,
-        "backward_transfer": chain.backward_transfer,
-        "outputs_unchanged": chain.unchanged,
-        "encoder_unchanged": chain.encoder_unchanged,
-        "seconds": chain.seconds,
+        "average": sequence.average,
+        "forgetting": sequence.forgetting,
+        "backward_transfer": sequence.backward_transfer,
+        "outputs_unchanged": sequence.unchanged,
+        "encoder_unchanged": sequence.encoder_unchanged,
+        "seconds": sequence.seconds,
     }
 
 
-def _routing(found: Routing | str | None) -> dict[str, Any] | None:
-    if found is None:
+def _routing(routing: Routing | str | None) -> dict[str, Any] | None:
+    if routing is None:
         return None
-    if isinstance(found, str):
-        return {"skipped": found}
-    return {**dataclasses.asdict(found), "accuracy": found.accuracy}
+    if isinstance(routing, str):
+        return {"skipped": routing}
+    return {**dataclasses.asdict(routing), "accuracy": routing.accuracy}
 
 
 def _write(done: Continual) -> None:
-    from .report import write_continual_report
-
     metrics = metrics_of(done)
     text = json.dumps(metrics, indent=2, ensure_ascii=False)
     write_text(done.folder / METRICS, text + "\n")

@@ -1,4 +1,4 @@
-"""What a config of `mmadapters multitask` may say, and the jobs that it speaks of.
+"""The config of `mmadapters multitask`, and the jobs that it describes.
 
     YAML -> `MultitaskConfig` -> one `JobConfig` for each task
 
@@ -18,37 +18,44 @@ from ...config.file import read_as
 from ...config.jobs import Job, check_jobs, read_job, several
 from ...config.schema import JobConfig, Section, TrainerConfig
 
-# What remains a job's own of its trainer section.
-_OWN = ("batch_size", "eval_batch_size")
-_FOLDERS = ("adapter", "checkpoints", "tensorboard")  # of a run, beside those of its tasks
+# Keys of the trainer section that each job may set for itself.
+_PER_JOB = ("batch_size", "eval_batch_size")
+# Folders of the run directory, whose names no task may have.
+_FOLDERS = ("adapter", "checkpoints", "tensorboard")
 
 
 class JointTrainerConfig(TrainerConfig):
+    """The trainer section of a joint training."""
+
     batch_size: int | None = Field(default=None, ge=1)  # type: ignore[assignment]
-    """Examples of one optimiser step, which is of one task; each job's own by default."""
+    """Examples of an optimiser step, at least 1. A step trains one task. By default the batch size
+    of each job."""
     epochs: float = Field(default=10.0, gt=0)
-    """Passes over all training splits together."""
+    """Passes over all training splits together, above 0."""
 
 
 class MultitaskConfig(Section):
+    """The keys of a run of several tasks together."""
+
     name: str = "multitask"
-    """Of the run."""
+    """The name of the run."""
     output: str = "runs/${name}"
-    """The run directory; each task's own is a folder in it."""
+    """The run directory; each task has a run directory in it."""
     seed: int = 0
-    """Of every task."""
+    """The seed of every task."""
     tasks: tuple[Job, ...]
-    """What is learned together on one encoder."""
+    """The jobs, at least two, that are trained together on one encoder."""
     sharing: Literal["single", "multiple", "half_down", "half_up"] = "half_down"
-    """One adapter for all tasks, one for each, or one for each of which all share the down- or the
-    up-projections (VL-Adapter)."""
+    """single: one adapter for all tasks; multiple: an adapter for each task; half_down, half_up: an
+    adapter for each task, with shared down- or up-projections (VL-Adapter)."""
     sampling: Literal["proportional", "uniform"] | float = "proportional"
-    """How often a task has its turn: as often as it has batches in its training split, as often as
-    the others, or a temperature T of at least 1, by the number of its batches to the power 1/T."""
+    """How often each task is trained. proportional: in proportion to the number of its training
+    batches; uniform: all tasks equally often; a temperature T of at least 1: in proportion to the
+    number of batches to the power 1/T."""
     adapter: dict[str, Any] = Field(default_factory=lambda: {"method": "double_seq_bn"})
-    """A method and its options, of every task."""
+    """The method of every task's adapter, and its options."""
     trainer: JointTrainerConfig = JointTrainerConfig()
-    """Of the one optimiser."""
+    """The training of all tasks together, with one optimiser."""
 
     @field_validator("tasks")
     @classmethod
@@ -76,34 +83,34 @@ class MultitaskConfig(Section):
 
     @property
     def temperature(self) -> float:
-        """T of shares by size^(1/T)."""
+        """The temperature T of `sampling`: the steps of a task are proportional to size^(1/T)."""
         known = {"proportional": 1.0, "uniform": math.inf}
         return known[self.sampling] if isinstance(self.sampling, str) else self.sampling
 
 
 def read_multitask(name_or_path: str, overrides: Sequence[str] = ()) -> MultitaskConfig:
-    """The config of a YAML file, or of a name that ships with the package.
+    """Reads the config from a YAML file, or by the name of a config that ships.
 
     Raises:
-        ValueError: everything that is wrong, as `read_config` tells it.
+        ValueError: the config is wrong; lists every mistake, as `read_config` does.
     """
     return read_as(MultitaskConfig, name_or_path, overrides)
 
 
 def read_tasks(config: MultitaskConfig) -> list[JobConfig]:
-    """The tasks as they are learned together, each with a run directory below the run's own.
+    """Returns the tasks as they are trained together, each with a run directory in that of the run.
 
-    Adapter and trainer section are those of the joint training, but for the batch sizes.
+    They have the adapter and the trainer section of the joint training; batch sizes are their own.
 
     Raises:
-        ValueError: a job's config is wrong or changes what is the joint training's, two have one
-            name, or they are not all on one encoder.
+        ValueError: the config of a job is wrong or sets keys of the joint training, two jobs have
+            one name, a job is streamed, or the jobs have different encoders.
     """
     trainer = config.trainer.model_dump(mode="json")
     changes = {"adapter": config.adapter} | {
         f"trainer.{key}": value
         for key, value in trainer.items()
-        if key not in _OWN or value is not None
+        if key not in _PER_JOB or value is not None
     }
     jobs = []
     for number, job in enumerate(config.tasks):
@@ -115,25 +122,31 @@ def read_tasks(config: MultitaskConfig) -> list[JobConfig]:
     check_jobs(jobs, "tasks", reserved=_FOLDERS)
     streamed = next((job.name for job in jobs if job.data.streaming), None)
     if streamed is not None:
-        raise ValueError(f"{streamed} is streamed, and has no number of batches: read it whole")
+        raise ValueError(
+            f"{streamed} is streamed, and has no number of batches: turn data.streaming off"
+        )
     return jobs
 
 
 def _check_overrides(overrides: Mapping[str, Any], place: str) -> None:
-    """Refuses changes that would be lost, as they are the joint training's to make."""
+    """Raises an error for changes that would have no effect, as the joint training sets these keys.
+
+    Raises:
+        ValueError: there is such a change.
+    """
     for key, value in overrides.items():
         section, _, rest = key.partition(".")
         if section in ("adapter", "seed", "output"):
             raise ValueError(
-                f"{place}: overrides set {section}, which all tasks have in common: set it beside "
+                f"{place}: overrides set {section}, which all tasks have in common: set it next to "
                 "tasks"
             )
         if section == "trainer":
             inner = [rest] if rest else list(value if isinstance(value, Mapping) else ["…"])
             for name in inner:
-                if name not in _OWN:
+                if name not in _PER_JOB:
                     raise ValueError(
                         f"{place}: overrides set trainer.{name}, and there is one optimiser for "
-                        f"all tasks: set it in the trainer section beside tasks; a job's own are "
-                        f"{' and '.join(_OWN)}"
+                        f"all tasks: set it in the trainer section next to tasks; a job can only "
+                        f"set {' and '.join(_PER_JOB)}"
                     )

@@ -1,4 +1,4 @@
-"""What `mmadapters multitask` shows: every task in `report.html` and on the console."""
+"""Shows the tasks of a joint run in `report.html` and on the console."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import yaml
 from mmadapters.files import write_text
 
 from ...core.metrics import Metric
-from ...core.task import Table
+from ...core.results import Table
 from ...reports.charts import learning_curves
 from ...reports.console import plain
 from ...reports.page import interval_text, template, value_text
-from ..run import REPORT
-from .training import MEAN, history_of
+from ..folder import REPORT
+from .results import MEAN, Multitask, history_of
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from .run import Multitask
 
 _WAYS = {
     "single": "one adapter for all tasks",
@@ -32,7 +30,11 @@ _WAYS = {
 
 
 def write_multitask_report(done: Multitask, environment: Mapping[str, Any]) -> None:
-    """Writes `report.html`, which refers to those of the tasks' own runs and to nothing else."""
+    """Writes `report.html`, which links to the reports of the tasks and to nothing else.
+
+    Args:
+        environment: as in `metrics.json`.
+    """
     page = template("multitask.html.j2").render(
         title=done.config.name,
         headline=value_text(mean_metric(done)),
@@ -50,19 +52,20 @@ def write_multitask_report(done: Multitask, environment: Mapping[str, Any]) -> N
 
 
 def mean_metric(done: Multitask) -> Metric:
-    """The mean of the tasks' deciding metrics as a figure."""
+    """Returns the mean of the tasks' deciding metrics as a metric."""
     units = {metric.unit for metric in done.deciding.values()}
     return Metric(MEAN, done.mean, unit="%" if units == {"%"} else "")
 
 
 def _summary(done: Multitask) -> list[str]:
     first = next(iter(done.runs.values())).task.config.backbone.name
-    told = [f"{first}, frozen; {_WAYS[done.config.sharing]}; {', '.join(done.runs)} together."]
+    sentences = [f"{first}, frozen; {_WAYS[done.config.sharing]}; {', '.join(done.runs)} together."]
     if done.facts["best_step"]:
-        told.append(
-            f"Kept is step {done.facts['best_step']:,}, with the best mean on validation splits."
+        sentences.append(
+            f"Step {done.facts['best_step']:,} was kept, which has the best mean on the validation "
+            "splits."
         )
-    return told
+    return sentences
 
 
 def _tasks(done: Multitask) -> Table:
@@ -79,7 +82,9 @@ def _tasks(done: Multitask) -> Table:
         for name, run in done.runs.items()
     ]
     columns = ("task", "metric", "validation", "test", "steps", "adapter", "head")
-    caption = "In brackets: 95 % intervals. Adapter, head: parameters, what is shared in each."
+    caption = (
+        "In brackets: 95 % intervals. Adapter, head: parameters; shared ones count in each task."
+    )
     return Table("Every task", columns, rows, caption)
 
 
@@ -96,19 +101,19 @@ def _parameters(done: Multitask) -> Table:
 
 
 def _charts(done: Multitask) -> dict[str, list[str]]:
-    """Learning curves by what they are of."""
+    """Returns learning curves of all tasks together and of each task, by title."""
     best = done.facts["best_step"]
     shown = {"all tasks": learning_curves(done.history, mean_metric(done), best)}
     for name, run in done.runs.items():
-        own = history_of(done.history, name)
-        for entry in own:
-            entry.pop("learning_rate", None)  # it is that of all
-        shown[name] = learning_curves(own, run.headline, best)
+        history = history_of(done.history, name)
+        for entry in history:
+            entry.pop("learning_rate", None)  # all tasks have the same, which is shown once
+        shown[name] = learning_curves(history, run.headline, best)
     return {name: charts for name, charts in shown.items() if charts}
 
 
 def show(done: Multitask, console: Console) -> None:
-    """The tasks' figures, what was trained, and where the report is."""
+    """Prints the tasks' figures, the trained parameters and the path of the report."""
     from rich.table import Table as Grid
 
     columns = ("task", "metric", "test", "95 % interval", "n", "steps")

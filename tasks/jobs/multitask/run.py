@@ -1,16 +1,15 @@
-"""Tasks learned together on one frozen encoder, with adapters that share nothing, all or a half.
+"""Trains several tasks together on one frozen encoder; adapters share all, half or nothing.
 
 runs/NAME/
     config.yaml  metrics.json  report.html   of the joint run
-    checkpoints/                             while it goes on
-    TASK/                                    a run directory for each task, its adapter whole in it
+    checkpoints/                             only during the run
+    TASK/                                    a run directory for each task, with a complete adapter
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,67 +20,46 @@ from mmadapters.files import write_text
 
 from ... import artifact
 from ...config.schema import SPLITS, Split
-from ...core.metrics import Metric
-from ...core.task import Rows, Task, TaskModel
-from ...data import load
-from ...training.trainer import CHECKPOINTS
+from ...core.capabilities import Calibration, capability
+from ...core.model import TaskModel
+from ...core.rows import Rows
+from ...core.task import Task
+from ...data.load import load_splits
+from ...registry import task_class
+from ...reports.results import Run
+from ...training.checkpoint import CHECKPOINTS
+from ..folder import METRICS, check_folder, make_folder
+from ..metrics import environment, figures
+from ..model import make_encoder, sizes
 from ..run import (
-    METRICS,
-    Run,
-    check_folder,
     chosen,
     device_of,
-    environment,
     evaluate_split,
-    figures,
     finish,
-    make_encoder,
-    make_folder,
     measured_split,
     process_state,
     scored,
-    sizes,
     without_test,
 )
 from .config import MultitaskConfig, read_tasks
-from .training import JointModel, JointTrainer, history_of, mean_of
+from .report import write_multitask_report
+from .results import Multitask, history_of
+from .training import JointModel, JointTrainer
 
 Splits = dict[Split, Rows]
-
-
-@dataclass
-class Multitask:
-    """What came out: a `Run` for each task, in order, and what is of all together.
-
-    Attributes:
-        steps: of each task, of `facts["steps"]` in all.
-        history: as transformers logs it.
-        facts: parameters (shared ones once), steps, seconds.
-    """
-
-    config: MultitaskConfig
-    folder: Path
-    runs: dict[str, Run] = field(default_factory=dict)
-    steps: dict[str, int] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def deciding(self) -> dict[str, Metric]:
-        """Every task's deciding metric on its test split, or else on validation."""
-        return {name: run.headline for name, run in self.runs.items()}
-
-    @property
-    def mean(self) -> float:
-        """Of the deciding metrics, as `mean_of` has it."""
-        return mean_of(list(self.deciding.values()))
 
 
 def learn(
     config: MultitaskConfig, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
 ) -> Multitask:
-    """Trains all tasks together, evaluates each and writes the run directory; every process of a
-    group calls it, the first one writes.
+    """Trains all tasks together, evaluates each and writes the run directory.
+
+    Every process of a group calls it; the first one writes.
+
+    Args:
+        resume: go on from the last complete checkpoint of the run directory.
+        overwrite: replace an earlier run in the run directory.
+        quiet: no progress bar.
 
     Raises:
         ValueError: the jobs, their data, the encoder or the run directory do not fit.
@@ -98,7 +76,7 @@ def learn(
         for job in jobs:
             make_folder(Path(job.output), job)
     state.wait_for_everyone()
-    tasks = {job.name: artifact.task_class(job.task)(job) for job in jobs}
+    tasks = {job.name: task_class(job.task)(job) for job in jobs}
     splits = {name: _load(task) for name, task in tasks.items()}
     _check_validation(splits)
     model = build_joint(config, tasks, splits)
@@ -111,7 +89,8 @@ def learn(
             _measure_before(done.runs[name], splits[name])
     for name, run in done.runs.items():
         with model.encoder.using(name):
-            run.task.prepare(run.model, without_test(splits[name]))
+            calibration = capability(run.task, Calibration)
+            calibration.prepare(run.model, without_test(splits[name]))
     _fit(done, tasks, model, splits, checkpoint, quiet=quiet or not state.is_main_process)
     for name in tasks:
         _finish(done, name, splits[name])
@@ -123,7 +102,7 @@ def learn(
 
 def _load(task: Task) -> Splits:
     config = task.config
-    splits = load.load(config.data, task.columns, SPLITS)
+    splits = load_splits(config.data, task.columns, SPLITS)
     if "train" not in splits:
         raise ValueError(f"{config.name}: there is no training split: name it in data.splits")
     measured_split(splits)
@@ -131,7 +110,7 @@ def _load(task: Task) -> Splits:
 
 
 def _check_validation(splits: dict[str, Splits]) -> None:
-    lacking = [name for name, own in splits.items() if "validation" not in own]
+    lacking = [name for name, of_task in splits.items() if "validation" not in of_task]
     if lacking and len(lacking) < len(splits):
         raise ValueError(
             f"{lacking[0]} has no validation split, and the best checkpoint is chosen by the mean "
@@ -142,9 +121,10 @@ def _check_validation(splits: dict[str, Splits]) -> None:
 def build_joint(
     config: MultitaskConfig, tasks: dict[str, Task], splits: dict[str, Splits]
 ) -> JointModel:
-    """The model of all tasks, each fitted to its training rows; adapters and heads are trainable.
+    """Fits each task to its training rows and builds the model of all tasks.
 
-    A head starts from the same numbers as in a run of its task alone.
+    Adapters and heads are trainable. A head starts from the same values as in a run of its task
+    alone.
     """
     set_seed(config.seed)
     first = next(iter(tasks.values())).config
@@ -169,7 +149,7 @@ def build_joint(
 
 
 def parameters(model: JointModel) -> dict[str, Any]:
-    """How many there are of the encoder, the adapters (shared ones once) and the heads."""
+    """Counts the parameters of the encoder, the adapters (shared ones once) and the heads."""
     encoder = sum(p.numel() for p in model.encoder.backbone.parameters())
     adapters = sum(p.numel() for p in model.encoder.adapters.parameters())
     names = model.encoder.adapter_names
@@ -201,8 +181,12 @@ def _fit(
         tasks,
         model,
         done.config,
-        train={name: own["train"] for name, own in splits.items()},
-        validation={n: own["validation"] for n, own in splits.items() if "validation" in own},
+        train={name: of_task["train"] for name, of_task in splits.items()},
+        validation={
+            name: of_task["validation"]
+            for name, of_task in splits.items()
+            if "validation" in of_task
+        },
         folder=done.folder,
         quiet=quiet,
     )
@@ -223,9 +207,9 @@ def _measure_before(run: Run, splits: Splits) -> None:
 
 
 def _finish(done: Multitask, name: str, splits: Splits) -> None:
-    """Evaluates and writes a task with its own adapter acting, as a run of it alone does."""
+    """Evaluates a task with its adapter and writes its run directory, as a run of it alone does."""
     run = done.runs[name]
-    # Trainable too: `sizes` tells what of the encoder is trained.
+    # `sizes` counts trainable parameters, so the adapter must be trainable, and not just active.
     drop = artifact.blocks_dropped(run.task.config)
     run.model.encoder.train_adapter(name, drop=drop)
     run.facts = sizes(run.model, name) | {
@@ -239,7 +223,7 @@ def _finish(done: Multitask, name: str, splits: Splits) -> None:
 
 
 def metrics_of(done: Multitask) -> dict[str, Any]:
-    """What `metrics.json` says."""
+    """Returns the contents of the `metrics.json` of the joint run."""
     config, first = done.config, next(iter(done.runs.values()))
     return {
         "name": config.name,
@@ -257,7 +241,7 @@ def metrics_of(done: Multitask) -> dict[str, Any]:
                 "adapter_parameters": run.facts["adapter_parameters"],
                 "head_parameters": run.facts["head_parameters"],
                 "splits": {split: figures(scores) for split, scores in run.scores.items()},
-                "skipped": {split: len(found) for split, found in run.problems.items()},
+                "skipped": {split: len(problems) for split, problems in run.problems.items()},
             }
             for name, run in done.runs.items()
         },
@@ -266,8 +250,6 @@ def metrics_of(done: Multitask) -> dict[str, Any]:
 
 
 def _write(done: Multitask) -> None:
-    from .report import write_multitask_report
-
     metrics = metrics_of(done)
     text = json.dumps(metrics, indent=2, ensure_ascii=False)
     write_text(done.folder / METRICS, text + "\n")

@@ -1,8 +1,9 @@
-"""Several tasks' heads and adapters on one frozen encoder, trained by one optimiser.
+"""Trains the heads and adapters of several tasks on one frozen encoder with one optimiser.
 
-A step is of one task: its adapter acts and its loss is minimised, so that what is shared gets the
-gradient of every task in turn. What a step does not use has no gradient and stays as it is, the
-optimiser's memory of it too: a task that shares nothing is trained as it would be alone.
+Each step trains one task: its adapter is active and its loss is minimised. Shared parameters get
+the gradients of all tasks, one after another. Parameters that a step does not use have no gradient;
+they and their optimiser state stay as they are. So a task that shares nothing is trained as it
+would be alone.
 """
 
 from __future__ import annotations
@@ -18,34 +19,43 @@ from torch.utils.data import DataLoader, Dataset
 from mmadapters import AdapterModel
 
 from ...artifact import blocks_dropped
-from ...core.errors import Problem
-from ...core.metrics import Metric
-from ...core.task import Example, Rows, Task, TaskModel
+from ...core.errors import Problem, refuse
+from ...core.model import TaskModel
+from ...core.rows import Example, Rows
+from ...core.task import Task
 from ...data.batches import MixedBatches
 from ...data.examples import Collate, Examples, Loaded
 from ...data.workers import loader_generator, readers
-from ...training.evaluate import refuse
-from ...training.trainer import EncoderTrainer, TrainLoader, task_batches, validated
+from ...training.encoder_trainer import EncoderTrainer, TrainLoader
+from ...training.evaluate import validated
+from ...training.trainer import task_batches
 from .config import MultitaskConfig
+from .results import MEAN, mean_of
 
-MEAN = "mean"
 _TASK = "task"
 
 
 class JointModel(TaskModel):
-    """The models of several tasks, which have one encoder; `head` holds all their heads."""
+    """The models of several tasks on one encoder; `head` holds the heads of all tasks.
+
+    Args:
+        models: the model of each task, by its name; all have this encoder.
+    """
 
     def __init__(self, encoder: AdapterModel, models: Mapping[str, TaskModel]) -> None:
         heads = nn.Module()
-        # Not a ModuleDict, which has no place for a task called "keys".
+        # A ModuleDict could not hold a task with the name of one of its methods, such as "keys".
         heads._modules.update({name: model.head for name, model in models.items()})
         super().__init__(encoder, heads)
-        # A dict, so that each parameter is known by one name.
+        # A plain dict does not register the models, so that each parameter has one name.
         self.models = dict(models)
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """What the model of the task named by `task` gives for the rest of the batch, with its own
-        adapter acting."""
+        """Runs the model of the batch's task on the rest of the batch, with the task's adapter.
+
+        Args:
+            batch: the keyword arguments of that model, and the name of the task under "task".
+        """
         name = batch.pop(_TASK)
         with self.encoder.using(name):
             return self.models[name](**batch)
@@ -58,12 +68,15 @@ class JointModel(TaskModel):
 
 
 class JointExamples(Dataset):
-    """Examples of several tasks by (task, row, seed), each with its task's number."""
+    """Examples of several tasks; a key is (task number, row, seed).
+
+    An item is the number of the task and the example.
+    """
 
     def __init__(self, tasks: Sequence[Task], rows: Sequence[Rows]) -> None:
         self.parts = [
-            Examples(task, own, train=True, views=task.config.trainer.views)
-            for task, own in zip(tasks, rows, strict=True)
+            Examples(task, of_task, train=True, views=task.config.trainer.views)
+            for task, of_task in zip(tasks, rows, strict=True)
         ]
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[int, Example | Problem]:
@@ -72,7 +85,7 @@ class JointExamples(Dataset):
 
 
 class JointCollate:
-    """Gathers what `JointExamples` gives of one task into a `Loaded` that names it."""
+    """Gathers `JointExamples` of one task into a `Loaded` that names the task."""
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         self.names = list(tasks)
@@ -90,11 +103,19 @@ class JointCollate:
 class JointTrainer(EncoderTrainer):
     """Trains a `JointModel` on the rows of all its tasks.
 
-    The best model is that of the largest mean of the tasks' deciding metrics on their validation
-    splits, each as it is, or its negative where less is better.
+    The best model has the largest mean of the tasks' deciding metrics on their validation splits; a
+    metric for which smaller is better counts negatively.
+
+    Args:
+        tasks: the tasks by name.
+        train: the training rows of each task.
+        validation: the validation rows of each task; empty if nothing is validated.
+        folder: the run directory.
+        quiet: no progress bar.
 
     Raises:
-        ValueError: a task has no turn in so few steps.
+        ValueError: there are so few steps that a task gets none, or the frozen trunk shall be
+            cached.
 
     Attributes:
         bad: by task, the rows of its training split that could not be used, by number.
@@ -122,12 +143,12 @@ class JointTrainer(EncoderTrainer):
             seed=config.seed,
             temperature=config.temperature,
         )
-        # All tasks' configs have the trainer section of the joint training.
+        # The configs of all tasks have the trainer section of the joint training.
         settings = next(iter(tasks.values())).config.trainer
         if settings.cache_trunk in ("memory", "disk"):
             raise ValueError(
-                f"trainer.cache_trunk {settings.cache_trunk} keeps the states of one task's "
-                "encoder: several tasks that are trained together run without (auto, off)"
+                f"trainer.cache_trunk is {settings.cache_trunk}, and the trunk cannot be cached "
+                "for several tasks that are trained together: set it to auto or off"
             )
         super().__init__(
             model,
@@ -143,7 +164,7 @@ class JointTrainer(EncoderTrainer):
         for name, steps in zip(tasks, self.mixed.steps_of_tasks(total), strict=True):
             if not steps:
                 raise ValueError(
-                    f"{name} has no turn in {total} steps, and would learn nothing: give the "
+                    f"{name} gets none of the {total} steps, and would learn nothing: give the "
                     "trainer section more max_steps or epochs, or sampling: uniform"
                 )
 
@@ -160,12 +181,13 @@ class JointTrainer(EncoderTrainer):
             generator=loader_generator(),
         )
 
-    def note(self, loaded: Loaded) -> None:
+    def take_problems(self, loaded: Loaded) -> None:
         self.bad[loaded.task] |= {problem.index: problem for problem in loaded.problems}
-        refuse(self.tasks[loaded.task], loaded.problems)
+        config = self.tasks[loaded.task].config
+        refuse(loaded.problems, on_error=config.data.on_error)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of the batch's task, which is logged for each."""
+        """Returns the loss of the batch's task, and keeps it for the log of this task."""
         name = inputs[_TASK]
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         assert isinstance(loss, Tensor)
@@ -181,32 +203,12 @@ class JointTrainer(EncoderTrainer):
         super().log(logs, start_time)
 
     def validate(self) -> dict[str, float]:
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         deciding = []
         for name, task in self.tasks.items():
             drop = blocks_dropped(task.config)
             with self.joint_model.encoder.using(name, drop=drop):
                 scores = validated(task, self.joint_model.models[name], self.validation_rows[name])
             deciding.append(scores[task.metric])
-            found |= {f"{name}/{metric.name}": metric.value for metric in scores.metrics}
-        return {MEAN: mean_of(deciding), **found}
-
-
-def mean_of(metrics: Sequence[Metric]) -> float:
-    """The mean of figures as they are, those that are better when smaller as their negatives."""
-    return sum(m.value if m.greater_is_better else -m.value for m in metrics) / len(metrics)
-
-
-def history_of(history: Sequence[Mapping[str, Any]], task: str) -> list[dict[str, Any]]:
-    """What was logged of one task, under the names that a run of it alone has."""
-    found = []
-    for entry in history:
-        own = {k: entry[k] for k in ("step", "epoch", "learning_rate") if k in entry}
-        if f"loss/{task}" in entry:
-            own["loss"] = entry[f"loss/{task}"]
-        prefix = f"eval_{task}/"
-        own |= {
-            f"eval_{k.removeprefix(prefix)}": v for k, v in entry.items() if k.startswith(prefix)
-        }
-        found.append(own)
-    return found
+            metrics |= {f"{name}/{metric.name}": metric.value for metric in scores.metrics}
+        return {MEAN: mean_of(deciding), **metrics}

@@ -1,1 +1,1 @@
-"""Training from the kept states of the frozen trunk."""
+"""Cached states of the frozen trunk, from which training passes start."""

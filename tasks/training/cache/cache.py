@@ -1,7 +1,7 @@
-"""The frozen part of an encoder, computed once for a run's rows: what is kept, and where.
+"""The cache of the frozen trunk of a run: it decides what is cached and where, and fills it.
 
-`prepare` looks at one real batch, decides, and fills; the trainer then reads `KeptSplit`s in place
-of the rows. What it decides is the same in every process of a group.
+`prepare` tries one real batch (`plan`), decides, and computes the states; the trainer then reads
+`CachedSplit`s in place of the rows. All processes of a group decide the same.
 """
 
 from __future__ import annotations
@@ -18,46 +18,47 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmadapters import FrozenTrunk
 from mmadapters.trunk.budget import GIB, cache_folder, check_room, free_memory
-from mmadapters.trunk.store import DTYPES, TrunkStore, chunk_size
 
-from ...core.device import autocast, processes, to_device
-from ...core.task import Batch, Rows, Task, TaskModel
-from ...data.batches import share_of
+from ...core.capabilities import CacheableInputs, capability
+from ...core.device import processes
+from ...core.model import TaskModel
+from ...core.rows import Rows
+from ...core.task import Task
 from ...data.workers import readers
-from .examples import KeptExamples, PlainExamples, Probe, ProbeCollate
-from .identity import description
-from .split import KeptSplit, Run
-
-_CLOSE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
-
-
-class Refused(ValueError):
-    """Why states are not kept, as the end of a sentence."""
+from .plan import CacheRefused, SplitPlan
+from .split import CachedSplit
 
 
 @dataclass
 class TrunkCache:
-    """What is kept for a run: the splits, and `reason` where there are none."""
+    """The cached trunk states of a run.
+
+    Attributes:
+        where: "memory", "disk" or "off".
+        reason: why nothing is cached, as the end of a sentence; None if it was not asked for.
+        train: the training split; None if nothing is cached.
+        validation: the validation split; None if it is not cached.
+        no_validation: why the validation split is not cached.
+    """
 
     where: str = "off"
     reason: str | None = None
-    train: KeptSplit | None = None
-    validation: KeptSplit | None = None
-    plainly: str | None = None  # why the validation split is not kept
+    train: CachedSplit | None = None
+    validation: CachedSplit | None = None
+    no_validation: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """For a run's figures, JSON-ready."""
+        """Returns the figures of the cache for `metrics.json`."""
         if self.train is None:
             return {"where": "off", "reason": self.reason}
         depths = {n: len(t.blocks) for n, t in self.train.model.encoder.sites.towers.items()}
-        validation = self.plainly if self.validation is None else self.validation.facts()
+        validation = self.no_validation if self.validation is None else self.validation.facts()
         return {
             "where": self.where,
             "towers": {
                 part.tower: {"block": part.block, "blocks": depths[part.tower]}
-                for part in self.train.prefix.towers
+                for part in self.train.trunk.towers
             },
             "dtype": str(self.train.store.dtype or "as they are").removeprefix("torch."),
             "train": self.train.facts(),
@@ -75,16 +76,18 @@ def prepare(
     evaluations: int,
     quiet: bool,
 ) -> TrunkCache:
-    """Decides what is kept by `trainer.cache_trunk`, and fills it; the model and all random
-    states are left as they were.
+    """Caches the trunk states that `trainer.cache_trunk` asks for.
+
+    Modes and buffers of the model and all random states are afterwards as before.
 
     Args:
-        train: training rows, or a stream of them.
-        passes: over the training rows.
-        evaluations: passes over the validation rows.
+        train: the training rows, or a stream of them.
+        passes: how often the run reads all training rows.
+        evaluations: how often the run reads all validation rows.
+        quiet: no progress bar.
 
     Raises:
-        ValueError: memory or disk is asked for and nothing can be kept, or too much would be.
+        ValueError: memory or disk is asked for, and nothing can be cached or the room is too small.
     """
     config = task.config.trainer
     if config.cache_trunk == "off":
@@ -92,7 +95,7 @@ def prepare(
     try:
         with _undisturbed(model):
             cache = _prepared(task, model, train, validation, passes, evaluations, quiet=quiet)
-    except Refused as error:
+    except CacheRefused as error:
         if config.cache_trunk != "auto":
             raise ValueError(f"trainer.cache_trunk {config.cache_trunk}: {error}") from error
         return TrunkCache(reason=str(error))
@@ -111,37 +114,37 @@ def _prepared(
 ) -> TrunkCache:
     config = task.config.trainer
     auto = config.cache_trunk == "auto"
-    if (reason := _never(task, model, train)) is not None:
-        raise Refused(reason)
+    if (reason := _obstacle(task, model, train)) is not None:
+        raise CacheRefused(reason)
     views = config.views or 1
     if auto and passes <= views:
-        raise Refused(f"{passes:.3g} passes over the training rows are too few to gain by it")
-    drawn = task.randomness(train)
-    if drawn is None:
+        raise CacheRefused(f"{passes:.3g} passes over the training rows are too few to save time")
+    randomness = capability(task, CacheableInputs).randomness(train)
+    if randomness is None:
         views = 1
     elif config.views is None:
-        raise Refused(
-            f"training examples are drawn anew each time ({drawn}): set trainer.views to how many "
-            "ways of each row are kept, or turn that off"
+        raise CacheRefused(
+            f"training examples differ in every epoch ({randomness}): set trainer.views to the "
+            "number of views of each row to cache, or turn that off"
         )
-    planned = [_Planned.of(task, model, train, train=True, views=views)]
-    plainly: str | None = None
+    plans = [SplitPlan.of(task, model, train, train=True, views=views)]
+    no_validation: str | None = None
     if validation is not None and len(validation):
         if evaluations < 2 and auto:
-            plainly = "it is evaluated once"
+            no_validation = "it is evaluated once"
         else:
             try:
-                planned.append(_Planned.of(task, model, validation, train=False, views=1))
-            except Refused as error:
-                plainly = str(error)
-    where, folder = _agreed(lambda: _place(task, planned))
-    cache = TrunkCache(where, plainly=plainly)
-    for plan in planned:
-        split = plan.settled(folder)
+                plans.append(SplitPlan.of(task, model, validation, train=False, views=1))
+            except CacheRefused as error:
+                no_validation = str(error)
+    where, folder = _agreed(lambda: _place(task, plans))
+    cache = TrunkCache(where, no_validation=no_validation)
+    for plan in plans:
+        split = plan.placed(folder)
         try:
             split.fill(workers=readers(config), quiet=quiet)
         except ValueError as error:
-            raise Refused(str(error)) from error
+            raise CacheRefused(str(error)) from error
         if split.train:
             cache.train = split
         else:
@@ -149,219 +152,36 @@ def _prepared(
     return cache
 
 
-def _never(task: Task, model: TaskModel, train: Any) -> str | None:
-    """Why nothing can be kept, as the config says it."""
+def _obstacle(task: Task, model: TaskModel, train: Any) -> str | None:
+    """Returns the setting of the config that excludes any cache, or None if there is none."""
     config = task.config.trainer
     if config.mode == "full":
         return "trainer.mode full trains the whole encoder"
     if not hasattr(train, "__len__"):
-        return "a streamed training split has no rows to come back to (data.streaming)"
+        return "a streamed training split has no rows that come back (data.streaming)"
     if model.encoder.train_trunk:
-        return "the encoder's own dropout acts (trainer.trunk_dropout)"
+        return "the encoder's own dropout is active in training (trainer.trunk_dropout)"
     if model.active_in_training:
-        return "the encoder draws in training (backbone.layerdrop, backbone.spec_augment)"
+        return "the encoder is random in training (backbone.layerdrop, backbone.spec_augment)"
     return None
 
 
-@dataclass
-class _Planned:
-    """A split that can be kept, and how many bytes an example takes."""
-
-    split: KeptSplit
-    entry_bytes: float
-
-    @classmethod
-    def of(cls, task: Task, model: TaskModel, rows: Rows, *, train: bool, views: int) -> _Planned:
-        """
-        Raises:
-            Refused: nothing of the split can be kept.
-        """
-        if not train and (reason := task.one_pass(rows)) is not None:
-            raise Refused(reason)
-        config, (_, world) = task.config.trainer, processes()
-        share = share_of(config.batch_size, config.accumulation, world)
-        size = share if train else config.eval_batch_size or share
-        order = _order(task, rows)
-        probe, chosen = _probe(task, model, rows, order, size=size, train=train)
-        batch = to_device(probe.batch or {}, model.device)
-        run = _training(model) if train else _measuring(task, model)
-        with _as_trained(model, train), autocast(config.precision, model.device):
-            prefix = FrozenTrunk.of(model.encoder, lambda: run(batch))
-        model.eval()
-        _check_towers(task, prefix)
-        if config.cache_trunk == "auto" and not any(
-            part.block > 0 or part.tower == "audio" for part in prefix.towers
-        ):
-            raise Refused("adapters act from the first block on, and all blocks must run")
-        dtypes = {"auto": DTYPES.get(config.precision), "same": None, **DTYPES}
-        places = (order[:, None] * views + np.arange(views)).ravel()
-        store = TrunkStore.in_memory(
-            order=np.arange(len(chosen)), per_chunk=len(chosen), dtype=None
-        )
-        split = KeptSplit(task, model, rows, prefix, store, run, train, size)
-        entries = split.entries(probe)
-        store.put(0, entries)
-        _check_same(split, probe, batch)
-        store.dtype = dtypes[config.cache_dtype]
-        store.put(0, entries)
-        bytes_each = store.nbytes / len(chosen)
-        lengths = task.lengths(rows)
-        if lengths is not None and (own := np.mean([lengths[row] for row in chosen])):
-            bytes_each *= float(np.mean(lengths) / own)
-        split.store = TrunkStore.in_memory(
-            order=places,
-            views=views,
-            per_chunk=-(-chunk_size(bytes_each) // size) * size,
-            dtype=store.dtype,
-        )
-        return cls(split, bytes_each)
-
-    @property
-    def bytes(self) -> int:
-        return int(self.entry_bytes * len(self.split.store.order))
-
-    def settled(self, folder: Path | None) -> KeptSplit:
-        """The split with its store in a folder, or in memory (None)."""
-        split, store = self.split, self.split.store
-        if folder is not None:
-            task = split.task
-            try:
-                told = description(
-                    task,
-                    split.prefix,
-                    split.rows,
-                    train=split.train,
-                    precision=task.config.trainer.precision,
-                )
-                split.store = TrunkStore.on_disk(
-                    folder,
-                    told,
-                    order=store.order,
-                    views=store.views,
-                    per_chunk=store.per_chunk,
-                    dtype=store.dtype,
-                )
-            except ValueError as error:
-                raise Refused(str(error)) from error
-        return split
-
-
-def _order(task: Task, rows: Rows) -> np.ndarray:
-    """(rows,) int64: those of similar lengths, or of one group, follow each other."""
-    found = task.lengths(rows)
-    if found is None:
-        found = task.groups(rows)
-    if found is None:
-        return np.arange(len(rows))
-    return np.argsort(np.asarray(found), kind="stable")
-
-
-def _probe(
-    task: Task, model: TaskModel, rows: Rows, order: np.ndarray, *, size: int, train: bool
-) -> tuple[Probe, list[int]]:
-    """A batch from the middle of the order, or the next one that has a good row."""
-    examples = PlainExamples(task, rows, train=train)
-    collate = ProbeCollate(task, list(model.encoder.sites.towers))
-    starts = list(range(0, len(order), size))
-    middle = len(starts) // 2
-    for start in starts[middle:] + starts[:middle]:
-        chosen = order[start : start + size].tolist()
-        parts = [examples[row, 0] for row in chosen]
-        probe = collate([((number, 0), part) for number, (_, part) in enumerate(parts)])
-        if probe.batch is not None:
-            return probe, chosen
-    raise Refused("no row can be used")
-
-
-def _training(model: TaskModel) -> Run:
-    return lambda batch: model(**batch)
-
-
-def _measuring(task: Task, model: TaskModel) -> Run:
-    return lambda batch: task.records(model, batch)
-
-
-@contextlib.contextmanager
-def _as_trained(model: TaskModel, train: bool) -> Iterator[None]:
-    """Inside, the encoder is in the mode in which it is trained (or measured), and nothing around
-    it, whose running statistics must not move."""
-    model.train(train)
-    inside = {id(module) for module in model.encoder.backbone.modules()}
-    for module in model.modules():
-        if id(module) not in inside:
-            module.training = False
-    with contextlib.nullcontext() if train else torch.no_grad():
-        yield
-
-
-def _check_towers(task: Task, prefix: FrozenTrunk) -> None:
-    kept = {part.tower for part in prefix.towers}
-    for tower in [*task.cacheable_inputs.values(), *([] if kept else prefix.skipped)]:
-        if tower in prefix.skipped:
-            raise Refused(f"tower {tower!r} cannot be kept: {prefix.skipped[tower]}")
-    if not kept:
-        raise Refused("no tower of the encoder runs")
-
-
-def _check_same(split: KeptSplit, probe: Probe, batch: Batch) -> None:
-    """Compares a batch's plain pass with the one that starts from what the store gives again."""
-    precision, device = split.task.config.trainer.precision, split.model.device
-    examples = KeptExamples(split.task, split.store, len(probe.places), train=False)
-    loaded = split.collate([examples[number] for number in range(len(probe.places))])
-    assert loaded.batch is not None
-    again = to_device(loaded.batch, device)
-    with torch.no_grad(), autocast(precision, device):
-        plain = split.run(dict(batch))
-        with split.resumed(again):
-            resumed = split.run(again)
-    if not _alike(plain, resumed, _CLOSE[precision]):
-        raise Refused(
-            "a pass that starts from kept states gives something else than one that does not: "
-            "something beside the encoder reads what it reads"
-        )
-
-
-def _alike(one: Any, other: Any, tolerance: float) -> bool:
-    """Whether two results are the same, numbers up to a difference that their size allows."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(
-            _alike(value, other[key], tolerance) for key, value in one.items()
-        )
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(
-            _alike(*pair, tolerance) for pair in zip(one, other, strict=True)
-        )
-    if isinstance(one, torch.Tensor):
-        return _alike(one.float().cpu().numpy(), other.float().cpu().numpy(), tolerance)
-    if isinstance(one, float):
-        return _alike(np.asarray(one), np.asarray(other), tolerance)
-    if isinstance(one, np.ndarray):
-        if one.shape != np.shape(other):
-            return False
-        scale = max(float(np.abs(one).max(initial=0)), 1.0)
-        return bool(np.allclose(one, other, rtol=0, atol=tolerance * scale, equal_nan=True))
-    try:
-        return bool(one == other)
-    except (TypeError, ValueError):
-        return True  # what cannot be compared says nothing
-
-
-def _place(task: Task, planned: Sequence[_Planned]) -> tuple[str, Path | None]:
-    """Where there is room for all of the splits, as the config lets it be looked for.
+def _place(task: Task, plans: Sequence[SplitPlan]) -> tuple[str, Path | None]:
+    """Chooses "memory", or "disk" and a folder, by the config and the room for all splits.
 
     Raises:
-        Refused: nowhere.
+        CacheRefused: the room is too small.
     """
     config, (_, world) = task.config.trainer, processes()
     folder = cache_folder() if config.cache_folder is None else Path(config.cache_folder)
-    needed = sum(plan.bytes for plan in planned)
-    stores = [plan.split.store for plan in planned]
+    needed = sum(plan.bytes for plan in plans)
+    stores = [plan.split.store for plan in plans]
     options: dict[str, Any] = {
-        "records": sum(len(plan.split.rows) for plan in planned),
+        "records": sum(len(plan.split.rows) for plan in plans),
         "views": stores[0].views,
         "budget": config.cache_budget,
     }
-    # In memory every process of this machine has a copy.
+    # Every process of this machine holds a copy in memory.
     copies = needed * _local(world)
     wanted = config.cache_trunk
     if wanted == "auto":
@@ -373,39 +193,42 @@ def _place(task: Task, planned: Sequence[_Planned]) -> tuple[str, Path | None]:
             return "memory", None
         check_room(needed, folder=folder, **options)
     except ValueError as error:
-        raise Refused(f"{error} (trainer.cache_budget)") from error
+        raise CacheRefused(f"{error} (trainer.cache_budget)") from error
     return "disk", folder
 
 
 def _local(world: int) -> int:
-    """Processes of the group on this machine."""
+    """Returns the number of processes of the group on this machine."""
     return min(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
 
 
 def _agreed(choose: Callable[[], tuple[str, Path | None]]) -> tuple[str, Path | None]:
-    """What all processes of the group settle on: what the first of them refuses, none does, and
-    disk is what all can have."""
+    """Returns the choice that all processes of the group make together.
+
+    If one process refuses, all do; if one of them chooses the disk, all do.
+    """
+    choice: Any
     try:
-        own: Any = choose()
-    except Refused as error:
-        own = str(error)
+        choice = choose()
+    except CacheRefused as error:
+        choice = str(error)
     _, world = processes()
     if world > 1:
         every: list[Any] = [None] * world
-        torch.distributed.all_gather_object(every, own)
-        own = next((one for one in every if isinstance(one, str)), None) or next(
-            (one for one in every if one[0] == "disk"), own
+        torch.distributed.all_gather_object(every, choice)
+        choice = next((one for one in every if isinstance(one, str)), None) or next(
+            (one for one in every if one[0] == "disk"), choice
         )
-    if isinstance(own, str):
-        raise Refused(own)
-    return own
+    if isinstance(choice, str):
+        raise CacheRefused(choice)
+    return choice
 
 
 @contextlib.contextmanager
 def _undisturbed(model: TaskModel) -> Iterator[None]:
-    """Afterwards modes, buffers and all random states are what they were."""
+    """After the block all modes, buffers and random states are as before."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in _moving(model)]
+    buffers = [(buffer, buffer.clone()) for buffer in _statistics(model)]
     states = random.getstate(), np.random.get_state()
     cuda = [model.device.index or 0] if model.device.type == "cuda" else []
     try:
@@ -421,8 +244,8 @@ def _undisturbed(model: TaskModel) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def _moving(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Buffers that a pass may change."""
+def _statistics(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yields the running statistics of a model: the buffers that a pass may change."""
     for module in model.modules():
         if hasattr(module, "running_mean") or hasattr(module, "num_batches_tracked"):
             yield from (buffer for buffer in module.buffers(recurse=False))

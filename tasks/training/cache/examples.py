@@ -1,8 +1,12 @@
-"""Examples whose heavy tensors the encoder has read once: how they are kept, and read again.
+"""Examples of a split whose cacheable inputs the encoder has read once.
 
-Of a heavy tensor (pixels, a waveform) only the shape is kept, beside the states that the encoder
-made of it; `collate` works on such shapes as on any tensors, and the batch holds a `Blank` in
-place of each, and the states of all its rows under `STATES`.
+Filling: `FillExamples` and `FillCollate` make the batches that the frozen trunk runs on, and
+`FillBatch.entries` makes from its states what a `TrunkStore` keeps of each row.
+Reading: `CachedExamples` and `CachedCollate` make training and evaluation batches from a store.
+
+Of a cacheable input (pixels, a waveform) only the shape is kept, with the trunk's states of it.
+`collate` works on tensors without values as on any others. The batch then holds a `Blank` in place
+of each of them, and the states of all its rows under `STATES`.
 """
 
 from __future__ import annotations
@@ -18,79 +22,87 @@ from mmadapters.trunk.format import pack
 from mmadapters.trunk.frozen import States, TowerTrunk
 from mmadapters.trunk.store import Entry, Part, TrunkStore
 
+from ...core.capabilities import CacheableInputs, TowerRow, capability
 from ...core.device import Blank
 from ...core.errors import BadRow, Problem
-from ...core.task import Batch, Example, Rows, Task, TowerRow
+from ...core.rows import Batch, Example, Rows
+from ...core.task import Task
 from ...data.examples import Collate, Examples, Loaded, seeded_example, view_seed
 
-STATES = "states of the prefix"  # no name that a model's forward could have
+STATES = "states of the frozen trunk"  # no argument of a model's forward can have this name
 _EXAMPLE, _PROBLEM = "example", "problem"
-Place = tuple[int, int]  # a row of the split, and the view of it
+Place = tuple[int, int]  # the number of a row in the split, and of one of its views
 
 
-def row_numbers(units: Sequence[Sequence[TowerRow]]) -> list[list[int]]:
-    """For the units of each example, which rows of a tower's batch they are."""
+def row_numbers(examples: Sequence[Sequence[TowerRow]]) -> list[list[int]]:
+    """Returns, for each example, the numbers of its rows in the batch of a tower.
+
+    Args:
+        examples: the tower rows of each example. Rows with equal keys are one row of the batch.
+    """
     known: dict[str, int] = {}
     count = 0
-    found = []
-    for some in units:
-        own = []
-        for unit in some:
-            row = count if unit.key is None else known.setdefault(unit.key, count)
-            count = max(count, row + 1)
-            own.append(row)
-        found.append(own)
-    return found
+    numbers = []
+    for tower_rows in examples:
+        of_example = []
+        for row in tower_rows:
+            number = count if row.key is None else known.setdefault(row.key, count)
+            count = max(count, number + 1)
+            of_example.append(number)
+        numbers.append(of_example)
+    return numbers
 
 
 @dataclass
-class Probe:
-    """A batch whose states are to be kept.
+class FillBatch:
+    """A batch whose trunk states go into the cache.
 
     Attributes:
-        places: of its rows.
-        rests: what else is kept of each row, or why it cannot be used.
-        good: those of them that are examples, by their number here.
-        units: by tower those of each example.
-        batch: of the examples; None without any.
+        places: the place of each row of the split that is in the batch.
+        rests: for each place, packed, the example without cacheable inputs, or why the row cannot
+            be used.
+        good: the indices, into `places`, of the rows that can be used.
+        tower_rows: by tower, the tower rows of each usable example.
+        batch: the usable examples, collated; None if there are none.
     """
 
     places: list[Place]
     rests: list[bytes]
     good: list[int]
-    units: dict[str, list[Sequence[TowerRow]]]
+    tower_rows: dict[str, list[Sequence[TowerRow]]]
     batch: Batch | None
 
     def entries(self, towers: Sequence[TowerTrunk], states: States) -> list[Entry]:
-        """What is kept of each row.
+        """Returns what the store keeps of each place.
 
         Args:
-            states: of `batch`, on the CPU.
+            towers: the cached part of each tower.
+            states: the trunk states of `batch`, on the CPU; each (B, N, D).
 
         Raises:
-            ValueError: a tower ran on other rows than the task says.
+            ValueError: a tower ran on another number of rows than the task says.
         """
         parts: list[dict[str, list[Part]]] = [{t.tower: [] for t in towers} for _ in self.rests]
         for tower in towers if self.good else ():
-            own = {layer: states[tower.tower, layer] for layer in tower.layers}
-            units = self.units[tower.tower]
-            rows = row_numbers(units)
-            there = len(next(iter(own.values())))
-            expected = len({row for some in rows for row in some})
-            if there != expected:
+            layers = {layer: states[tower.tower, layer] for layer in tower.layers}
+            tower_rows = self.tower_rows[tower.tower]
+            numbers = row_numbers(tower_rows)
+            count = len(next(iter(layers.values())))
+            expected = len({number for of_example in numbers for number in of_example})
+            if count != expected:
                 raise ValueError(
-                    f"tower {tower.tower!r} ran on {there} rows where the batch has {expected}"
+                    f"tower {tower.tower!r} ran on {count} rows where the batch has {expected}"
                 )
-            for place, some, of_example in zip(self.good, rows, units, strict=True):
+            for place, of_example, rows in zip(self.good, numbers, tower_rows, strict=True):
                 parts[place][tower.tower] = [
-                    Part({n: value[row][: unit.tokens] for n, value in own.items()}, unit.key)
-                    for row, unit in zip(some, of_example, strict=True)
+                    Part({n: value[number][: row.tokens] for n, value in layers.items()}, row.key)
+                    for number, row in zip(of_example, rows, strict=True)
                 ]
-        return [Entry(rest, own) for rest, own in zip(self.rests, parts, strict=True)]
+        return [Entry(rest, of_towers) for rest, of_towers in zip(self.rests, parts, strict=True)]
 
 
-class PlainExamples(Dataset):
-    """Examples by place, bad rows as `Problem`s: what is kept."""
+class FillExamples(Dataset):
+    """The examples of a split by place, as the cache is filled with them; bad rows as `Problem`."""
 
     def __init__(self, task: Task, rows: Rows, *, train: bool) -> None:
         self.task, self.rows, self.train = task, rows, train
@@ -104,41 +116,50 @@ class PlainExamples(Dataset):
             return place, Problem(row, str(error))
 
 
-class ProbeCollate:
-    """Gathers what `PlainExamples` gives; `towers` are the names of the encoder's."""
+class FillCollate:
+    """Gathers items of `FillExamples` into a `FillBatch`.
+
+    Args:
+        towers: the names of the encoder's towers.
+    """
 
     def __init__(self, task: Task, towers: Sequence[str]) -> None:
         self.task, self.towers = task, towers
 
-    def __call__(self, parts: Sequence[tuple[Place, Example | Problem]]) -> Probe:
+    def __call__(self, parts: Sequence[tuple[Place, Example | Problem]]) -> FillBatch:
         examples: list[Example] = []
         rests, good = [], []
+        cacheable = capability(self.task, CacheableInputs)
         for number, (_, part) in enumerate(parts):
             if isinstance(part, Problem):
                 rests.append(pack({_PROBLEM: part.reason}))
             else:
-                rests.append(pack({_EXAMPLE: without_values(self.task.cacheable_inputs, part)}))
+                rests.append(pack({_EXAMPLE: without_values(cacheable.cacheable_inputs, part)}))
                 examples.append(part)
                 good.append(number)
-        return Probe(
+        return FillBatch(
             [place for place, _ in parts],
             rests,
             good,
-            {tower: [self.task.tower_rows(tower, e) for e in examples] for tower in self.towers},
+            {tower: [cacheable.tower_rows(tower, e) for e in examples] for tower in self.towers},
             self.task.collate(examples) if examples else None,
         )
 
 
-def without_values(heavy: Mapping[str, str], example: Example) -> Example:
-    """The example with heavy tensors on the meta device, where they have no values."""
+def without_values(cacheable: Mapping[str, str], example: Example) -> Example:
+    """Returns the example with its cacheable inputs on the meta device, where they have no values.
+
+    Args:
+        cacheable: as `Task.cacheable_inputs`, a key of the example -> its tower.
+    """
     return {
-        key: value.to("meta") if key in heavy and isinstance(value, Tensor) else value
+        key: value.to("meta") if key in cacheable and isinstance(value, Tensor) else value
         for key, value in example.items()
     }
 
 
-class KeptExamples(Examples):
-    """Examples of a split as a store has them; "view" says which of a row's views each is."""
+class CachedExamples(Examples):
+    """The examples of a split as a store holds them; "view" names the view of each."""
 
     def __init__(self, task: Task, store: TrunkStore, rows: int, *, train: bool) -> None:
         super().__init__(task, range(rows), train=train)  # type: ignore[arg-type]
@@ -152,8 +173,8 @@ class KeptExamples(Examples):
         return {**rest[_EXAMPLE], "view": view}
 
 
-class KeptCollate(Collate):
-    """Gathers what `KeptExamples` gives, with the states of all rows."""
+class CachedCollate(Collate):
+    """Gathers `CachedExamples` into a `Loaded` whose batch holds the states of all its rows."""
 
     def __init__(self, task: Task, store: TrunkStore, towers: Sequence[TowerTrunk]) -> None:
         super().__init__(task)
@@ -171,22 +192,26 @@ class KeptCollate(Collate):
         return loaded
 
     def states(self, places: Sequence[Place], examples: Sequence[Example]) -> States:
-        """Those of the batch that examples make, on the CPU, in the type in which they are kept."""
-        found: States = {}
+        """Returns the states (B, N, D) of a batch of these examples, by tower and layer.
+
+        They are on the CPU, in the type in which the store keeps them.
+        """
+        batch: States = {}
+        cacheable = capability(self.task, CacheableInputs)
         for tower in self.towers:
             firsts: dict[int, tuple[int, int, int]] = {}
-            units = [self.task.tower_rows(tower.tower, example) for example in examples]
-            for place, rows in zip(places, row_numbers(units), strict=True):
-                for part, row in enumerate(rows):
-                    firsts.setdefault(row, (*place, part))
-            wanted = [firsts[row] for row in range(len(firsts))]
+            tower_rows = [cacheable.tower_rows(tower.tower, example) for example in examples]
+            for place, numbers in zip(places, row_numbers(tower_rows), strict=True):
+                for part, number in enumerate(numbers):
+                    firsts.setdefault(number, (*place, part))
+            wanted = [firsts[number] for number in range(len(firsts))]
             for layer, states in self.store.states(tower.tower, tower.layers, wanted).items():
-                found[tower.tower, layer] = states
-        return found
+                batch[tower.tower, layer] = states
+        return batch
 
 
 def _blanks(value: Any) -> Any:
-    """A batch or an example with a `Blank` for each tensor without values."""
+    """Returns a batch or an example with a `Blank` in place of each tensor without values."""
     if isinstance(value, Tensor) and value.device.type == "meta":
         return Blank(tuple(value.shape), value.dtype)
     if isinstance(value, dict):

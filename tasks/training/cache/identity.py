@@ -1,4 +1,4 @@
-"""What kept states were made of, so that a later run can tell whether they are its own."""
+"""The identity of cached trunk states: a later run compares it to tell if it can use them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import numpy as np
 
 from mmadapters import FrozenTrunk
 
+from ...core.capabilities import CacheableInputs, capability
 from ...core.machine import versions
-from ...core.task import Rows, Task
-from ..evaluate import MEDIA
+from ...core.rows import Rows
+from ...core.task import Task
+from ...data.columns import MEDIA
 
-# Sections and settings of a config that do not change what an example is.
-_BESIDE = {
+# Sections and keys of a config that examples do not depend on.
+_IRRELEVANT = {
     *("name", "output", "adapter", "members", "composition", "trainer", "evaluation"),
     *("head", "loss", "decoding", "inference", "chunks"),
 }
@@ -28,28 +30,28 @@ _PACKAGES = (
 
 
 def description(
-    task: Task, prefix: FrozenTrunk, rows: Rows, *, train: bool, precision: str
+    task: Task, trunk: FrozenTrunk, rows: Rows, *, train: bool, precision: str
 ) -> dict[str, Any]:
-    """All that the kept states of a split depend on, JSON-ready.
+    """Returns everything that the cached states of a split depend on, JSON-ready.
 
     Raises:
-        ValueError: the rows hold what has no name.
+        ValueError: the rows hold values that cannot be hashed.
     """
-    encoder = prefix.model
+    encoder = trunk.model
     identity = encoder.identity()
-    drawn = train and task.randomness(rows) is not None
-    beside = _BESIDE if drawn else _BESIDE | {"seed"}
+    random = train and capability(task, CacheableInputs).randomness(rows) is not None
+    excluded = _IRRELEVANT if random else _IRRELEVANT | {"seed"}
     return {
         "encoder": {
             "library": identity["library"],
             "architecture": identity["architecture"],
-            "weights": prefix.fingerprint(),
+            "weights": trunk.fingerprint(),
             "modules": hashlib.sha256(repr(encoder.backbone).encode()).hexdigest(),
         },
-        "towers": [[part.tower, part.block, list(part.layers)] for part in prefix.towers],
+        "towers": [[part.tower, part.block, list(part.layers)] for part in trunk.towers],
         "precision": precision,
         "task": task.name,
-        "config": task.config.model_dump(mode="json", exclude=beside),
+        "config": task.config.model_dump(mode="json", exclude=excluded),
         "state": task.state,
         "split": "train" if train else "evaluation",
         "rows": rows_identity(task, rows),
@@ -58,10 +60,12 @@ def description(
 
 
 def rows_identity(task: Task, rows: Rows) -> str:
-    """A hash of all that the rows hold; of media that lie elsewhere, their size and time of change.
+    """Returns a hash of all values of the rows.
+
+    Media files that the rows only name count with their size and time of modification.
 
     Raises:
-        ValueError: they hold what has no name.
+        ValueError: the rows hold values that cannot be hashed.
     """
     digest = hashlib.sha256()
     if hasattr(rows, "data") and hasattr(rows, "_indices"):
@@ -78,7 +82,7 @@ def rows_identity(task: Task, rows: Rows) -> str:
 
 
 class _Sink:
-    """A file whose bytes go into a hash."""
+    """A file that adds every byte written to it to a hash."""
 
     closed = False
 
@@ -100,14 +104,14 @@ def _hash_tables(digest: Any, rows: Any) -> None:
         if part is None:
             continue
         table = getattr(part, "table", part)
-        # The schema's metadata names the data set's features, not its rows.
+        # The schema's metadata describes the features of the data set, not its rows.
         table = table.replace_schema_metadata(None)
         with pa.ipc.new_stream(pa.PythonFile(_Sink(digest), mode="w"), table.schema) as writer:
             writer.write_table(table)
 
 
 def _paths(rows: Any, name: str) -> list[str | None]:
-    """Of a column of media, the paths of those that are not in the rows."""
+    """Returns the paths of the media in a column whose bytes are not in the rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -126,10 +130,10 @@ def _paths(rows: Any, name: str) -> list[str | None]:
 
 def _stamp(path: str | None) -> str:
     try:
-        found = os.stat(path or "")
+        status = os.stat(path or "")
     except (OSError, ValueError):
         return f"{path} -"
-    return f"{path} {found.st_size} {found.st_mtime_ns}"
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
 def _hash(digest: Any, value: Any) -> None:
@@ -150,6 +154,6 @@ def _hash(digest: Any, value: Any) -> None:
         digest.update(f"{value!r};".encode())
     else:
         raise ValueError(
-            f"rows that hold a {type(value).__name__} cannot be told from others by a later run: "
-            "keep their states in memory"
+            f"a later run cannot recognise rows that hold a {type(value).__name__}: cache their "
+            "states in memory"
         )

@@ -1,42 +1,41 @@
-"""The recipe of `nano/blip`: contrast, matching and captions over `nano/vit`, as BLIP is trained.
+"""The recipe of `nano/blip`: contrast, matching and captions on `nano/vit`, as BLIP is trained.
 
-An hour on two CPU cores that multiply bf16, for the lower vision blocks stay as `nano/vit` has them
-and are run once: what they give of each picture is kept in memory, and a step begins there. The
-losses are BLIP's (Li et al. 2022, §3.2): image-text contrast with a learnt temperature, image-text
-matching with hard negatives drawn by the contrast's similarities, and language modelling with label
-smoothing 0.1; text encoder and decoder share all but their self-attention. Left out are the
-momentum encoder and its queue, which a batch of different pairs can do without.
+It takes an hour on two CPU cores that multiply bf16. The lower vision blocks stay frozen as in
+`nano/vit` and run once for each picture; their output is kept in memory and every step starts from
+it. The losses are those of BLIP (Li et al. 2022, §3.2): image-text contrast with a learnt
+temperature, image-text matching with hard negatives sampled by the contrast's similarities, and
+language modelling with label smoothing 0.1. Text encoder and decoder share all but their
+self-attention. Unlike BLIP, there is no momentum encoder and no queue; a batch of different pairs
+does not need them.
 
 Shape legend: P photographs, S scenes, B pairs of both, T image tokens, D width, L text tokens,
 E width of the shared space.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from mmadapters.files import write_text
-from mmadapters.zoo import NANO, blip, clip
-from mmadapters.zoo import vit as _vit
+from mmadapters.zoo import NANO, blip, load_tokenizer
+from mmadapters.zoo.clip import TOKENIZER
 from mmadapters.zoo.files import CARD, WEIGHTS, read_config, write_config, write_weights
 
 from ...data.synthetic import scenes
-from .. import photos
-from . import clip as clip_recipe
+from .. import blip_figures, photos
+from ..clip_figures import TEMPLATES
 from . import training
+from .blip_model import LEARNT_BLOCKS, Blip, loss_of
+from .clip import CONTEXT_LENGTH, WORDINGS, draw
 from .training import IMAGE, figure
 
-LEARNT_BLOCKS = 2  # of the vision tower, from its top
-RATE, VISION_RATE, WARMUP, WEIGHT_DECAY, SMOOTHING = 1e-3, 3e-4, 200, 0.05, 0.1
+RATE, VISION_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 3e-4, 200, 0.05
 EMBED_DIM = 128
 TEXT: dict[str, Any] = {
     "hidden_size": 224,
@@ -45,28 +44,33 @@ TEXT: dict[str, Any] = {
     "projection_dim": EMBED_DIM,
     "num_hidden_layers": 3,
     "num_attention_heads": 7,
-    "max_position_embeddings": clip_recipe.CONTEXT_LENGTH,
+    "max_position_embeddings": CONTEXT_LENGTH,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this recipe."""
+    """Adds the options of this recipe."""
     training.add_arguments(parser, steps=1_800, batch_size=32)
-    parser.add_argument("--scene-batch-size", type=int, default=128)
-    parser.add_argument("--scenes", type=int, default=60_000, help="drawn once, used again")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--scene-batch-size", type=int, default=128, help="scenes in a step")
+    parser.add_argument("--scenes", type=int, default=60_000, help="number of scenes, drawn once")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="multiply in bf16; None means on a GPU only",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train the model; write weights, `config.json` and card."""
+    """Trains the model; writes weights, `config.json` and card."""
     start = time.perf_counter()
     torch.manual_seed(options.seed)
     folder = training.photo_folder(options.data)
     options.out.mkdir(parents=True, exist_ok=True)
     vit = read_config(NANO["nano/vit"].directory)["architecture"]
-    tokenizer = clip.load_tokenizer(blip.CLIP, "hf")
+    tokenizer = load_tokenizer("nano/blip-retrieval")
     architecture = {
         "embed_dim": EMBED_DIM,
         "vision_config": {
@@ -84,11 +88,11 @@ def run(options: argparse.Namespace) -> None:
         "name": "nano/blip",
         "architecture": architecture,
         "image": IMAGE,
-        "tokenizer": {"context_length": clip_recipe.CONTEXT_LENGTH},
+        "tokenizer": {"context_length": CONTEXT_LENGTH},
     }
-    pictures, captions = clip_recipe.draw(options.scenes, blip.CLIP / clip.TOKENIZER)
+    pictures, captions = draw(options.scenes, blip.CLIP / TOKENIZER)
     model = Blip(architecture).to(options.device)
-    data = Data(folder, pictures, captions, tokenizer=tokenizer, model=model, options=options)
+    data = BlipData(folder, pictures, captions, tokenizer=tokenizer, model=model, options=options)
     write_config(config, options.out)
     curve, seconds = pretrain(model, data, options=options)
 
@@ -101,97 +105,16 @@ def run(options: argparse.Namespace) -> None:
     print({key: figure["value"] for key, figure in config["figures"].items()}, f"{seconds:.0f} s")
 
 
-class Blip(nn.Module):
-    """What is trained: `nano/vit`, of which the lower blocks stay, text encoder, heads, decoder."""
-
-    def __init__(self, architecture: dict[str, Any]) -> None:
-        super().__init__()
-        from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
-
-        config = blip.config_of(architecture)
-        vit = _vit.load(NANO["nano/vit"].directory, "timm")
-        assert isinstance(vit, VisionTransformer)
-        self.lower = len(vit.blocks) - LEARNT_BLOCKS
-        self.vit = vit.requires_grad_(False)
-        for part in (*vit.blocks[self.lower :], vit.norm):
-            part.requires_grad_(True)
-        # PyTorch's fused attention in bf16 on a CPU costs a fifth of a step.
-        module: Any
-        for module in vit.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
-        retrieval = BlipForImageTextRetrieval(config)
-        self.text_encoder = retrieval.text_encoder
-        self.vision_proj, self.text_proj = retrieval.vision_proj, retrieval.text_proj
-        self.itm_head = retrieval.itm_head
-        self.text_decoder = BlipForConditionalGeneration(config).text_decoder
-        shared = dict(self.text_encoder.named_parameters())
-        for name, _ in list(self.text_decoder.bert.named_parameters()):
-            if blip.is_shared(name):
-                path, _, leaf = name.rpartition(".")
-                setattr(self.text_decoder.bert.get_submodule(path), leaf, shared[name])
-        output = self.text_decoder.cls.predictions
-        output.decoder.weight = shared["embeddings.word_embeddings.weight"]
-        output.decoder.bias = output.bias
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
-
-    def begun(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, T, D), what enters the first block that is trained."""
-        x = self.vit._pos_embed(self.vit.patch_embed(photos.normalise(images, IMAGE)))
-        return self.vit.blocks[: self.lower](x)
-
-    def finished(self, states: Tensor) -> Tensor:
-        """`begun`'s (B, T, D) -> image tokens (B, T, D)."""
-        return self.vit.norm(self.vit.blocks[self.lower :](states))
-
-    def encode(self, tokens: Tensor, images: Tensor | None = None) -> Tensor:
-        """(B, L) -> the first token's state (B, D), read alone or together with (B, T, D)."""
-        states = self.text_encoder(
-            input_ids=tokens,
-            attention_mask=(tokens != 0).long(),
-            encoder_hidden_states=images,
-            return_dict=True,
-        ).last_hidden_state
-        return states[:, 0]
-
-    def logits(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """What the decoder expects behind each of (B, L) tokens: (B, L, V)."""
-        hidden = self.text_decoder.bert(
-            input_ids=tokens,
-            attention_mask=(tokens != 0).long(),
-            encoder_hidden_states=images,
-            is_decoder=True,
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state
-        return self.text_decoder.cls(hidden)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a file holds: see `_blip`."""
-        upper = tuple(f"blocks.{n}." for n in range(self.lower, len(self.vit.blocks)))
-        vit = self.vit.state_dict()
-        found = blip.vision_tensors(
-            {k: v for k, v in vit.items() if k.startswith((*upper, "norm."))}
-        )
-        own = self.state_dict()
-        found |= {k: v for k, v in own.items() if k.startswith(blip.MATCHING)}
-        bert, output = "text_decoder.bert.", "text_decoder.cls.predictions."
-        found |= {k: v for k, v in own.items() if k.startswith(bert) and not blip.is_shared(k)}
-        found |= {
-            k: v
-            for k, v in own.items()
-            if k.startswith(output) and not k.startswith(f"{output}decoder.")
-        }
-        return found
-
-
-class Data:
-    """What a step draws from, in memory.
+class BlipData:
+    """The training data of `nano/blip`, in memory.
 
     Attributes:
-        photos, pictures: `Blip.begun` of photographs and scenes, (N, T, D) bf16.
-        classes: for each class the numbers of its photographs.
-        prompts: (templates, C, L) token ids of the class names. captions: (N, WORDINGS, L).
+        photos: `Blip.frozen_states` of the photographs, (P, T, D) bf16.
+        pictures: `Blip.frozen_states` of the scenes, (S, T, D) bf16.
+        classes: for each class that has photographs, their indices.
+        class_of: for each entry of `classes`, its label.
+        captions: token ids of the scenes' captions, (S, WORDINGS, L).
+        prompts: token ids of the class names, (templates, C, L).
     """
 
     def __init__(
@@ -207,8 +130,8 @@ class Data:
         self.device = options.device
         names = photos.class_names(folder)
         images, labels = photos.read_photos(folder, "train")
-        self.photos = self._begun(model, images, "photographs", options)
-        self.pictures = self._begun(model, pictures, "scenes", options)
+        self.photos = self._states(model, images, "photographs", options)
+        self.pictures = self._states(model, pictures, "scenes", options)
         self.classes = [torch.nonzero(labels == label)[:, 0] for label in range(len(names))]
         self.classes = [numbers for numbers in self.classes if len(numbers)]
         self.class_of = [int(labels[numbers[0]]) for numbers in self.classes]
@@ -222,53 +145,59 @@ class Data:
                     truncation=True,
                     max_length=length,
                 ).input_ids
-                for template in clip.TEMPLATES
+                for template in TEMPLATES
             ]
         )
 
-    def _begun(self, model: Blip, images: Tensor, what: str, options: argparse.Namespace) -> Tensor:
+    def _states(
+        self, model: Blip, images: Tensor, what: str, options: argparse.Namespace
+    ) -> Tensor:
         parts = images.split(256)
         with torch.no_grad(), training.autocast(options.device, bf16=options.bf16):
             return torch.cat(
                 [
-                    model.begun(part.to(options.device)).to(torch.bfloat16)
+                    model.frozen_states(part.to(options.device)).to(torch.bfloat16)
                     for part in tqdm(parts, mininterval=5, desc=what)
                 ]
             )
 
     def batches(self, options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless (states (B, T, D), captions (B, L)): each photograph of another class."""
+        """Yields pairs of states (B, T, D) and captions (B, L) without end.
+
+        Each photograph of a batch is of another class.
+        """
         drawn = training.shuffled(len(self.pictures), options.scene_batch_size, "cpu")
         for number, s in enumerate(drawn):
             chosen = torch.randperm(len(self.classes))[: options.batch_size].tolist()
-            own = [self.classes[c] for c in chosen]
-            p = torch.stack([some[torch.randint(len(some), ())] for some in own])
+            numbers = [self.classes[c] for c in chosen]
+            p = torch.stack([some[torch.randint(len(some), ())] for some in numbers])
             labels = torch.tensor([self.class_of[c] for c in chosen])
             states = torch.cat([self.photos[p], self.pictures[s]]).float()
             prompts = self.prompts[number % len(self.prompts)][labels]
-            wording = number % clip_recipe.WORDINGS
+            wording = number % WORDINGS
             tokens = torch.cat([prompts, self.captions[s, wording]])
             tokens = tokens[:, : int((tokens != 0).sum(dim=1).max())]
             yield states.to(self.device), tokens.to(self.device)
 
 
 def pretrain(
-    model: Blip, data: Data, *, options: argparse.Namespace
+    model: Blip, data: BlipData, *, options: argparse.Namespace
 ) -> tuple[list[dict[str, float]], float]:
-    """Train and write the weights; returns the held-out curve (validation scenes) and the seconds.
+    """Trains and writes the weights; returns the held-out curve and the duration in seconds.
 
-    `config.json` is there already: what is evaluated is loaded as it ships.
+    `config.json` must exist, since evaluation loads the written files as users do.
     """
     text = [model.text_encoder, model.vision_proj, model.text_proj, model.itm_head]
-    own = [part for n, part in model.text_decoder.bert.named_modules() if n.endswith(".attention")]
+    bert = model.text_decoder.bert
+    attention = [part for name, part in bert.named_modules() if name.endswith(".attention")]
     output = model.text_decoder.cls.predictions
     heads = [output.transform, output.bias, model.logit_scale]
     upper = [*model.vit.blocks[model.lower :], model.vit.norm]
-    groups = [(part, RATE) for part in (*text, *own, *heads)]
+    groups = [(part, RATE) for part in (*text, *attention, *heads)]
     groups += [(part, VISION_RATE) for part in upper]
     adam = training.optimiser(groups, weight_decay=WEIGHT_DECAY)
     batches = data.batches(options)
-    scene_images, scene_captions = blip.drawn(scenes.VALIDATION_SEEDS, size=IMAGE["size"])
+    scene_images, scene_captions = blip_figures.drawn(scenes.VALIDATION_SEEDS, size=IMAGE["size"])
 
     def step(_number: int) -> Tensor:
         states, tokens = next(batches)
@@ -276,12 +205,12 @@ def pretrain(
             return loss_of(model, states, tokens)
 
     def evaluate(_number: int) -> dict[str, float]:
-        write_weights(model.tensors(), options.out)  # a run that is cut leaves its last state
-        found = figures(options.out, scene_images, scene_captions)
+        write_weights(model.tensors(), options.out)  # an interrupted run leaves its latest state
+        measured = figures(options.out, scene_images, scene_captions)
         return {
-            "R@1, validation scenes": found["embeddings"],
-            "after matching": found["matching"],
-            "CIDEr / 10": found["cider"] / 10,
+            "R@1, validation scenes": measured["embeddings"],
+            "after matching": measured["matching"],
+            "CIDEr / 10": measured["cider"] / 10,
         }
 
     return training.train(
@@ -289,63 +218,25 @@ def pretrain(
     )
 
 
-def loss_of(model: Blip, states: Tensor, tokens: Tensor) -> Tensor:
-    """Contrast + matching + language modelling of B pairs.
-
-    Args:
-        states: (B, T, D) of `Blip.begun`.
-        tokens: (B, L), start and end token included, padded with zeros.
-    """
-    images = model.finished(states)
-    image = F.normalize(model.vision_proj(images[:, 0]).float(), dim=-1)
-    text = F.normalize(model.text_proj(model.encode(tokens)).float(), dim=-1)
-    logits = model.logit_scale.exp().clamp(max=100) * image @ text.T  # (B, B)
-    own = torch.arange(len(tokens), device=tokens.device)
-    contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-    decode, encode = model.text_encoder.config.vocab_size - 2, tokens.clone()
-    encode[:, 0] = decode + 1
-    with torch.no_grad():
-        hard = logits.softmax(dim=1) + 1e-6
-        text_of = torch.multinomial(hard.fill_diagonal_(0), 1)[:, 0]
-        hard = logits.T.softmax(dim=1) + 1e-6
-        image_of = torch.multinomial(hard.fill_diagonal_(0), 1)[:, 0]
-    pairs = model.encode(
-        torch.cat([encode, encode[text_of], encode]),
-        torch.cat([images, images, images[image_of]]),
-    )
-    labels = (torch.arange(len(pairs), device=pairs.device) < len(own)).long()
-    matching = F.cross_entropy(model.itm_head(pairs).float(), labels)
-
-    begun = tokens.clone()
-    begun[:, 0] = decode
-    expected = model.logits(begun[:, :-1], images).float()
-    words = F.cross_entropy(
-        expected.transpose(1, 2),
-        tokens[:, 1:],
-        ignore_index=0,
-        label_smoothing=SMOOTHING,
-    )
-    return contrast + matching + words
-
-
 def figures(directory: Path, images: Tensor, captions: list[list[str]]) -> dict[str, float]:
-    """Recall by embeddings and after matching, and CIDEr, of what a directory holds."""
+    """Measures recall by embeddings and after matching, and CIDEr, of the files in a directory."""
     retrieval, caption = (blip.load(directory, "hf", kind=kind) for kind in blip.CLASSES)
-    states = blip.image_tokens(retrieval, images, image=IMAGE)
-    found = blip.recall(retrieval, states, [texts[0] for texts in captions])
-    return found | {"cider": blip.caption_score(blip.describe(caption, states), captions)}
+    states = blip_figures.image_tokens(retrieval, images, image=IMAGE)
+    measured = blip_figures.recall(retrieval, states, [texts[0] for texts in captions])
+    return measured | {
+        "cider": blip_figures.caption_score(blip_figures.describe(caption, states), captions)
+    }
 
 
 def measure(directory: Path) -> dict[str, dict[str, Any]]:
-    """The card's figures; the scenes are those of `TEST_SEEDS`, which nothing was trained on."""
-    test = figures(directory, *blip.drawn(scenes.TEST_SEEDS, size=IMAGE["size"]))
+    """Measures the card's figures on scenes of `TEST_SEEDS`, which training does not use."""
+    test = figures(directory, *blip_figures.drawn(scenes.TEST_SEEDS, size=IMAGE["size"]))
     unseen = figures(
         directory,
-        *blip.drawn(scenes.TEST_SEEDS, size=IMAGE["size"], vocabulary=scenes.UNSEEN),
+        *blip_figures.drawn(scenes.TEST_SEEDS, size=IMAGE["size"], vocabulary=scenes.UNSEEN),
     )
     among = "text→image R@1 among 1,000 drawn {} scenes, {}"
-    by, after = "by embeddings", f"the best {blip.RERANKED} matched"
+    by, after = "by embeddings", f"the best {blip_figures.RERANKED} matched"
     cider = "CIDEr of the captions of 1,000 drawn {} scenes, 5 references each"
     return {
         "scene_recall": figure(among.format("test", by), test["embeddings"], 0.01),
@@ -357,7 +248,7 @@ def measure(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_card(config: dict[str, Any], out: Path) -> None:
-    """Write the card of an encoder from its `config.json`."""
+    """Writes the card of an encoder from its `config.json`."""
     shares = {
         key: 100 * figure["value"] if "cider" not in key else figure["value"]
         for key, figure in config["figures"].items()
@@ -376,12 +267,13 @@ def write_card(config: dict[str, Any], out: Path) -> None:
 
 CARD_TEXT = """# nano/blip
 
-BLIP for pictures of 64×64 and short English texts: `nano/vit` below, its upper {learnt} blocks
-trained on; text encoder and decoder of 3 layers, width 224 like the vision tower, that share all
-but their self-attention; shared space of 128; {megabytes:.2f} MB in fp16 beside `nano/vit`'s.
-`nano/blip-retrieval` loads it as `transformers.BlipForImageTextRetrieval`, `nano/blip-caption` as
-`transformers.BlipForConditionalGeneration`. The tokenizer is `nano/clip`'s; [DEC] and [ENC] follow
-its last token.
+BLIP for pictures of 64×64 and short English texts. The vision tower is `nano/vit`, its upper
+{learnt} blocks trained further. Text encoder and decoder have 3 layers of width 224 and share all
+but their self-attention. The shared space has 128 dimensions. The file has {megabytes:.2f} MB in
+fp16, in addition to `nano/vit`'s. `nano/blip-retrieval` loads it as
+`transformers.BlipForImageTextRetrieval`, `nano/blip-caption` as
+`transformers.BlipForConditionalGeneration`. The tokenizer is that of `nano/clip`; the ids of [DEC]
+and [ENC] follow its last id.
 
 | held out | figure |
 |---|---:|
@@ -391,28 +283,28 @@ its last token.
 | R@1 after matching among 1,000 `UNSEEN` scenes (new words) | {unseen_matching:.1f} % |
 | CIDEr of the captions of those | {unseen_cider:.2f} |
 
-The first two are what `mmadapters zoo verify nano/blip-retrieval` measures again, the third what
-`mmadapters zoo verify nano/blip-caption` does.
+`mmadapters zoo verify nano/blip-retrieval` measures the first two again,
+`mmadapters zoo verify nano/blip-caption` the third.
 
 ## Training
 {steps:,} steps of {batch_size:,} photographs and {scene_batch_size:,} drawn scenes, seed {seed}:
-{seconds:,} s, and {total_seconds:,} s with drawing, decoding and the lower blocks, on {machine}.
-Made by
+{seconds:,} s, or {total_seconds:,} s with drawing, decoding and the lower blocks, on {machine}.
+The command is
 
     python -m mmadapters.tasks.zoo.pretrain blip --bf16 --data FOLDER --out FOLDER
 
-The losses are BLIP's: contrast, matching with hard negatives, captions. The lower vision blocks are
-`nano/vit`'s and stay; photographs' captions are their class names in templates.
+The losses are those of BLIP: contrast, matching with hard negatives, captions. The lower vision
+blocks stay frozen as in `nano/vit`. The captions of photographs are their class names in templates.
 
 {table}
 
-The last step ships, whatever the curve.
+The weights are those of the last step; nothing was chosen by the curve.
 
 Data:
 {licence}
 {scenes_licence}
 
 ## Not good for
-Any text but class names and descriptions of drawn shapes, any picture with detail beyond 64×64, any
+Texts other than class names and descriptions of drawn shapes, pictures with detail beyond 64×64,
 real search or description. Use it to learn and test adapters for BLIP.
 """

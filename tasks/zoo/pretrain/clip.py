@@ -1,10 +1,10 @@
 """The recipe of `nano/clip`: a tokenizer, then image-text contrast on photographs and drawn scenes.
 
-Four minutes on one H100, after `nano/vit`, from which the vision tower starts; some two days on two
-CPU cores (estimated from single steps). The loss is CLIP's (Radford et al. 2021) with one change: a
-photograph's caption is its class name in a template, and a batch holds many photographs of a class,
-so photographs are classified among the 200 class texts (and all captions of the batch) instead of
-among duplicates.
+It takes four minutes on one H100, and about two days on two CPU cores (estimated from single
+steps). The vision tower starts from `nano/vit`. The loss is that of CLIP (Radford et al. 2021) with
+one change. A photograph's caption is its class name in a template, and a batch holds many
+photographs of a class. Photographs are therefore classified among the 200 class texts and all
+captions of the batch, not among duplicates.
 
 Shape legend: P photographs, S scenes, C class texts, E width of the shared space, L tokens.
 """
@@ -31,13 +31,13 @@ from mmadapters.zoo import NANO, clip
 from mmadapters.zoo.files import CARD, WEIGHTS, read_weights, write_config, write_weights
 
 from ...data.synthetic import scenes
-from .. import photos as _photos
+from .. import clip_figures, photos
 from . import training
 from .training import IMAGE, figure
 
 VOCABULARY_SIZE, CONTEXT_LENGTH = 1_024, 48
-TOKENIZER_SCENES = 20_000
-WORDINGS = 2  # captions of each scene, in different phrasings
+TOKENIZER_SCENES = 20_000  # number of scenes whose captions train the tokenizer
+WORDINGS = 2  # number of captions of each scene, in different phrasings
 TEXT_RATE, VISION_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 6e-4, 300, 0.1
 VISION: dict[str, Any] = {
     "layers": 8,
@@ -51,20 +51,25 @@ EMBED_DIM = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this recipe."""
+    """Adds the options of this recipe."""
     training.add_arguments(parser, steps=3_500, batch_size=512)
-    parser.add_argument("--scene-batch-size", type=int, default=1_024)
-    parser.add_argument("--scenes", type=int, default=300_000, help="drawn once, used again")
-    parser.add_argument("--vit", type=Path, default=NANO["nano/vit"].directory)
+    parser.add_argument("--scene-batch-size", type=int, default=1_024, help="scenes in a step")
+    parser.add_argument("--scenes", type=int, default=300_000, help="number of scenes, drawn once")
+    parser.add_argument(
+        "--vit",
+        type=Path,
+        default=NANO["nano/vit"].directory,
+        help="folder of the ViT that the vision tower starts from",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train tokenizer and model; write weights, tokenizer, `config.json` and card."""
+    """Trains tokenizer and model; writes weights, tokenizer, `config.json` and card."""
     start = time.perf_counter()
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
     folder = training.photo_folder(options.data)
-    names = _photos.class_names(folder)
+    names = photos.class_names(folder)
     options.out.mkdir(parents=True, exist_ok=True)
     vocabulary_size = train_tokenizer(names, options.out)
     architecture = {
@@ -80,8 +85,10 @@ def run(options: argparse.Namespace) -> None:
     }
     write_config(config, options.out)
     tokenize = clip.load_tokenizer(options.out, "open_clip")
-    drawn = draw(options.scenes, options.out / clip.TOKENIZER)  # forks, so before CUDA starts
-    data = Data(folder, *drawn, tokenize=tokenize, device=options.device)
+    drawn = draw(
+        options.scenes, options.out / clip.TOKENIZER
+    )  # forks, so it runs before CUDA starts
+    data = ClipData(folder, *drawn, tokenize=tokenize, device=options.device)
 
     model = clip.build(**architecture)
     start_vision(model.visual, read_weights(options.vit))
@@ -99,13 +106,15 @@ def run(options: argparse.Namespace) -> None:
     print({key: figure["value"] for key, figure in config["figures"].items()}, f"{seconds:.0f} s")
 
 
-class Data:
-    """What a step draws from, on the device.
+class ClipData:
+    """The training data of `nano/clip`, on the device.
 
     Attributes:
-        photos, held_out: (images (N, 3, 64, 64) uint8, labels (N,)).
-        pictures: (N, 3, 64, 64) uint8 drawn scenes; captions: (N, WORDINGS, L) token ids.
-        prompts: (templates, C, L) token ids of the class names.
+        photos: training images (P, 3, 64, 64) uint8 and their labels (P,).
+        held_out: the same of the validation photographs.
+        pictures: drawn scenes, (S, 3, 64, 64) uint8.
+        captions: token ids of the scenes' captions, (S, WORDINGS, L).
+        prompts: token ids of the class names, (templates, C, L).
     """
 
     def __init__(
@@ -118,29 +127,33 @@ class Data:
         device: str,
     ) -> None:
         self.tokenize = lambda texts: tokenize(texts).to(device)
-        self.names = _photos.class_names(folder)
-        images, labels = _photos.read_photos(folder, "train")
+        self.names = photos.class_names(folder)
+        images, labels = photos.read_photos(folder, "train")
         self.photos = images.to(device), labels.to(device)
-        images, labels = _photos.read_photos(folder, "validation")
+        images, labels = photos.read_photos(folder, "validation")
         self.held_out = images.to(device), labels.to(device)
         self.pictures, self.captions = pictures.to(device), captions.to(device)
         self.prompts = torch.stack(
-            [self.tokenize([t.format(name) for name in self.names]) for t in clip.TEMPLATES]
+            [self.tokenize([t.format(name) for name in self.names]) for t in clip_figures.TEMPLATES]
         )
 
     def zero_shot(self, model: CLIP) -> float:
-        """Top-1 on the held-out photographs."""
-        return clip.zero_shot(
-            model, self.tokenize, photos=self.held_out, names=self.names, image=IMAGE
+        """Measures zero-shot top-1 accuracy on the held-out photographs, in [0, 1]."""
+        images, labels = self.held_out
+        return clip_figures.zero_shot(
+            model, self.tokenize, images=images, labels=labels, names=self.names, image=IMAGE
         )
 
     def recall(self, model: CLIP, **gallery: Any) -> dict[str, float]:
-        """Text→image recall among drawn scenes; see `_clip.scene_recall`."""
-        return clip.scene_recall(model, self.tokenize, image=IMAGE, **gallery)
+        """Measures text→image recall among drawn scenes; see `clip_figures.scene_recall`."""
+        return clip_figures.scene_recall(model, self.tokenize, image=IMAGE, **gallery)
 
 
 def draw(number: int, tokenizer: Path) -> tuple[Tensor, Tensor]:
-    """The first `number` scenes of `PRETRAINING_SEEDS`, drawn, told and tokenized on all cores.
+    """Draws, describes and tokenizes the first `number` of `PRETRAINING_SEEDS` on all cores.
+
+    Args:
+        tokenizer: path of `tokenizer.json`.
 
     Returns:
         pictures: (N, 3, 64, 64) uint8.
@@ -182,9 +195,9 @@ def _draw(seeds: range, *, tokenizer: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train_tokenizer(names: list[str], out: Path) -> int:
-    """Byte-level BPE on the class texts and `TOKENIZER_SCENES` captions; returns its size.
+    """Trains byte-level BPE on class texts and `TOKENIZER_SCENES` captions; returns its size.
 
-    The end token is added last and so has the highest id, which is where open_clip pools.
+    The end token is added last, so it has the highest id, where open_clip pools.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
@@ -199,7 +212,7 @@ def train_tokenizer(names: list[str], out: Path) -> int:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [template.format(name) for name in names for template in clip.TEMPLATES]
+    texts = [template.format(name) for name in names for template in clip_figures.TEMPLATES]
     for seed in scenes.PRETRAINING_SEEDS[:TOKENIZER_SCENES]:
         scene = scenes.make_scene(seed, scenes.PRETRAINING)
         texts.append(scenes.describe(scene, scenes.PRETRAINING))
@@ -216,10 +229,14 @@ def train_tokenizer(names: list[str], out: Path) -> int:
 
 
 def start_vision(visual: nn.Module, vit: dict[str, Tensor]) -> None:
-    """Start CLIP's vision tower from `nano/vit`.
+    """Starts CLIP's vision tower from the weights of `nano/vit`.
 
-    The patch bias, which CLIP has not, goes into the positions. CLIP's `ln_pre`, which the ViT has
-    not, is scaled to the tokens it replaces; only near that start is the function the ViT's.
+    CLIP has no patch bias, so the bias is added to the positions. The ViT has no `ln_pre`, so its
+    weight is set to the spread of the tokens that it normalises; the tower then computes about the
+    same as the ViT.
+
+    Raises:
+        RuntimeError: the weights do not fit.
     """
     tensors = {
         "conv1.weight": vit["patch_embed.proj.weight"],
@@ -246,24 +263,24 @@ def start_vision(visual: nn.Module, vit: dict[str, Tensor]) -> None:
 
 
 def pretrain(
-    model: CLIP, data: Data, *, options: argparse.Namespace
+    model: CLIP, data: ClipData, *, options: argparse.Namespace
 ) -> tuple[list[dict[str, float]], float]:
-    """Train all of `model`; returns the held-out curve (validation scenes) and the seconds."""
+    """Trains all of `model`; returns the held-out curve and the duration in seconds."""
     compiled = torch.compile if options.compile else (lambda function: function)
     encode_image, encode_text = compiled(model.encode_image), compiled(model.encode_text)
     text = [model.transformer, model.token_embedding, model.ln_final]
     text += [model.positional_embedding, model.text_projection, model.logit_scale]
     groups = [(model.visual, VISION_RATE), *((part, TEXT_RATE) for part in text)]
     adam = training.optimiser(groups, weight_decay=WEIGHT_DECAY)
-    photos = training.shuffled(len(data.photos[0]), options.batch_size, options.device)
-    drawn = training.shuffled(len(data.pictures), options.scene_batch_size, options.device)
+    photo_batches = training.shuffled(len(data.photos[0]), options.batch_size, options.device)
+    scene_batches = training.shuffled(len(data.pictures), options.scene_batch_size, options.device)
 
     def step(number: int) -> Tensor:
-        p, s = next(photos), next(drawn)
+        p, s = next(photo_batches), next(scene_batches)
         x = torch.cat(
             [
                 training.augment(data.photos[0][p]),
-                # neither crop nor flip: the caption tells where things are
+                # Neither crop nor flip, since the caption says where things are.
                 training.augment(data.pictures[s], area=1, flip=False, colour=0.1),
             ]
         )
@@ -277,7 +294,7 @@ def pretrain(
         )
 
     def evaluate(_number: int) -> dict[str, float]:
-        write_weights(model.state_dict(), options.out)  # a run that is cut leaves its last state
+        write_weights(model.state_dict(), options.out)  # an interrupted run leaves its latest state
         model.eval()
         recall = data.recall(model, seeds=scenes.VALIDATION_SEEDS)
         figures = {
@@ -293,30 +310,32 @@ def pretrain(
 
 
 def contrast(images: Tensor, texts: Tensor, *, labels: Tensor, scale: Tensor) -> Tensor:
-    """The loss of a batch of P photographs, then S scenes, against C class texts, then S captions.
+    """Returns the loss of P photographs and S scenes against C class texts and S captions.
 
-    Every image is classified among all texts; every caption among all images. A class text is
-    not classified: many photographs are right for it.
+    Every image is classified among all texts, and every caption among all images. Class texts are
+    not classified, since several photographs match each of them.
 
     Args:
-        images: (P + S, E) unit vectors. texts: (C + S, E) unit vectors.
+        images: (P + S, E) unit vectors.
+        texts: (C + S, E) unit vectors.
         labels: (P,) class of each photograph.
+        scale: factor of the cosines, a scalar.
     """
-    photos, pairs = len(labels), len(images) - len(labels)
+    photographs, pairs = len(labels), len(images) - len(labels)
     classes = len(texts) - pairs
     diagonal = torch.arange(pairs, device=images.device)
     logits = scale * images @ texts.T  # (P + S, C + S)
     return (
-        F.cross_entropy(logits[:photos], labels, label_smoothing=0.1)
-        + 0.5 * F.cross_entropy(logits[photos:], classes + diagonal)
-        + 0.5 * F.cross_entropy(logits[:, classes:].T, photos + diagonal)
+        F.cross_entropy(logits[:photographs], labels, label_smoothing=0.1)
+        + 0.5 * F.cross_entropy(logits[photographs:], classes + diagonal)
+        + 0.5 * F.cross_entropy(logits[:, classes:].T, photographs + diagonal)
     )
 
 
-def measure(model: CLIP, data: Data) -> dict[str, dict[str, Any]]:
-    """The card's figures; the scenes are those of `TEST_SEEDS`, which nothing was trained on.
+def measure(model: CLIP, data: ClipData) -> dict[str, dict[str, Any]]:
+    """Measures the card's figures on scenes of `TEST_SEEDS`, which training does not use.
 
-    Those with a tolerance are the headlines that `verify` measures again.
+    Figures with a tolerance are the headlines that `verify` measures again.
     """
     test, unseen = data.recall(model), data.recall(model, vocabulary=scenes.UNSEEN)
     among = "text→image R@{} among 1,000 drawn {} scenes"
@@ -330,7 +349,7 @@ def measure(model: CLIP, data: Data) -> dict[str, dict[str, Any]]:
 
 
 def write_card(config: dict[str, Any], out: Path) -> None:
-    """Write the card of an encoder from its `config.json`."""
+    """Writes the card of an encoder from its `config.json`."""
     figures = {key: 100 * figure["value"] for key, figure in config["figures"].items()}
     text = CARD_TEXT.format(
         **config["training"],
@@ -346,11 +365,11 @@ def write_card(config: dict[str, Any], out: Path) -> None:
 
 CARD_TEXT = """# nano/clip
 
-CLIP for pictures of 64×64 and short English texts: vision tower of patch 8, width 224, 8 blocks;
-text tower of width 128, 4 blocks, context 48; shared space of 128; {megabytes:.2f} MB in fp16.
-`open_clip.CLIP`; the same weights load as `transformers.CLIPModel`. Its byte-level BPE of
-{vocabulary:,} tokens (`tokenizer.json`, lower case) was trained on this data too; the end token has
-the highest id.
+CLIP for pictures of 64×64 and short English texts. The vision tower has patches of 8, width 224 and
+8 blocks, the text tower width 128, 4 blocks and context 48. The shared space has 128 dimensions.
+The file has {megabytes:.2f} MB in fp16. It loads as `open_clip.CLIP`, and with the same weights as
+`transformers.CLIPModel`. The byte-level BPE of {vocabulary:,} tokens (`tokenizer.json`, lower case)
+was trained on the same data; the end token has the highest id.
 
 | held out | figure |
 |---|---:|
@@ -359,31 +378,32 @@ the highest id.
 | text→image R@1 among 1,000 `UNSEEN` scenes: new shapes, colours, wording | {unseen_recall:.1f} % |
 | zero-shot top-1 on `tiny_imagenet_64/validation`, 200 names (chance 0.5 %) | {zero_shot:.1f} % |
 
-The first and the last are what `mmadapters zoo verify nano/clip --data FOLDER` measures again.
+`mmadapters zoo verify nano/clip --data FOLDER` measures the first and the last again.
 
 ## Training
 {steps:,} steps of {batch_size:,} photographs and {scene_batch_size:,} drawn scenes, seed {seed}:
-{seconds:,} s, and {total_seconds:,} s with drawing and decoding, on {machine}. Made by
+{seconds:,} s, or {total_seconds:,} s with drawing and decoding, on {machine}. The command is
 
     python -m mmadapters.tasks.zoo.pretrain clip --data FOLDER --out FOLDER
 
-A GPU adds in no fixed order: the seed repeats the recipe, not every digit of the figures. Two CPU
-cores would take some two days, estimated from single steps.
+A GPU adds in no fixed order, so the seed repeats the recipe, not every digit of the figures. Two
+CPU cores would take about two days, estimated from single steps.
 
 The vision tower starts from `nano/vit`, whose supervised pretraining saw the same photographs and
-labels; here their captions are the class names in templates. The classes of the zero-shot figure
-are therefore classes of the training set: new are the photographs, not the words.
+labels. Here their captions are the class names in templates. The classes of the zero-shot figure
+are therefore classes of the training set; its photographs are new, its words are not.
 
 {table}
 
-The last step ships, whatever the curve.
+The weights are those of the last step; nothing was chosen by the curve.
 
 Data:
 {licence}
 {scenes_licence}
 
 ## Not good for
-Any text but class names and descriptions of drawn shapes: its English is a few hundred words. Any
-picture with detail beyond 64×64. Shapes, colours and wordings that it has not seen: see the third
-row. Use it to learn and test adapters for image-text models, not to search or judge real pictures.
+Texts other than class names and descriptions of drawn shapes, since its English is a few hundred
+words. Pictures with detail beyond 64×64. Shapes, colours and wordings that it has not seen: see the
+third row. Use it to learn and test adapters for image-text models, not to search or judge real
+pictures.
 """

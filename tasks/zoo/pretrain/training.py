@@ -1,4 +1,4 @@
-"""What the image recipes share: augmentation on the device, optimiser, schedule, the loop's clock.
+"""The parts that the image recipes share: options, augmentation, optimiser, schedule and loop.
 
 Shape legend: N images, S image side in pixels.
 """
@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from .. import photos
 
-# ImageNet's statistics, in which timm's and most of transformers' image encoders are trained.
+# ImageNet's statistics, with which most image encoders of timm and transformers are trained.
 IMAGE: dict[str, Any] = {"size": 64, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 DATA_LICENCE = """\
 - `tiny_imagenet_64`: 40,000 photographs of ImageNet in 64×64 to train on and 2,500 held out, of 200
   classes, under ImageNet's terms: non-commercial research and education. They are not shipped.
-  Whoever would use these weights in commerce must judge for themselves what those terms allow."""
+  Before you use these weights commercially, judge for yourself whether those terms allow it."""
 
 SCENES_LICENCE = """\
 - Drawn scenes are synthetic: {scenes:,} of them with two captions each, made by
@@ -35,40 +35,51 @@ SCENES_LICENCE = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch_size: int) -> None:
-    """The options of every image recipe."""
+    """Adds the options of every image recipe.
+
+    Args:
+        steps: default of `--steps`.
+        batch_size: default of `--batch-size`.
+    """
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument("--evaluate-every", type=int, default=max(steps // 10, 1))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="photographs in a step")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available()
+        "--evaluate-every", type=int, default=max(steps // 10, 1), help="steps between evaluations"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of torch's random numbers")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=cuda,
+        help="compile the model with torch.compile",
     )
 
 
 def photo_folder(data: Path | None) -> Path:
-    """The photographs' folder under --data.
+    """Returns the folder of the photographs in `--data`.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: there is none.
     """
     folder = photos.find_photos(data)
     if folder is None:
-        raise FileNotFoundError(f"--data {data} holds no folder {photos.FOLDER} with classes.txt")
+        raise FileNotFoundError(f"--data {data} has no folder {photos.FOLDER} with classes.txt")
     return folder
 
 
 def machine(device: str) -> str:
-    """The device in words, for a card."""
+    """Describes the device for a card."""
     if device.startswith("cuda"):
         return f"one {torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
     return f"{torch.get_num_threads()} threads of {platform.machine()}, PyTorch {torch.__version__}"
 
 
 def figure(name: str, value: float, tolerance: float | None = None) -> dict[str, Any]:
-    """A figure of a card; with a tolerance, a headline that `verify` measures again."""
-    found: dict[str, Any] = {"name": name, "value": round(value, 4)}
-    return found if tolerance is None else found | {"tolerance": tolerance}
+    """Returns a figure of a card; `verify` measures those with a tolerance again."""
+    entry: dict[str, Any] = {"name": name, "value": round(value, 4)}
+    return entry if tolerance is None else entry | {"tolerance": tolerance}
 
 
 def record(
@@ -79,12 +90,13 @@ def record(
     start: float,
     more: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a card tells of a training.
+    """Returns the facts of a training for `config.json` and the card.
 
     Args:
-        curve, seconds: of `train`.
-        start: `time.perf_counter()` when the recipe began.
-        more: options of the recipe's own that belong there.
+        curve: held-out figures, from `train`.
+        seconds: duration of the training, from `train`.
+        start: `time.perf_counter()` at the start of the recipe.
+        more: names of further options of the recipe to record.
     """
     return {
         **{key: getattr(options, key) for key in ("steps", "batch_size", *more, "seed")},
@@ -98,12 +110,12 @@ def record(
 def optimiser(
     groups: list[tuple[nn.Module | nn.Parameter, float]], *, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW with a learning rate per module; decay on matrices only, not on norms and biases."""
+    """Makes AdamW with a learning rate per module; only matrices decay, not norms and biases."""
     options: list[dict[str, Any]] = []
     for part, rate in groups:
-        found = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-        flat = [p for p in found if p.ndim < 2]
-        matrices = [p for p in found if p.ndim >= 2]
+        parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+        flat = [p for p in parameters if p.ndim < 2]
+        matrices = [p for p in parameters if p.ndim >= 2]
         options.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
         options.append({"params": flat, "lr": rate, "weight_decay": 0.0})
     on_gpu = options[0]["params"][0].is_cuda
@@ -113,7 +125,11 @@ def optimiser(
 def cosine(
     adam: torch.optim.Optimizer, *, steps: int, warmup: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then half a cosine to zero."""
+    """Makes a schedule of linear warm-up, then half a cosine to zero.
+
+    Args:
+        warmup: steps; at most a tenth of all steps are taken.
+    """
     warmup = min(warmup, max(steps // 10, 1))
 
     def factor(step: int) -> float:
@@ -125,7 +141,7 @@ def cosine(
 
 
 def shuffled(count: int, batch_size: int, device: str) -> Iterator[Tensor]:
-    """Endless batches of indices, each epoch in its own order, without its last, short batch."""
+    """Yields batches of indices without end; each epoch has a new order and no short batch."""
     while True:
         batches = torch.randperm(count, device=device).split(min(batch_size, count))
         yield from (batch for batch in batches if len(batch) == min(batch_size, count))
@@ -139,13 +155,14 @@ def augment(
     colour: float = 0.4,
     flip: bool = True,
 ) -> Tensor:
-    """Random resized crop, flip, brightness, contrast and saturation of each image, on its device.
+    """Crops, flips and recolours each image at random, on its device.
 
     Args:
         images: (N, 3, S, S) uint8.
-        area: smallest share of the image that a crop keeps; 1 keeps the whole.
-        aspect: a crop's log aspect ratio lies in ± this.
-        colour: brightness, contrast and saturation are scaled by 1 ± this.
+        area: smallest share of the image that a crop keeps, in (0, 1]; 1 keeps the whole image.
+        aspect: bound of the absolute log aspect ratio of a crop, 0 or more.
+        colour: brightness, contrast and saturation are scaled by up to 1 ± this, in [0, 1].
+        flip: whether half of the images are mirrored.
 
     Returns:
         (N, 3, S, S) fp32, normalised by `IMAGE`.
@@ -166,7 +183,10 @@ def augment(
         theta[:, 1, 2] = uniform(-1, 1) * (1 - height)
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    for reduced in ((1, 2, 3), (1,)):  # contrast: about the image's grey; saturation: the pixel's
+    for reduced in (
+        (1, 2, 3),
+        (1,),
+    ):  # contrast around the image's grey, saturation around the pixel's
         grey = x.mean(dim=reduced, keepdim=True)
         x = grey + (x - grey) * uniform(1 - colour, 1 + colour)[:, None, None, None]
     x = (x * uniform(1 - colour, 1 + colour)[:, None, None, None]).clamp(0, 1)
@@ -176,13 +196,17 @@ def augment(
 
 @cache
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """`IMAGE`'s mean and std, (3, 1, 1); copied once, since every copy waits for the device."""
+    """Returns `IMAGE`'s mean and std, each (3, 1, 1); cached, since a copy waits for the device."""
     mean, std = (torch.tensor(IMAGE[key], device=device)[:, None, None] for key in ("mean", "std"))
     return mean, std
 
 
 def autocast(device: str, *, bf16: bool | None = None) -> torch.autocast:
-    """bf16 on a GPU; fp32 on a CPU unless asked for, since bf16 is slow on most machines."""
+    """Returns the precision of the forward pass: bf16 or fp32.
+
+    Args:
+        bf16: None means bf16 on a GPU and fp32 on a CPU, where bf16 is slow on most machines.
+    """
     enabled = "cuda" in device if bf16 is None else bf16
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
@@ -196,15 +220,17 @@ def train(
     options: argparse.Namespace,
     warmup: int,
 ) -> tuple[list[dict[str, float]], float]:
-    """Run `options.steps` steps.
+    """Trains for `options.steps` steps.
 
     Args:
-        step: the loss (a scalar) of a step.
-        evaluate: held-out figures at a step; called every `options.evaluate_every` and at the end.
+        step: returns the loss (a scalar) of a step, by its number from 1.
+        evaluate: returns held-out figures after a step; called after every
+            `options.evaluate_every` steps and after the last one.
+        warmup: steps, see `cosine`.
 
     Returns:
-        curve: the figures with their step.
-        seconds: wall time, evaluation included.
+        curve: the figures of each evaluation, with their step.
+        seconds: wall time with evaluation.
     """
     schedule = cosine(adam, steps=options.steps, warmup=warmup)
     curve, start = [], time.perf_counter()
@@ -226,7 +252,7 @@ def train(
 
 
 def curve_table(curve: list[dict[str, float]]) -> str:
-    """The held-out curve as a Markdown table, shares in percent."""
+    """Formats the held-out curve as a Markdown table, shares in percent."""
     keys = [key for key in curve[0] if key != "step"]
     lines = ["| step | " + " | ".join(keys) + " |", "|---:" * (len(keys) + 1) + "|"]
     for row in curve:

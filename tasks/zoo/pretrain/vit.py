@@ -1,8 +1,9 @@
 """The recipe of `nano/vit`: supervised pretraining on photographs of 64×64, then a linear probe.
 
-Six minutes on one H100; some four days on two CPU cores (estimated from single steps). The settings
-are those of DeiT (Touvron et al. 2021) shrunk to 40,000 photographs: strong augmentation, mixup
-(Zhang et al. 2018) and cutmix (Yun et al. 2019) in turn, stochastic depth, label smoothing.
+It takes six minutes on one H100, and about four days on two CPU cores (estimated from single
+steps). The settings are those of DeiT (Touvron et al. 2021), scaled down to 40,000 photographs:
+strong augmentation, mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) in alternation,
+stochastic depth, label smoothing.
 
 Shape legend: N images, D width, C classes.
 """
@@ -21,7 +22,7 @@ from mmadapters.files import write_text
 from mmadapters.zoo import vit
 from mmadapters.zoo.files import CARD, WEIGHTS, write_config, write_weights
 
-from .. import photos
+from .. import photos, vit_figures
 from . import training
 from .training import IMAGE
 
@@ -41,13 +42,13 @@ RATE, WARMUP, WEIGHT_DECAY = 2e-3, 400, 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this recipe."""
+    """Adds the options of this recipe."""
     training.add_arguments(parser, steps=12_000, batch_size=1_024)
-    parser.add_argument("--probe-epochs", type=int, default=12)
+    parser.add_argument("--probe-epochs", type=int, default=12, help="epochs of each linear probe")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Pretrain, probe, and write weights, probe, `config.json` and card to `options.out`."""
+    """Pretrains, probes, and writes weights, probe, `config.json` and card to `options.out`."""
     start = time.perf_counter()
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
@@ -62,9 +63,9 @@ def run(options: argparse.Namespace) -> None:
     curve, seconds = pretrain(model, train, held_out, options=options)
 
     _write_encoder(model, options)
-    encoder = vit.load_weights(options.out, ARCHITECTURE)  # what ships, rounded to fp16
+    encoder = vit.load_weights(options.out, ARCHITECTURE)  # the shipped weights, rounded to fp16
     _, probe = linear_probe(encoder, train, held_out, options=options)
-    write_weights(probe, options.out, file=vit.PROBE)
+    write_weights(probe, options.out, file=vit_figures.PROBE)
     rounded = {name: tensor.half().float() for name, tensor in probe.items()}
     top1 = probe_accuracy(encoder, rounded, held_out)
 
@@ -91,7 +92,12 @@ def pretrain(
     *,
     options: argparse.Namespace,
 ) -> tuple[list[dict[str, float]], float]:
-    """Train all of `model` on (images, labels); returns the held-out curve and the seconds."""
+    """Trains all of `model`; returns the held-out curve and the duration in seconds.
+
+    Args:
+        train: images (N, 3, 64, 64) uint8 and labels (N,).
+        held_out: the same of the validation photographs.
+    """
     images, labels = train
     forward = torch.compile(model) if options.compile else model
     adam = training.optimiser([(model, RATE)], weight_decay=WEIGHT_DECAY)
@@ -110,7 +116,7 @@ def pretrain(
         return share * _loss(logits, target) + (1 - share) * _loss(logits, target[other])
 
     def evaluate(_number: int) -> dict[str, float]:
-        _write_encoder(model, options)  # a run that is cut leaves its last state
+        _write_encoder(model, options)  # an interrupted run leaves its latest state
         model.eval()
         with torch.inference_mode(), training.autocast(options.device):
             parts = [model(photos.normalise(x, IMAGE)) for x in held_out[0].split(500)]
@@ -130,18 +136,22 @@ def linear_probe(
     *,
     options: argparse.Namespace,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Top-1 of one linear layer on the frozen encoder, and that layer.
+    """Trains one linear layer on the frozen encoder and measures it.
 
-    The layer is trained on augmented photographs; its input is standardised by the training
-    features' statistics, which are then folded into it: what ships is one matrix and one bias.
+    The layer trains on augmented photographs. Its input is standardised by the statistics of the
+    training features, which are then folded into the layer, so that one matrix and one bias remain.
+
+    Args:
+        train: images (N, 3, 64, 64) uint8 and labels (N,).
+        held_out: the same of the validation photographs.
 
     Returns:
-        top1: on the held-out photographs.
+        top1: accuracy on the held-out photographs, in [0, 1].
         probe: `weight` (C, D), `bias` (C,).
     """
     encoder = encoder.to(options.device).eval().requires_grad_(False)
     images, labels = train
-    sample = vit.pooled(encoder, images[:5_000], image=IMAGE).clone()
+    sample = vit_figures.pooled(encoder, images[:5_000], image=IMAGE).clone()
     mean, std = sample.mean(dim=0), sample.std(dim=0) + 1e-6
     layer = nn.Linear(len(mean), CLASSES).to(options.device)
     adam = torch.optim.AdamW(layer.parameters(), lr=3e-3, weight_decay=1e-2)
@@ -166,8 +176,8 @@ def linear_probe(
 def probe_accuracy(
     encoder: VisionTransformer, probe: dict[str, Tensor], held_out: list[Tensor]
 ) -> float:
-    """Top-1 of a folded probe on (images, labels)."""
-    features = vit.pooled(encoder, held_out[0], image=IMAGE)
+    """Measures the top-1 accuracy of a folded probe on (images, labels)."""
+    features = vit_figures.pooled(encoder, held_out[0], image=IMAGE)
     predicted = (features @ probe["weight"].T + probe["bias"]).argmax(dim=1)
     return (predicted == held_out[1]).double().mean().item()
 
@@ -181,7 +191,7 @@ def _mixup(x: Tensor, other: Tensor, share: float) -> tuple[Tensor, float]:
 
 
 def _cutmix(x: Tensor, other: Tensor, share: float) -> tuple[Tensor, float]:
-    """Paste a box of `other` over a share 1 - `share` of x; returns the share that really stays."""
+    """Pastes a box of `other` over a share 1 - `share` of x; returns x and its exact share."""
     size = x.shape[-1]
     side = round(size * (1 - share) ** 0.5)
     top, left = torch.randint(0, size - side + 1, (2,)).tolist()
@@ -197,7 +207,7 @@ def _write_encoder(model: nn.Module, options: argparse.Namespace) -> None:
 
 
 def write_card(config: dict[str, Any], out: Path) -> None:
-    """Write the card of an encoder from its `config.json`."""
+    """Writes the card of an encoder from its `config.json`."""
     figures = {key: 100 * figure["value"] for key, figure in config["figures"].items()}
     text = CARD_TEXT.format(
         **config["training"],
@@ -212,37 +222,37 @@ def write_card(config: dict[str, Any], out: Path) -> None:
 CARD_TEXT = """# nano/vit
 
 A vision transformer for pictures of 64×64: patches of 8, width 224, 8 blocks, 7 heads, class token,
-4.9M parameters, {megabytes:.2f} MB in fp16. timm's `VisionTransformer`; the same weights load as
-`transformers.ViTModel`. The mean of the patch tokens was trained; the class token takes part in
-attention but no loss was ever put on it.
+4.9M parameters, {megabytes:.2f} MB in fp16. It loads as timm's `VisionTransformer`, and with the
+same weights as `transformers.ViTModel`. Training used the mean of the patch tokens. The class token
+takes part in attention, but no loss was put on it.
 
 | | top-1 on `tiny_imagenet_64/validation` (2,500 photographs, 200 classes) |
 |---|---:|
 | linear probe on these weights (ships as `probe.safetensors`) | {linear_probe:.2f} % |
 | linear probe on random weights, same architecture | {linear_probe_random_weights:.2f} % |
 
-The first is what `mmadapters zoo verify nano/vit --data FOLDER` measures again.
+`mmadapters zoo verify nano/vit --data FOLDER` measures the first again.
 
 ## Training
-Supervised, {steps:,} steps of {batch_size:,} photographs, seed {seed}: {seconds:,} s, and
-{total_seconds:,} s with decoding and both probes, on {machine}. Made by
+Supervised, {steps:,} steps of {batch_size:,} photographs, seed {seed}: {seconds:,} s, or
+{total_seconds:,} s with decoding and both probes, on {machine}. The command is
 
     python -m mmadapters.tasks.zoo.pretrain vit --data FOLDER --out FOLDER
 
-A GPU adds in no fixed order: the seed repeats the recipe, not every digit of the figure. Two CPU
-cores would take some four days, estimated from single steps.
+A GPU adds in no fixed order, so the seed repeats the recipe, not every digit of the figure. Two CPU
+cores would take about four days, estimated from single steps.
 
 {table}
 
-The curve is of the classification head that training discards; the last step ships, whatever the
-curve.
+The curve is that of the classification head, which does not ship. The weights are those of the last
+step; nothing was chosen by the curve.
 
 Data:
 {licence}
 
 ## Not good for
-Anything that needs detail beyond 64×64 or knowledge beyond 200 classes: it has seen 40,000
-photographs. It knows no faces, text or medical pictures. Its pretraining labels and its probe are
-of the same classes: the figure says how well it separates those, not how well it transfers. Use it
-to learn and test adapters, not to judge anybody or anything.
+Anything that needs detail beyond 64×64 or knowledge beyond 200 classes, since it has seen 40,000
+photographs. It knows no faces, text or medical pictures. Pretraining and probe use the same
+classes, so the figure says how well it separates those, not how well it transfers. Use it to learn
+and test adapters, not to judge anybody or anything.
 """

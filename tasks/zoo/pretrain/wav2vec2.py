@@ -2,28 +2,23 @@
 
     python -m mmadapters.tasks.zoo.pretrain wav2vec2 --out FOLDER
 
-Processes synthesise while the accelerator trains; audio stays on the accelerator as 16-bit samples
-and is drawn from at random, so training starts as soon as the first of it is there. Seeds are
-fixed; since what has arrived by a step depends on the machine, two runs agree in their figures, not
-in their bits. Seven minutes on one H100 with 16 cores; two days on two CPU cores. The card alone
-(`--stages card`) takes 11 minutes of those.
+Processes synthesise audio while the accelerator trains. The accelerator keeps the audio as 16-bit
+samples and draws batches from it at random, so training starts with the first audio. Seeds are
+fixed, but the audio that has arrived by a step depends on the machine: two runs agree in their
+figures, not in their bits. The recipe takes seven minutes on one H100 with 16 cores, or two days on
+two CPU cores. The card alone (`--stages card`) takes 11 minutes there.
 
 Shape legend: B slots, T = 96,000 samples at 16,000 Hz in a slot (6 s), F = 299 frames, D width,
-C characters, N slots in store.
+C characters.
 """
 
 import argparse
-import functools
 import json
 import math
-import multiprocessing
 import os
-import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,24 +31,23 @@ from mmadapters.files import write_text
 from mmadapters.zoo import wav2vec2
 from mmadapters.zoo.files import write_config, write_weights
 
-from ...data.synthetic import sentences, speech
+from ...data.synthetic import speech
+from .. import wav2vec2_figures
+from .wav2vec2_audio import SLOT, Store, validation_readings
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2ForCTC
 
-SLOT = 6 * speech.SAMPLE_RATE
-CHUNK = 100  # slots that one call of a worker makes at most
-TEST_TEXTS = 2000
-CURVE_SENTENCES = 96
+CURVE_SENTENCES = 96  # number of sentences of each evaluation
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": len(wav2vec2.CHARACTERS),
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": None,
-    # Each sample's own statistics and no others: batched = single, padded = unpadded.
+    # Statistics of each sample alone, so that batched = single and padded = unpadded.
     "feat_extract_norm": "layer",
     "do_stable_layer_norm": True,
-    # The usual strides, 320 samples a frame; narrow where there are many frames.
+    # The usual strides, 320 samples a frame; layers with many frames are narrow.
     "conv_dim": [96, 128, 160, 192, 192, 192, 192],
     "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
     "conv_stride": [5, 2, 2, 2, 2, 2, 2],
@@ -73,25 +67,56 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The recipe's options; the defaults made what ships."""
-    parser.add_argument("--stages", choices=("train", "card", "all"), default="all")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--minutes", type=float, default=0, help="stop by then; 0 is no limit")
+    """Adds the options of this recipe."""
+    parser.add_argument(
+        "--stages",
+        choices=("train", "card", "all"),
+        default="all",
+        help="parts of the recipe to run",
+    )
+    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="longest training time in minutes; 0 is no limit"
+    )
     parser.add_argument("--batch", type=int, default=128, help="slots of 6 s in a step")
-    parser.add_argument("--hours", type=float, default=240, help="audio to synthesise and keep")
-    parser.add_argument("--first-hours", type=float, default=0.2, help="audio to wait for")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--warmup", type=int, default=500, help="steps")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--hours", type=float, default=240, help="hours of audio to synthesise and keep"
+    )
+    parser.add_argument(
+        "--first-hours",
+        type=float,
+        default=0.2,
+        help="hours of audio that must exist before training starts",
+    )
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--warmup", type=int, default=500, help="steps of linear warm-up")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 2),
+        help="processes that synthesise",
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use torch.compile on a GPU",
+    )
     parser.add_argument("--evaluations", type=int, default=8, help="points of the curve")
-    parser.add_argument("--test-sentences", type=int, default=wav2vec2.VERIFIED_SENTENCES)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--test-sentences",
+        type=int,
+        default=wav2vec2_figures.VERIFIED_SENTENCES,
+        help="sentences of the card's figures",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of torch's random numbers")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, then measure and write the card."""
+    """Trains, then measures and writes the card."""
     args.out.mkdir(parents=True, exist_ok=True)
     if args.stages in ("train", "all"):
         train(args)
@@ -101,103 +126,8 @@ def run(args: argparse.Namespace) -> None:
         wav2vec2_card.write(args.out, count=args.test_sentences)
 
 
-def make_slots(chunk: int, count: int) -> tuple[Tensor, Tensor, list[str]]:
-    """The first `count` slots of a chunk of read text, a function of the chunk's number alone.
-
-    A slot holds one or more utterances, each by a reader of its own, with pauses.
-
-    Returns:
-        samples (count, T) int16, where the last word ends (count,) in samples, and the texts.
-    """
-    torch.set_num_threads(1)
-    rng = random.Random(f"slots {chunk}")
-    utterances = read_utterances(chunk, rng)
-    samples = torch.zeros(count, SLOT, dtype=torch.int16)
-    ends, texts = torch.zeros(count, dtype=torch.long), []
-    text, waveform = next(utterances)
-    for slot in range(count):
-        alone, end = rng.random() < 0.15, 0
-        said: list[str] = []
-        while not (alone and said):
-            start = end + rng.randrange(speech.SAMPLE_RATE // 3)
-            if start + len(waveform) > SLOT:
-                break
-            end = start + len(waveform)
-            samples[slot, start:end] = (waveform * 32767).to(torch.int16)
-            said.append(text)
-            text, waveform = next(utterances)
-        ends[slot] = end
-        texts.append(" ".join(said))
-    return samples, ends, texts
-
-
-def read_utterances(chunk: int, rng: random.Random) -> Iterator[tuple[str, Tensor]]:
-    """Texts that the test does not hold, each read by a pretraining voice, in at most 5.5 s."""
-    forbidden = test_texts()
-    for seed in sentences.PRETRAINING_SEEDS[chunk * 5000 :]:
-        text = sentences.word_string(seed) if rng.random() < 0.3 else sentences.sentence(seed)
-        reader = speech.random_reader(rng, among=speech.pretraining_variants())
-        if text not in forbidden:
-            waveform = speech.synthesize(text, reader)
-            if len(waveform) <= 5.5 * speech.SAMPLE_RATE:
-                yield text, waveform
-
-
-@functools.cache
-def test_texts() -> frozenset[str]:
-    """Short sentences repeat themselves: those of the test must not be trained on either."""
-    return frozenset(sentences.sentence(seed) for seed in sentences.TEST_SEEDS[:TEST_TEXTS])
-
-
-def encode(text: str) -> list[int]:
-    """Character ids of a text."""
-    return [wav2vec2.VOCABULARY[c] for c in text.replace(" ", wav2vec2.SPACE)]
-
-
-@dataclass
-class Store:
-    """Audio on the training device, filled by `fill` while `batch` draws from what is there."""
-
-    size: int
-    device: str
-    ready: int = 0
-    closed: bool = False
-    samples_NT: Tensor = field(init=False)
-    ends_N: Tensor = field(init=False)
-    targets: list[list[int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.samples_NT = torch.empty(self.size, SLOT, dtype=torch.int16, device=self.device)
-        self.ends_N = torch.empty(self.size, dtype=torch.long)
-
-    def fill(self, workers: int) -> None:
-        """Synthesise until full or closed."""
-        starts = range(0, self.size, CHUNK)
-        counts = [min(CHUNK, self.size - start) for start in starts]
-        # Fresh processes: a forked one would inherit locks of the accelerator's runtime.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for samples, ends, texts in pool.map(make_slots, range(len(counts)), counts):
-                here = slice(self.ready, self.ready + len(texts))
-                self.samples_NT[here] = samples.to(self.device)
-                self.ends_N[here] = ends
-                self.targets += [encode(text) for text in texts]
-                self.ready += len(texts)
-                if self.closed:
-                    pool.shutdown(cancel_futures=True)
-                    break
-
-    def batch(
-        self, size: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, list[list[int]]]:
-        """Random slots: waveforms (B, T) in [−1, 1], ends (B,) in samples, character ids."""
-        picked = torch.randint(self.ready, (size,), generator=generator)
-        waveform_BT = self.samples_NT[picked.to(self.device)].float() / 32768
-        return waveform_BT, self.ends_N[picked], [self.targets[i] for i in picked.tolist()]
-
-
 def train(args: argparse.Namespace) -> None:
-    """Train from random weights; `--out` holds the latest weights at every point of the curve."""
+    """Trains from random weights; each evaluation writes the weights to `--out`."""
     console, started = Console(), time.monotonic()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -210,7 +140,7 @@ def train(args: argparse.Namespace) -> None:
     picker = torch.Generator().manual_seed(args.seed)
     if args.compile and args.device == "cuda":
         network = torch.compile(logits)
-        # Compiling takes about as long as the first audio: do both at once.
+        # Compiling takes about as long as synthesising the first audio, so both run at once.
         silence_BT = torch.zeros(args.batch, SLOT, device=args.device)
         nothing = (torch.full((args.batch,), SLOT), [[1]] * args.batch)
         ctc_loss(network, model, silence_BT, *nothing, generator, picker).backward()
@@ -222,7 +152,9 @@ def train(args: argparse.Namespace) -> None:
     wanted = min(store.size, math.ceil(args.first_hours * 3600 * speech.SAMPLE_RATE / SLOT))
     while store.ready < wanted:
         if not filler.is_alive():
-            raise RuntimeError("synthesis ended before the first audio was there; see above")
+            raise RuntimeError(
+                "synthesis stopped before the first audio was ready; see the error above"
+            )
         time.sleep(0.1)
 
     first, deadline = time.monotonic(), started + 60 * (args.minutes or math.inf)
@@ -230,7 +162,7 @@ def train(args: argparse.Namespace) -> None:
     curve: list[dict[str, float]] = []
     step, progress, loss_sum = 0, 0.0, torch.zeros((), device=args.device)
     for step in track(range(1, args.steps + 1), "training", console=console):
-        # With a limit, the schedule ends with whichever of steps and time is used up first.
+        # With a time limit, the schedule ends when steps or time are used up.
         spent = (time.monotonic() - first) / (deadline - first)
         progress = max(step / args.steps, spent)
         rate = min(1.0, step / args.warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
@@ -246,8 +178,12 @@ def train(args: argparse.Namespace) -> None:
         last = step == args.steps or progress >= 1
         if last or int(progress * args.evaluations) > len(curve):
             if not math.isfinite(loss_sum.item()):
-                raise RuntimeError(f"the loss left the numbers before step {step}: a lower rate?")
-            error = wav2vec2.word_error_rate(wav2vec2.recognise(model.eval(), validation))
+                raise RuntimeError(
+                    f"the loss is not finite before step {step}; try a lower --learning-rate"
+                )
+            error = wav2vec2_figures.word_error_rate(
+                wav2vec2_figures.recognise(model.eval(), validation)
+            )
             model.train()
             curve.append(
                 {"step": step, "hours": round(store.ready * SLOT / speech.SAMPLE_RATE / 3600, 1)}
@@ -261,19 +197,8 @@ def train(args: argparse.Namespace) -> None:
     filler.join()
 
 
-def validation_readings(count: int) -> list[tuple[str, Tensor]]:
-    """Sentences for the curve, by held-out voices; nothing is chosen by them."""
-    readings = []
-    for seed in sentences.VALIDATION_SEEDS[:count]:
-        rng = random.Random(f"validation reader {seed}")
-        reader = speech.random_reader(rng, among=speech.held_out_variants())
-        text = sentences.sentence(seed)
-        readings.append((text, speech.synthesize(text, reader)))
-    return readings
-
-
 def decay_groups(model: torch.nn.Module) -> list[dict]:
-    """Weight decay on matrices and kernels; none on biases and norms."""
+    """Splits the parameters: weight decay on matrices and kernels, none on biases and norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     return [
         {"params": matrices},
@@ -282,8 +207,15 @@ def decay_groups(model: torch.nn.Module) -> list[dict]:
 
 
 def logits(model: "Wav2Vec2ForCTC", x_BT: Tensor, frames_B: Tensor, keep_BFD: Tensor) -> Tensor:
-    """(B, F, C) of HF's `Wav2Vec2ForCTC`, with `keep_BFD` masking what its encoder gets: its own
-    forward masks on the CPU with NumPy, which would stall the accelerator at every step."""
+    """Returns the logits (B, F, C) of HF's `Wav2Vec2ForCTC` with masked input of the encoder.
+
+    HF's own forward masks on the CPU with NumPy, which would stall the accelerator at every step.
+
+    Args:
+        x_BT: waveforms.
+        frames_B: number of frames of each waveform.
+        keep_BFD: 0 where the encoder's input is masked, else 1.
+    """
     hidden = x_BT[:, None]
     for layer in model.wav2vec2.feature_extractor.conv_layers:
         hidden = layer(hidden)
@@ -305,16 +237,18 @@ def ctc_loss(
     generator: torch.Generator,
     picker: torch.Generator,
 ) -> Tensor:
-    """Augment, mask, and score one batch: a scalar, the mean over slots of the loss per character.
+    """Augments, masks and scores a batch: the mean over slots of the loss per character, a scalar.
 
-    Half of the slots keep some of the noise after the last word, the rest end with it, and what
-    is behind is zeroed and masked, as padding is at inference. Lengths stay on the CPU, where
-    `torch.nn.functional.ctc_loss` reads them: fetching them would stall every step.
+    Half of the slots keep some noise after the last word; the others end with the word. The rest of
+    a slot is zeroed and masked, as padding is at inference. Lengths stay on the CPU, where
+    `torch.nn.functional.ctc_loss` reads them; copying them would stall every step.
 
     Args:
-        ends_B: where the last word ends, in samples, on the CPU.
-        generator: on the waveforms' device.
-        picker: on the CPU.
+        network: `logits`, compiled or not.
+        ends_B: end of the last word of each slot, in samples, on the CPU.
+        targets: character ids of each slot.
+        generator: randomness of augmentation and masks, on the waveforms' device.
+        picker: randomness of the lengths, on the CPU.
     """
     device = waveform_BT.device
     batch = len(waveform_BT)
@@ -332,15 +266,17 @@ def ctc_loss(
         torch.tensor([i for ids in targets for i in ids], device=device),
         frames_B,
         torch.tensor([len(ids) for ids in targets]),
-        # At 50 frames a second and some 15 characters no slot has fewer frames than its text
-        # needs, but one very fast reader must not make the whole batch infinite.
+        # At 50 frames and about 15 characters a second, no slot should have fewer frames than its
+        # text needs, but one very fast reader must not make the whole batch infinite.
         zero_infinity=True,
     )
 
 
 def masks(batch: int, frames: int, width: int, generator: torch.Generator) -> Tensor:
-    """What to keep, (B, F, D) of 0 and 1, after SpecAugment (Park et al. 2019) as wav2vec 2.0 uses
-    it: a tenth of the frames goes in spans of 8, and a tenth of the channels in spans of 8."""
+    """Makes the mask (B, F, D) of SpecAugment (Park et al. 2019) in the form of wav2vec 2.0.
+
+    Spans of 8 frames and spans of 8 channels are 0, about a tenth of each; the rest is 1.
+    """
 
     def spans(length: int) -> Tensor:
         starts = torch.rand(batch, length, device=generator.device, generator=generator) < 0.1 / 8
@@ -350,7 +286,7 @@ def masks(batch: int, frames: int, width: int, generator: torch.Generator) -> Te
 
 
 def save(model: torch.nn.Module, args: argparse.Namespace, curve: list[dict[str, float]]) -> None:
-    """Write the directory that `_wav2vec2.load` reads; the figures come with the card."""
+    """Writes the directory that `mmadapters.zoo.wav2vec2.load` reads, without figures and card."""
     write_weights(model.state_dict(), args.out)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     write_config(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters.tasks.asr.config import ChunkConfig
 from mmadapters.tasks.asr.model import CTCModel, hop_and_field
-from mmadapters.tasks.jobs.run import add_adapters
+from mmadapters.tasks.jobs.model import add_adapters
 
 from .conftest import LETTERS, SPEECH, config, every_encoder, task_and_model
 

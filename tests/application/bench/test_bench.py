@@ -25,10 +25,9 @@ from mmadapters.tasks.bench.encoders import (
     measure_towers,
     pooled,
 )
-from mmadapters.tasks.bench.environments import Environment, Refused, environments
-from mmadapters.tasks.bench.limits import FULL, Tower, cached_limit, first_block, step_limit
-from mmadapters.tasks.bench.results import Row, Spread
-from mmadapters.tasks.bench.run import Bench, Missing
+from mmadapters.tasks.bench.environments import Environment, WorkerError, environments
+from mmadapters.tasks.bench.limits import FULL, TowerSize, cached_limit, first_block, step_limit
+from mmadapters.tasks.bench.results import Bench, BenchRow, Missing, Spread
 from mmadapters.tasks.cli.app import app
 
 PEERS = Path(__file__).resolve().parents[3] / "benchmarks" / "peers"
@@ -36,7 +35,7 @@ OPTIONS = (
     *("--device", "cpu", "--batches", "1,8", "--train-batch", "2", "--seconds", "0.5"),
     *("--blocks", "0,half", "--size", "14", "--repeats", "3", "--threads", "1", "--quiet"),
 )
-VIT_B = Tower(name="vision", blocks=12, tokens=197, width=768)
+VIT_B = TowerSize(name="vision", blocks=12, tokens=197, width=768)
 
 
 def call(*arguments: str) -> Result:
@@ -75,7 +74,7 @@ def as_bench(found: dict[str, Any], missing: list[Missing]) -> Bench:
             key: None if row[key] is None else Spread(**row[key])
             for key in ("seconds", "ratio", "reached")
         }
-        rows.append(Row(**{**row, **spreads, "rounds": tuple(row["rounds"])}))
+        rows.append(BenchRow(**{**row, **spreads, "rounds": tuple(row["rounds"])}))
     settings = Settings(encoders=("nano-vit", "nano-wav2vec2"), train_batch=2)
     return Bench(settings, found["machine"], rows, missing, {})
 
@@ -165,7 +164,7 @@ def test_figures_are_finite_and_positive(found: dict[str, Any]) -> None:
 
 
 def test_ratios_and_limits_are_taken_round_by_round(found: dict[str, Any]) -> None:
-    towers = [Tower(**tower) for tower in found["encoders"]["nano-wav2vec2"]]
+    towers = [TowerSize(**tower) for tower in found["encoders"]["nano-wav2vec2"]]
     frozen = row_of(found, "nano-wav2vec2", method="bare", phase="step")["rounds"]
     full = row_of(found, "nano-wav2vec2", method="full")["rounds"]
     for kind, limit in (("step", step_limit), ("cached", cached_limit)):
@@ -201,7 +200,7 @@ def test_markdown_says_what_json_says(folder: Path, found: dict[str, Any]) -> No
         wanted = 1e3 * row["seconds"]["median"]
         assert any(median == pytest.approx(wanted, rel=6e-3) for median in medians), row["name"]
     printed = (folder / "printed.txt").read_text()
-    assert "from cached prefix" in printed
+    assert "from cached trunk" in printed
     assert "Training step, batch 2" in printed
 
 
@@ -291,9 +290,9 @@ def test_a_worker_outlives_what_it_cannot_do() -> None:
     worker = Environment.start(sys.executable)
     try:
         place = {"device": "cpu", "precision": "fp32", "seconds": 0.5, "size": 14, "threads": 1}
-        worker.ask("settle", name="nano/vit", options={}, **place)
+        worker.ask("set_encoder", name="nano/vit", options={}, **place)
         case = step_cases(Settings(encoders=("nano-vit",)), ["own"])[-1]
-        with pytest.raises(Refused, match="ModuleNotFoundError: No module named 'peft'"):
+        with pytest.raises(WorkerError, match="ModuleNotFoundError: No module named 'peft'"):
             worker.ask("open", key=0, case={**case.to_dict(), "library": "peft"})
         worker.ask("open", key=1, case={**case.to_dict(), "batch": 2})
         assert worker.ask("time", key=1) > 0
@@ -310,7 +309,7 @@ def test_a_peer_has_as_many_parameters(peer: str) -> None:
         worker = there[-1]
         options = {"library": "hf"}
         place = {"device": "cpu", "precision": "fp32", "seconds": 0.5, "size": 14, "threads": 1}
-        worker.ask("settle", name="nano/vit", options=options, **place)
+        worker.ask("set_encoder", name="nano/vit", options=options, **place)
         opened = {}
         for key, case in enumerate(step_cases(Settings(encoders=("",), train_batch=2), [peer])):
             facts = worker.ask("open", key=key, case=case.to_dict())

@@ -18,7 +18,7 @@ from mmadapters import MethodConfig, SeqBnConfig
 from mmadapters.tasks.captioning.config import CaptioningConfig
 from mmadapters.tasks.captioning.model import CaptioningModel
 from mmadapters.tasks.captioning.task import CaptioningTask
-from mmadapters.tasks.core.task import Scores
+from mmadapters.tasks.core.results import Scores
 from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.data.synthetic import scenes
 from mmadapters.tasks.training.evaluate import evaluate

@@ -16,10 +16,11 @@ import mmadapters
 from mmadapters.tasks.artifact import open_directory
 from mmadapters.tasks.cli.app import app
 from mmadapters.tasks.config.file import read_config
-from mmadapters.tasks.data import load
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.data.media import read_image
 from mmadapters.tasks.jobs.prediction import predict
-from mmadapters.tasks.jobs.run import Run, evaluate_split, train
+from mmadapters.tasks.jobs.run import evaluate_split, train
+from mmadapters.tasks.reports.results import Run
 
 from .conftest import SMALL
 
@@ -70,7 +71,7 @@ def run(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def pictures(run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("pictures")
-    rows = load.load(run.task.config.data, run.task.columns, ("test",))["test"]
+    rows = load_splits(run.task.config.data, run.task.columns, ("test",))["test"]
     paths = [str(folder / f"{number:02}.png") for number in range(4)]
     for number, path in enumerate(paths):
         read_image(rows[number]["image"]).save(path)
@@ -120,7 +121,7 @@ def test_an_encoder_as_it_is_is_measured(words: Path, tmp_path: Path) -> None:
     run = train(read_config(str(path)), quiet=True)
     assert run.before is not None
     assert run.before["CIDEr"].value == run.headline.value
-    rows = load.load(run.task.config.data, run.task.columns, ("test",))["test"]
+    rows = load_splits(run.task.config.data, run.task.columns, ("test",))["test"]
     opened = open_directory(run.folder, device="cpu")
     again = evaluate_split(opened.task, opened.model, rows).records
     assert opened.task.score(again, bootstrap=0)["CIDEr"].value == pytest.approx(run.headline.value)

@@ -21,7 +21,7 @@ from mmadapters.tasks.captioning.config import CaptioningConfig
 from mmadapters.tasks.captioning.task import CaptioningTask
 from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.core.metrics import Metric
-from mmadapters.tasks.core.task import Figure
+from mmadapters.tasks.core.results import Figure
 from mmadapters.tasks.data.doctor import examine
 from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.training.evaluate import evaluate
@@ -206,7 +206,7 @@ def test_what_cannot_be_trained_is_told(words: Path, one: SceneRows) -> None:
             CaptioningTask(job(words)).fit(one, other)
     with pytest.raises(ValueError, match=r"data\.prompt has 45 tokens and leaves no room"):
         CaptioningTask(job(words, data={"source": "x", "prompt": "a " * 45})).fit(one, backbone)
-    with pytest.raises(ValueError, match="at least 9 tokens and at most 5"):
+    with pytest.raises(ValueError, match="min_tokens 9 is above max_tokens 5"):
         job(words, decoding={"min_tokens": 9, "max_tokens": 5})
 
 

@@ -24,8 +24,10 @@ from mmadapters.tasks.classification.embeddings import EmbeddingClassifier
 from mmadapters.tasks.classification.labels import LabelMap
 from mmadapters.tasks.classification.task import ClassificationTask
 from mmadapters.tasks.config.file import read_config
-from mmadapters.tasks.data import load
-from mmadapters.tasks.jobs.run import build_model, make_encoder, make_model, train_model
+from mmadapters.tasks.data.load import load_splits
+from mmadapters.tasks.jobs.model import build_model, make_encoder, make_model
+from mmadapters.tasks.jobs.run import train_model
+from mmadapters.tasks.registry import task_class
 from mmadapters.tasks.training.evaluate import evaluate
 from mmadapters.zoo import load_tokenizer
 
@@ -58,7 +60,7 @@ def tip(folder: Path | None = None, *, data: Any = None, **head: Any) -> Classif
         folder,
         head={"kind": "tip_adapter", "shots": 4, **head},
         trainer={"mode": "head", "learning_rate": 1e-2},
-        data=load or {},
+        data=data or {},
     )
 
 
@@ -400,11 +402,11 @@ def test_zero_shot_needs_no_training_rows_where_the_classes_are_given(splits: di
         ({"head": {"templates": ["a photo"]}}, "one {} where the class stands"),
         ({"data": {"multi_label": True}}, "chooses one class for a picture"),
         ({"data": {"kind": "audio"}}, "chooses one class for a picture"),
-        ({"data": {"size": 32}}, "sees pictures of the encoder's own size alone"),
+        ({"data": {"size": 32}}, "reads pictures of the encoder's own size only"),
         ({"trainer": {"mode": "head"}}, "nothing to train with head.kind zero_shot: take none"),
         ({"head": {"kind": "tip_adapter"}, "trainer": {"mode": "none"}}, "take mode head for tip"),
         ({"head": {"kind": "tip_adapter", "finetune": True}}, "take trainer.mode head"),
-        ({"data": {"shots": 3, "streaming": True}}, "shots are drawn of each class"),
+        ({"data": {"shots": 3, "streaming": True}}, "shots are drawn from each class"),
     ],
 )
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message: str) -> None:
@@ -446,10 +448,10 @@ def test_zero_shot_head_keeps_what_was_loaded() -> None:
 def test_linear_head_refuses_adapters_beside_the_image_tower() -> None:
     few = ["data.options={vocabulary: unseen, train: 12, validation: 4, test: 4}"]
     for more, message in (
-        ([], r'sits in text of CLIP, where head.kind linear never passes: set .* to \["vision"\]'),
+        ([], r'sits in text of CLIP, which head.kind linear does not use: set .* to \["vision"\]'),
         (["adapter={method: clip_adapter}"], "would do nothing: compare embeddings"),
     ):
         config = read_config("classify_scenes", ["backbone.name=nano/clip", *few, *more])
-        rows = load.load(config.data, artifact.task_class(config.task)(config).columns)["train"]
+        rows = load_splits(config.data, task_class(config.task)(config).columns)["train"]
         with pytest.raises(ValueError, match=message):
             make_model(config, rows)

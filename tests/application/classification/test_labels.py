@@ -35,7 +35,7 @@ def test_a_data_set_that_names_its_classes_keeps_their_order_and_only_those_ther
     assert counts == [1, 2]
     assert labels.indices(2) == [1]
     assert labels.indices("ant") == [1]
-    with pytest.raises(BadRow, match=r"its label 'yak' is none of the training split's"):
+    with pytest.raises(BadRow, match=r"its label 'yak' is not a class of the training split"):
         labels.indices(1)
     with pytest.raises(BadRow, match="its label 3 is out of range: the data set names 3"):
         labels.indices(3)

@@ -24,7 +24,7 @@ from mmadapters.tasks.classification.model import Classifier
 from mmadapters.tasks.classification.task import ClassificationTask
 from mmadapters.tasks.config.schema import BackboneConfig
 from mmadapters.tasks.core.errors import BadRow
-from mmadapters.tasks.core.task import Figure, Table
+from mmadapters.tasks.core.results import Figure, Table
 from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.data.synthetic import scenes
 from mmadapters.tasks.training.evaluate import evaluate

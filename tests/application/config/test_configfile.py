@@ -10,15 +10,10 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from mmadapters.tasks.config.file import (
-    TASKS,
-    config_class,
-    config_names,
-    describe_keys,
-    from_data,
-    read_config,
-)
+from mmadapters.tasks.config.file import config_names, from_data, read_config
+from mmadapters.tasks.config.keys import describe_keys
 from mmadapters.tasks.config.schema import DataConfig, JobConfig, Section, TrainerConfig
+from mmadapters.tasks.config.tasks import TASKS, TaskClasses, config_class
 
 BASE = "task: segmentation\nbackbone:\n  name: nano/vit\ndata:\n  source: builtin/scenes\n"
 THERE = list(TASKS)
@@ -53,7 +48,7 @@ class ProbeConfig(JobConfig):
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch) -> str:
     """A config with what no task has now: a union of sections, a section's own defaults."""
-    monkeypatch.setitem(TASKS, "probe", f"{__name__}:ProbeConfig")
+    monkeypatch.setitem(TASKS, "probe", TaskClasses(f"{__name__}:ProbeConfig", task="none"))
     return BASE.replace("segmentation", "probe")
 
 
@@ -237,8 +232,8 @@ def test_a_mistake_in_an_override_names_the_override(write, override: str, sente
 
 def test_what_is_missing_is_named_with_what_it_is(write) -> None:
     assert problems(write("task: segmentation\nbackbone: {}\n")) == [
-        "job.yaml:2: backbone needs a key 'name' (What `mmadapters.load_backbone` takes: timm/…, "
-        "hf/…, open_clip/…, torchaudio/…, nano/…)",
+        "job.yaml:2: backbone needs a key 'name' (The encoder's name, as "
+        "`mmadapters.load_backbone` takes it: timm/…, hf/…, open_clip/…, torchaudio/…, nano/…)",
         "job.yaml: a config needs a section 'data', with at least source",
     ]
     assert problems(write("name: x\n")) == [
@@ -327,7 +322,8 @@ def test_keys_tell_types_and_bounds_in_words() -> None:
 def test_help_does_not_wait_for_torch() -> None:
     program = (
         "import sys\n"
-        "from mmadapters.tasks.config.file import TASKS, config_names, describe_keys\n"
+        "from mmadapters.tasks.config.file import config_names\n"
+        "from mmadapters.tasks.config.keys import describe_keys\n"
         f"assert config_names() and all(describe_keys(task) for task in {THERE})\n"
         "print('torch' in sys.modules)"
     )

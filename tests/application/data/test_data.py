@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from mmadapters.tasks.config.schema import DataConfig, Split
-from mmadapters.tasks.core.task import Column, Rows
-from mmadapters.tasks.data import load as data
+from mmadapters.tasks.core.rows import Column, Rows
 from mmadapters.tasks.data import media
+from mmadapters.tasks.data.load import load_splits
 
 PICTURES = {"image": Column("image"), "text": Column("text")}
 MASKS = {"image": Column("image"), "mask": Column("mask")}
@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(source: Path | str, roles: dict[str, Column], /, **settings: Any) -> dict[Split, Rows]:
-    return data.load(DataConfig(source=str(source), **settings), roles)
+    return load_splits(DataConfig(source=str(source), **settings), roles)
 
 
 def refused(message: str, source: Path | str, roles: dict[str, Column], /, **settings: Any) -> None:
@@ -427,7 +427,7 @@ def test_fractions_are_drawn_from_training_by_seed(tmp_path: Path) -> None:
     other = texts(fractions={"validation": 0.1, "test": 0.2}, seed=1)
     assert other["test"] != found["test"]
     assert found["test"] == sorted(found["test"], key=int), "rows keep their order"
-    only = data.load(
+    only = load_splits(
         DataConfig(source=str(file), fractions={"validation": 0.1, "test": 0.2}), TEXTS, ("test",)
     )
     assert list(only) == ["test"]
@@ -610,7 +610,7 @@ def test_broken_tables_are_named(tmp_path: Path) -> None:
         "latin.csv": "cannot be read: .*(UTF8|utf-8)",
         "bad.jsonl": "cannot be read: JSON parse error",
         "mixed.jsonl": "cannot be read: JSON parse error: .*changed from string to array in row 1",
-        "bad.json": "its list holds other things than objects",
+        "bad.json": "its list holds values that are not objects",
         "torn.json": "cannot be read: .*delimiter",
         "bad.parquet": "bad.parquet cannot be read: ",
     }

@@ -132,9 +132,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 PROGRAM = """
 import json
 import datasets
-from mmadapters.tasks import data, media
 from mmadapters.tasks.config.schema import DataConfig
+from mmadapters.tasks.core.rows import Column
 from mmadapters.tasks.core.task import Column
+from mmadapters.tasks.data import media
+from mmadapters.tasks.data.load import load_splits
 
 # It rests for 5 s after each pass, lest threads outlive the interpreter.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.2
@@ -144,7 +146,7 @@ ROLES = {"image": Column("image"), "audio": Column("audio"), "text": Column("tex
 
 def load(source="team/pets", **settings):
     config = DataConfig(source=source, columns={"text": "sentence"}, **settings)
-    return data.load(config, ROLES)
+    return load_splits(config, ROLES)
 
 def told(row):
     red = media.read_image(row["image"]).getpixel((0, 0))[0]

@@ -19,11 +19,16 @@ from torch import nn
 
 from mmadapters import AdapterModel
 from mmadapters.tasks.config.schema import BackboneConfig, DataConfig, EvaluationConfig, JobConfig
+from mmadapters.tasks.core.capabilities import DataChecks
 from mmadapters.tasks.core.errors import BadRow, Problem
-from mmadapters.tasks.core.task import Column, Figure, Rows, Scores, Table, Task, TaskModel
+from mmadapters.tasks.core.model import TaskModel
+from mmadapters.tasks.core.results import Figure, Scores, Table
+from mmadapters.tasks.core.rows import Column, Rows
+from mmadapters.tasks.core.task import Task
 from mmadapters.tasks.data import doctor, media
-from mmadapters.tasks.data import load as data
-from mmadapters.tasks.data.doctor import Place, examine, print_report
+from mmadapters.tasks.data.doctor import RowPlace, examine, print_report
+from mmadapters.tasks.data.load import load_splits
+from mmadapters.tasks.data.stream import Stream
 
 
 class ReadingTask(Task[JobConfig]):
@@ -57,14 +62,11 @@ class ReadingTask(Task[JobConfig]):
     def score(self, records: Sequence[dict[str, Any]], *, bootstrap: int) -> Scores:
         raise NotImplementedError
 
-    def illustrate(self, model: Any, rows: Rows, records: Any, *, count: int) -> list[Any]:
-        raise NotImplementedError
-
     def predict(self, model: Any, inputs: Any, *, out: Any) -> Iterator[dict[str, Any]]:
         raise NotImplementedError
 
 
-class Masks(ReadingTask):
+class Masks(ReadingTask, DataChecks):
     columns: ClassVar = {"image": Column("image"), "mask": Column("mask")}
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> dict[str, Any]:
@@ -161,10 +163,10 @@ def sick(tmp_path: Path) -> Path:
 
 
 def load(source: Path, task: Task, **settings: Any) -> dict[Any, Rows]:
-    return data.load(DataConfig(source=str(source), **settings), task.columns)
+    return load_splits(DataConfig(source=str(source), **settings), task.columns)
 
 
-def printed(report: doctor.Report) -> str:
+def printed(report: doctor.DataReport) -> str:
     buffer = io.StringIO()
     print_report(report, Console(file=buffer, width=120))
     return buffer.getvalue()
@@ -183,14 +185,14 @@ def test_every_bad_row_is_found_and_named(
     assert set(reasons) == {1, 2, 4, 5, 6}
     assert reasons[1].startswith("the image cannot be decoded")
     assert reasons[2] == "the mask is 8×4, the image (8, 8)"
-    assert by_row[2].places == (Place(2, "image2.png"), Place(3, "image3.png"))
+    assert by_row[2].places == (RowPlace(2, "image2.png"), RowPlace(3, "image3.png"))
     assert by_row[2].count == 2
     assert reasons[4] == "label 7 is out of range"
     assert reasons[5].startswith("no such file: ")
     assert reasons[6] == "the image file is empty (0 bytes)"
     assert train.problems[0] is by_row[2], "the commonest stands first"
     assert [(note.reason, note.places) for note in train.notes] == [
-        ("there is nothing on the mask", (Place(7, "image7.png"),))
+        ("there is nothing on the mask", (RowPlace(7, "image7.png"),))
     ]
     assert validation.ok
     assert (test.rows, test.usable) == (3, 2)
@@ -297,12 +299,12 @@ def test_a_worker_that_is_killed_is_told(
 
 
 def test_faults_of_a_tasks_own_checks_are_told() -> None:
-    class Unsure(Faulty):
+    class Unsure(Faulty, DataChecks):
         def check(self, rows: Rows) -> list[Problem]:
             raise KeyError("text")
 
     report = examine(Unsure(), {"train": datasets.Dataset(pa.table({"text": ["a"]}))}, workers=0)
-    assert report.splits[0].errors == ["the task's own look at it failed: KeyError: 'text'"]
+    assert report.splits[0].errors == ["the task's own check of it failed: KeyError: 'text'"]
     assert not report.ok
 
 
@@ -328,7 +330,7 @@ def test_the_start_of_a_stream_is_read() -> None:
     features = datasets.Features({"text": datasets.Value("string")})
     texts = ({"text": "divide" if i == 5 else "a"} for i in range(3000))
     made = datasets.Dataset.from_list(list(texts), features=features).to_iterable_dataset()
-    stream = data.Stream(made, {"text": "text"}, Faulty.columns)
+    stream = Stream(made, {"text": "text"}, Faulty.columns)
     report = examine(Faulty(), {"train": stream}, workers=0)
     assert report.splits[0].usable == 999
     assert "train: the first 1,000 rows, 999 usable" in printed(report)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mmadapters.tasks.config.schema import DataConfig
-from mmadapters.tasks.core.task import Column, Rows
-from mmadapters.tasks.data import load as data
+from mmadapters.tasks.core.rows import Column, Rows
 from mmadapters.tasks.data import media
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.data.sources import builtin_parts, scenes, speech
 from mmadapters.tasks.data.synthetic import scenes as drawing
 from mmadapters.tasks.data.synthetic import sentences
@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(name: str, columns: dict[str, Column], **options) -> dict[str, Rows]:
-    return data.load(DataConfig(source=f"builtin/{name}", options=options), columns)
+    return load_splits(DataConfig(source=f"builtin/{name}", options=options), columns)
 
 
 def digest(rows: Rows) -> str:
@@ -145,7 +145,7 @@ def test_speech_is_sound_with_its_text_speaker_and_accent() -> None:
 
 @needs_espeak
 def test_test_readings_are_those_of_the_encoders_card() -> None:
-    from mmadapters.zoo.wav2vec2 import held_out_readings
+    from mmadapters.tasks.zoo.wav2vec2_figures import held_out_readings
 
     rows = load("speech", SPEECH, accents=["en-gb"], train=0, validation=0, test=3)["test"]
     for row, (text, waveform) in zip(rows, held_out_readings("en-gb", 3), strict=True):

@@ -22,14 +22,8 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters import AdapterModel, LoRAConfig, SeqBnConfig
 from mmadapters.tasks.config.schema import BackboneConfig
-from mmadapters.tasks.encoders.blip import (
-    BlipAnswerer,
-    BlipMatcher,
-    BlipTokenizer,
-    BlipTokens,
-    blip_tokenizer,
-    mend_cross_attention,
-)
+from mmadapters.tasks.encoders.blip import BlipAnswerer, BlipMatcher, mend_cross_attention
+from mmadapters.tasks.encoders.blip_text import BlipTokenizer, BlipTokens, blip_tokenizer
 
 WORDS = ["what", "is", "this", "the", "red", "blue", "two", "cats", "dog", "'", "t", "don", "?"]
 START, END, PAD = 1, 2, 0

@@ -236,7 +236,7 @@ def test_the_convolutions_are_what_comes_before_the_blocks(family: Family) -> No
 
 
 def test_an_encoder_that_hears_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="hears nothing: it has the towers vision"):
+    with pytest.raises(ValueError, match="reads no audio: it has the towers vision"):
         SpeechTower(mmadapters.init(families()["timm-vit"].build()))
 
 

@@ -15,9 +15,15 @@ from mmadapters.tasks.cli.app import app
 from mmadapters.tasks.config.file import config_names, read_config
 from mmadapters.tasks.core.metrics import Metric, interval, summed_metric
 from mmadapters.tasks.jobs.comparison.config import make_job, read_comparison, read_contenders
-from mmadapters.tasks.jobs.comparison.cost import Cost
-from mmadapters.tasks.jobs.comparison.run import Cell, Duel, Entrant, difference, spread
-from mmadapters.tasks.jobs.run import make_model
+from mmadapters.tasks.jobs.comparison.results import (
+    Cost,
+    Duel,
+    Entrant,
+    TrainingScore,
+    difference,
+    spread,
+)
+from mmadapters.tasks.jobs.model import make_model
 
 CONFIG: dict[str, Any] = {
     "name": "small",
@@ -110,11 +116,11 @@ def test_bottleneck_trains_as_many_parameters_as_a_whole_size_can(folder: Path) 
 
 
 def _rows(config: Any) -> Any:
-    from mmadapters.tasks import artifact
-    from mmadapters.tasks.data import load
+    from mmadapters.tasks.data.load import load_splits
+    from mmadapters.tasks.registry import task_class
 
     job = make_job(config, {}, "rows")
-    return load.load(job.data, artifact.task_class(job.task)(job).columns)["train"]
+    return load_splits(job.data, task_class(job.task)(job).columns)["train"]
 
 
 def test_costs_are_of_a_step(folder: Path) -> None:
@@ -183,7 +189,7 @@ def test_resumed_comparison_trains_nothing_anew(folder: Path) -> None:
     assert "begun with another config (seeds)" in changed.output.replace("\n", " ")
 
 
-def cells(right: np.ndarray, *, better: bool = True) -> list[Cell]:
+def cells(right: np.ndarray, *, better: bool = True) -> list[TrainingScore]:
     """Of (seeds, examples), 1 where an answer is right."""
     found = []
     for row in right:
@@ -195,7 +201,7 @@ def cells(right: np.ndarray, *, better: bool = True) -> list[Cell]:
             resamples=2000,
             greater_is_better=better,
         )
-        found.append(Cell(metric, None))
+        found.append(TrainingScore(metric, None))
     return found
 
 

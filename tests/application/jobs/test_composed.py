@@ -10,9 +10,11 @@ import torch
 
 from mmadapters import Fuse, Stack
 from mmadapters.tasks import artifact
-from mmadapters.tasks.config.file import ConfigError, read_config
-from mmadapters.tasks.data import load
-from mmadapters.tasks.jobs.run import Run, evaluate_split, train
+from mmadapters.tasks.config.errors import ConfigError
+from mmadapters.tasks.config.file import read_config
+from mmadapters.tasks.data.load import load_splits
+from mmadapters.tasks.jobs.run import evaluate_split, train
+from mmadapters.tasks.reports.results import Run
 
 SMALL = (
     *("data.options.train=48", "data.options.validation=16", "data.options.test=16"),
@@ -130,7 +132,7 @@ def test_run_is_measured_with_the_drop_of_its_evaluation(tmp_path: Path) -> None
     opened = artifact.open_directory(dropped.folder, device="cpu")
     for key, tensor in run.model.encoder.adapter("whole").tensors().items():
         assert torch.equal(tensor, dropped.model.encoder.adapter("measured").tensors()[key])
-    rows = load.load(opened.task.config.data, opened.task.columns, ("test",))["test"]
+    rows = load_splits(opened.task.config.data, opened.task.columns, ("test",))["test"]
     again = evaluate_split(opened.task, opened.model, rows)
     score = opened.task.score(again.records, bootstrap=0)
     all_act, none_act, opened_again = (

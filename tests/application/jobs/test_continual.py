@@ -15,17 +15,18 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from mmadapters.tasks import artifact
 from mmadapters.tasks.artifact import open_directory
 from mmadapters.tasks.cli.app import app
 from mmadapters.tasks.config.file import config_names, read_config
 from mmadapters.tasks.core.metrics import Metric
 from mmadapters.tasks.core.plots import heat_maps
-from mmadapters.tasks.data import load
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.jobs.continual import router as routing
 from mmadapters.tasks.jobs.continual.config import contrast_jobs, read_continual, read_jobs
 from mmadapters.tasks.jobs.continual.report import points
-from mmadapters.tasks.jobs.continual.run import Cell, Chain, fingerprint, measure
+from mmadapters.tasks.jobs.continual.results import LearningSequence, ScoreCell
+from mmadapters.tasks.jobs.continual.run import fingerprint, measure
+from mmadapters.tasks.registry import task_class
 
 FEW = {"train": 32, "validation": 8, "test": 16}
 SHORT = {
@@ -93,7 +94,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 def again(directory: str) -> str:
     """The hash of what a saved run gives on its test split, on an encoder loaded anew."""
     opened = open_directory(directory)
-    rows = load.load(opened.task.config.data, opened.task.columns)["test"]
+    rows = load_splits(opened.task.config.data, opened.task.columns)["test"]
     return measure(opened.task, opened.model, rows)[0].outputs
 
 
@@ -171,19 +172,19 @@ def test_the_nearest_mean_decides() -> None:
 
 def test_pictures_with_questions_are_not_routed() -> None:
     tasks = [
-        artifact.task_class(job.task)(job)
+        task_class(job.task)(job)
         for job in (read_config("classify_scenes"), read_config("retrieve_scenes"))
     ]
     assert routing.obstacle(tasks[:1]) is None
     assert "retrieve_scenes reads image, text" in str(routing.obstacle(tasks))
 
 
-def chain(rows: list[list[float | None]], **options: Any) -> Chain:
+def chain(rows: list[list[float | None]], **options: Any) -> LearningSequence:
     cells = [
-        [None if v is None else Cell(Metric("score", v, **options), str(v)) for v in row]
+        [None if v is None else ScoreCell(Metric("score", v, **options), str(v)) for v in row]
         for row in rows
     ]
-    return Chain(["a", "b", "c"], cells)
+    return LearningSequence(["a", "b", "c"], cells)
 
 
 def test_forgetting_and_transfer_are_those_of_the_papers() -> None:
@@ -205,7 +206,7 @@ def test_where_smaller_is_better_a_rise_is_forgetting() -> None:
 
 def test_metrics_that_point_both_ways_have_no_average() -> None:
     found = chain([[0.5, None], [0.5, 0.5]])
-    found.cells[1][1] = Cell(Metric("WER", 0.5, greater_is_better=False), "")
+    found.cells[1][1] = ScoreCell(Metric("WER", 0.5, greater_is_better=False), "")
     found.jobs = ["a", "b"]
     assert found.average is None
 
@@ -240,7 +241,7 @@ def test_the_run_directory_holds_a_run_for_each_job_and_the_report() -> None:
     page = (run / "report.html").read_text()
     addresses = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(a.startswith("data:image/png") or (run / a).is_file() for a in addresses)
-    assert "bit for bit what it was" in page
+    assert "bit for bit unchanged" in page
     assert "<script" not in page
 
 

@@ -40,8 +40,8 @@ def test_every_task_of_the_demo_runs_and_reports(task: str, tmp_path: Path) -> N
     assert str(row.report) in text
 
 
-def row(head: Metric, adapter: Metric) -> demo.Row:
-    return demo.Row("asr", "nano/vit", head, adapter, 1.0, 1.0, 1, 0.01, 1.0, Path("x"))
+def row(head: Metric, adapter: Metric) -> demo.DemoRow:
+    return demo.DemoRow("asr", "nano/vit", head, adapter, 1.0, 1.0, 1, 0.01, 1.0, Path("x"))
 
 
 def test_clear_means_that_the_intervals_do_not_touch() -> None:

@@ -26,12 +26,13 @@ from mmadapters.tasks.artifact import make_backbone, open_directory
 from mmadapters.tasks.cli.app import app
 from mmadapters.tasks.config.file import config_names
 from mmadapters.tasks.core.metrics import Metric
-from mmadapters.tasks.data import load
 from mmadapters.tasks.data.batches import EpochBatches, MixedBatches
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.jobs.multitask.config import read_multitask, read_tasks
-from mmadapters.tasks.jobs.multitask.training import history_of, mean_of
+from mmadapters.tasks.jobs.multitask.results import history_of, mean_of
 from mmadapters.tasks.jobs.run import evaluate_split
-from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint
+from mmadapters.tasks.training.checkpoint import last_checkpoint
+from mmadapters.tasks.training.trainer import TaskTrainer
 
 FEW = {"train": 32, "validation": 8, "test": 16}
 JOBS: list[dict[str, Any]] = [
@@ -138,7 +139,7 @@ def test_the_figures_are_those_of_the_tasks_own_runs(metrics: dict[str, Any]) ->
 def test_a_saved_adapter_gives_what_it_gave_in_the_run(metrics: dict[str, Any], name: str) -> None:
     opened = open_directory(f"runs/two/{name}")
     assert opened.model.encoder.adapter_names == (name,)
-    rows = load.load(opened.task.config.data, opened.task.columns)["test"]
+    rows = load_splits(opened.task.config.data, opened.task.columns)["test"]
     found = evaluate_split(opened.task, opened.model, rows)
     scores = opened.task.score(found.records, bootstrap=0)
     known = metrics["tasks"][name]["splits"]["test"]["metrics"]
@@ -283,7 +284,7 @@ def test_bad_rows_are_counted_for_their_own_task(tmp_path: Path) -> None:
 
 def test_a_task_that_would_have_no_turn_is_refused(tmp_path: Path) -> None:
     made = tasks(max_steps=1, **STEADY)
-    with pytest.raises(ValueError, match=r"(first|second) has no turn in 1 steps"):
+    with pytest.raises(ValueError, match=r"(first|second) gets none of the 1 steps"):
         trainer(tmp_path, made, joint(made, "half_down"))
 
 

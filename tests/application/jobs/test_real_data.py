@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mmadapters.tasks.config.file import read_config
-from mmadapters.tasks.jobs.run import Run, train
+from mmadapters.tasks.jobs.run import train
+from mmadapters.tasks.reports.results import Run
 
 pytestmark = pytest.mark.slow
 

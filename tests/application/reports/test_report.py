@@ -17,11 +17,11 @@ from PIL import Image
 
 from mmadapters.tasks.core.errors import Problem
 from mmadapters.tasks.core.metrics import Metric
-from mmadapters.tasks.core.task import Figure, Scores, Table
+from mmadapters.tasks.core.results import Figure, Scores, Table
 from mmadapters.tasks.reports.charts import learning_curves, series
 from mmadapters.tasks.reports.page import (
     REASONS,
-    Report,
+    RunReport,
     cell_text,
     interval_text,
     reasons,
@@ -53,7 +53,7 @@ def wer(value: float, low: float | None = None, high: float | None = None, n: in
     return Metric("WER", value, low, high, count=n, greater_is_better=False)
 
 
-def report(**changes: Any) -> Report:
+def report(**changes: Any) -> RunReport:
     scores = Scores(
         [wer(0.25, 0.2, 0.3, 150), Metric("CER", 0.1, 0.05, 0.15, greater_is_better=False)],
         {"accent": {"us": [wer(0.1, 0.05, 0.2)], "scotland": [wer(0.4, 0.3, 0.5), wer(0.2)]}},
@@ -84,7 +84,7 @@ def report(**changes: Any) -> Report:
         "config": "task: asr\nname: asr_accent\n",
         "created": datetime(2030, 1, 2, 3, 4),
     }
-    return Report(**(given | changes))
+    return RunReport(**(given | changes))
 
 
 class Page(HTMLParser):
@@ -279,7 +279,7 @@ def test_without_a_step_the_best_of_the_history_is_marked_by_the_metrics_directi
 
 
 def test_a_run_without_training_has_no_curves_and_no_empty_sections() -> None:
-    bare = Report(title="x", task="asr", metric="WER", scores={"test": Scores([wer(0.5)])})
+    bare = RunReport(title="x", task="asr", metric="WER", scores={"test": Scores([wer(0.5)])})
     shown = Page(render(bare))
     assert [a["href"] for a in shown.all("a")] == ["#metrics", "#run"]
     assert [a["id"] for a in shown.all("section")] == ["metrics", "run"]

@@ -11,7 +11,8 @@ import pytest
 from mmadapters.tasks.artifact import open_directory
 from mmadapters.tasks.config.file import read_config
 from mmadapters.tasks.jobs.prediction import predict
-from mmadapters.tasks.jobs.run import Run, train
+from mmadapters.tasks.jobs.run import train
+from mmadapters.tasks.reports.results import Run
 from mmadapters.tasks.retrieval.index import build_index, search_index
 
 SMALL = [

@@ -206,7 +206,7 @@ def test_a_damaged_index_is_said_so(
     build_index(task, model, [str(path) for path in files], index)
     data = (index / name).read_bytes()
     (index / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="build the index anew"):
+    with pytest.raises(ValueError, match="build the index again"):
         search_index(task, model, index, "a star")
 
 

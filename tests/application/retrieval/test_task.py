@@ -26,7 +26,6 @@ from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.retrieval.gallery import Gallery
 from mmadapters.tasks.retrieval.metrics import TO_IMAGE, TO_TEXT
 from mmadapters.tasks.retrieval.model import RetrievalModel
-from mmadapters.tasks.retrieval.reranking import matching_scores
 from mmadapters.tasks.retrieval.task import RetrievalTask, captions_of, image_id
 from mmadapters.tasks.training.evaluate import evaluate
 
@@ -457,10 +456,11 @@ def test_processes_share_the_second_stage(blip_folder: Path) -> None:
     model.eval()
     rows = Colours()
     records = records_of(task, model, rows)
-    given = (task, model, rows, records, Gallery.of(records), np.arange(0, 12 * 24, 5))
+    stage = task.matching_stage(model, rows)
+    given = (records, Gallery.of(records), np.arange(0, 12 * 24, 5))
     with torch.no_grad():
-        whole = matching_scores(*given, 0, 1)
-        shares = [matching_scores(*given, rank, 2) for rank in range(2)]
+        whole = stage.scores(*given, rank=0, world=1)
+        shares = [stage.scores(*given, rank=rank, world=2) for rank in range(2)]
     assert np.all(whole != 0)
     assert all(0 < np.count_nonzero(share) < len(whole) for share in shares)
     np.testing.assert_allclose(shares[0] + shares[1], whole, atol=1e-5)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from mmadapters.tasks.segmentation.norm import BatchNorm
+from mmadapters.tasks.segmentation.heads.norm import BatchNorm
 
 
 def inputs() -> torch.Tensor:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmadapters.tasks.core.task import Batch
+from mmadapters.tasks.core.rows import Batch
 from mmadapters.tasks.data.examples import Collate, Examples
-from mmadapters.tasks.jobs import run
+from mmadapters.tasks.jobs.model import make_model
 from mmadapters.tasks.segmentation.config import SegmentationConfig
 from mmadapters.tasks.segmentation.model import SegmentationModel
 from mmadapters.tasks.segmentation.task import SegmentationTask
@@ -79,7 +79,7 @@ def job(**sections: Any) -> SegmentationConfig:
 
 
 def made(config: SegmentationConfig, rows: Any) -> tuple[SegmentationTask, SegmentationModel]:
-    task, model = run.make_model(config, rows)
+    task, model = make_model(config, rows)
     assert isinstance(task, SegmentationTask)
     assert isinstance(model, SegmentationModel)
     return task, model

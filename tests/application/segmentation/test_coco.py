@@ -97,7 +97,7 @@ def test_later_segments_lie_on_top_and_crowds_are_ignored(form: Any) -> None:
     ("segments", "message"),
     [
         (None, "no segments"),
-        ("[{", "no JSON"),
+        ("[{", "not valid JSON"),
         ([1, 2], "list of annotations"),
         ({"category_id": [1], "segmentation": []}, "different lengths"),
         ([{"segmentation": [SQUARE]}], "segment 0 has no category_id"),

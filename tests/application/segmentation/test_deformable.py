@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmadapters.tasks.segmentation.deformable import (
+from mmadapters.tasks.segmentation.heads.deformable import (
     DeformableAttention,
     deformable_attention,
     reference_points,
@@ -130,7 +130,7 @@ def test_the_module_is_projections_around_the_sum() -> None:
 
 def test_weights_sum_to_one_over_levels_and_points() -> None:
     query, reference, _ = inputs()
-    _, weights = module().look(query, reference, GRIDS)
+    _, weights = module().points_of(query, reference, GRIDS)
     assert weights.shape == (BATCH, QUERIES, HEADS, 3, POINTS)
     torch.testing.assert_close(weights.sum(dim=(-1, -2)), torch.ones_like(weights[..., 0, 0]))
 
@@ -138,7 +138,7 @@ def test_weights_sum_to_one_over_levels_and_points() -> None:
 def test_at_the_start_heads_look_in_directions_and_points_at_distances() -> None:
     """Deformable DETR's `_reset_parameters`: with four heads right, down, left and up."""
     attention = DeformableAttention(8, inner=8, levels=3, heads=4, points=2)
-    locations, weights = attention.look(torch.randn(1, 1, 8), torch.full((1, 2), 0.5), GRIDS)
+    locations, weights = attention.points_of(torch.randn(1, 1, 8), torch.full((1, 2), 0.5), GRIDS)
     assert torch.allclose(weights, torch.tensor(1 / 6))
     cells = torch.tensor([(w, h) for h, w in GRIDS])[:, None]
     steps = (locations[0, 0] - 0.5) * cells  # (M, L, P, 2)
@@ -167,7 +167,7 @@ def test_half_precision_keeps_places_in_float32() -> None:
     reference = reference_points(grid, query.device)
     expected = attention(query, reference, value, grid)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        locations, _ = attention.look(query, reference, grid)
+        locations, _ = attention.points_of(query, reference, grid)
         found = attention(query, reference, value, grid)
     assert locations.dtype == torch.float32
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)

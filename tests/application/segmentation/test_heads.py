@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmadapters.tasks.segmentation.config import HeadConfig
-from mmadapters.tasks.segmentation.heads import LinearHead, Segmenter, head_layers, make_head
-from mmadapters.tasks.segmentation.norm import BatchNorm
-from mmadapters.tasks.segmentation.pyramid import SimplePyramid, TopDown
+from mmadapters.tasks.segmentation.heads.build import head_layers, make_head
+from mmadapters.tasks.segmentation.heads.norm import BatchNorm
+from mmadapters.tasks.segmentation.heads.plain import LinearHead, Segmenter
+from mmadapters.tasks.segmentation.heads.pyramid import SimplePyramid, TopDown
 
 WIDTH, PATCH, CLASSES = 24, 8, 3
 KINDS = ("linear", "setr_pup", "segmenter", "upernet", "panoptic_fpn", "fpn")

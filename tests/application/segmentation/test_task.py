@@ -19,8 +19,9 @@ from mmadapters.tasks import artifact
 from mmadapters.tasks.config.file import read_config
 from mmadapters.tasks.config.schema import SPLITS
 from mmadapters.tasks.core.errors import BadRow
-from mmadapters.tasks.core.task import Figure, TaskModel
-from mmadapters.tasks.data import load
+from mmadapters.tasks.core.model import TaskModel
+from mmadapters.tasks.core.results import Figure
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.data.media import read_mask
 from mmadapters.tasks.segmentation.inference import resize_logits
 from mmadapters.tasks.segmentation.model import SegmentationModel
@@ -330,7 +331,7 @@ def test_real_nuclei_are_learned_in_a_few_steps(shared_dir: Path) -> None:
             "trainer.device=cpu",
         ],
     )
-    splits = load.load(config.data, SegmentationTask.columns, SPLITS)
+    splits = load_splits(config.data, SegmentationTask.columns, SPLITS)
     rows, unseen = splits["train"], splits["test"]
     task, model = made(config, rows)
     share = sum(p.numel() for p in model.encoder.adapters.parameters()) / sum(

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from mmadapters import LoRAConfig, PromptConfig, init
 from mmadapters.tasks import artifact
 from mmadapters.tasks.config.file import read_config
+from mmadapters.tasks.encoders.block_states import BlockStates
 from mmadapters.tasks.encoders.vision import ImageTower
-from mmadapters.tasks.encoders.watch import Watch
-from mmadapters.tasks.jobs import run
+from mmadapters.tasks.jobs.model import sizes
 from mmadapters.tasks.segmentation.config import HeadConfig, ViTAdapterConfig
-from mmadapters.tasks.segmentation.heads import head_layers, make_head
-from mmadapters.tasks.segmentation.pyramid import resized
-from mmadapters.tasks.segmentation.vit_adapter import (
+from mmadapters.tasks.segmentation.heads.build import head_layers, make_head
+from mmadapters.tasks.segmentation.heads.pyramid import resized
+from mmadapters.tasks.segmentation.heads.vit_adapter import (
+    CellLocations,
     NeckedHead,
-    Places,
     SpatialPrior,
     ViTAdapter,
     as_maps,
@@ -128,7 +128,7 @@ def test_extractor_and_injector_are_their_formulas() -> None:
     neck = neck_of("full")
     randomise(neck)
     grid, levels = (3, 5), [(6, 10), (3, 5), (2, 3)]
-    places = Places.of(grid, levels, torch.device("cpu"))
+    places = CellLocations.of(grid, levels, torch.device("cpu"))
     x, c = torch.randn(2, 15, WIDTH), torch.randn(2, 60 + 15 + 6, WIDTH)
 
     def attend(part: Any, query: Tensor, points: Tensor, value: Tensor, grids: list) -> Tensor:
@@ -160,7 +160,7 @@ def test_full_goes_stage_by_stage(norm: bool) -> None:
 
     first, *levels = neck.prior(x)
     grids = [(level.shape[-2], level.shape[-1]) for level in levels]
-    places = Places.of((4, 4), grids, x.device)
+    places = CellLocations.of((4, 4), grids, x.device)
     c = torch.cat(
         [as_tokens(y) + e for y, e in zip(levels, neck.level_embedding, strict=True)], dim=1
     )
@@ -218,9 +218,9 @@ def test_adapters_in_the_encoder_train_beside_the_neck(mode: str) -> None:
 def test_full_starts_as_the_encoder_and_its_gamma_learns(name: str) -> None:
     tower, neck = tower_of(name), neck_of("full")
     x = pixels(tower)
-    with Watch(tower._tower, range(DEPTH)) as before:
+    with BlockStates(tower._tower, range(DEPTH)) as before:
         tower(x)
-    with Watch(tower._tower, range(DEPTH)) as watch:
+    with BlockStates(tower._tower, range(DEPTH)) as watch:
         levels = neck(tower, x, LAYERS)
     for layer in range(DEPTH):
         assert torch.equal(watch.states[layer], before.states[layer]), layer
@@ -234,11 +234,11 @@ def test_full_starts_as_the_encoder_and_its_gamma_learns(name: str) -> None:
     with torch.no_grad():
         for injector in neck.injectors:
             injector.gamma.fill_(0.1)  # type: ignore[operator, union-attr]
-    with Watch(tower._tower, range(DEPTH)) as watch:
+    with BlockStates(tower._tower, range(DEPTH)) as watch:
         neck(tower, x, LAYERS)
     for layer in range(DEPTH):
         assert not torch.allclose(watch.states[layer], before.states[layer]), layer
-    with Watch(tower._tower, range(DEPTH)) as after:
+    with BlockStates(tower._tower, range(DEPTH)) as after:
         tower(x)
     for layer in range(DEPTH):
         assert torch.equal(after.states[layer], before.states[layer]), layer
@@ -268,14 +268,14 @@ def test_prompts_are_no_patches(name: str) -> None:
     tower.encoder.add_adapter("p", PromptConfig(length=3, deep=True))
     tower.encoder.set_active_adapters("p")
     x = pixels(tower)
-    with Watch(tower._tower, range(DEPTH)) as before:
+    with BlockStates(tower._tower, range(DEPTH)) as before:
         tower(x)
-    with Watch(tower._tower, range(DEPTH)) as watch:
+    with BlockStates(tower._tower, range(DEPTH)) as watch:
         neck(tower, x, LAYERS)
     for layer in range(DEPTH):
         assert torch.equal(watch.states[layer], before.states[layer]), layer
     randomise(neck.injectors)
-    with Watch(tower._tower, [0]) as watch:
+    with BlockStates(tower._tower, [0]) as watch:
         neck(tower, x, LAYERS)
     assert not torch.allclose(watch.states[0], before.states[0])
 
@@ -383,7 +383,7 @@ def test_a_job_trains_saves_and_opens_to_the_same_bits(
         assert model.head.neck.injectors[0].gamma.any()  # type: ignore[operator, union-attr]
 
     counted = sum(p.numel() for p in model.head.parameters())
-    facts = run.sizes(model, task.config.name)
+    facts = sizes(model, task.config.name)
     assert facts["head_parameters"] == counted
     assert counted > sum(p.numel() for p in model.head.neck.parameters()) > 0
     assert facts["adapter_parameters"] == facts["trained_share"] == 0
@@ -424,7 +424,7 @@ def test_stages_end_at_four_blocks_that_rise() -> None:
     ("head", "message"),
     [
         ({"kind": "linear", "neck": "vit_adapter"}, "linear reads the encoder's maps: set kind to"),
-        ({"kind": "fpn", "neck": "vit_adapter"}, "fpn has a stem on the pixels of its own"),
+        ({"kind": "fpn", "neck": "vit_adapter"}, "fpn has its own stem on the pixels"),
         ({"kind": "upernet", "vit_adapter": {"mode": "full"}}, "write neck: vit_adapter"),
         ({"kind": "upernet", "neck": "fpn"}, "vit_adapter"),
         ({"kind": "upernet", "neck": "vit_adapter", "vit_adapter": {"points": 0}}, "points"),

@@ -18,10 +18,10 @@ from families.small import small_vit
 
 import mmadapters
 from mmadapters import SeqBnConfig
-from mmadapters.tasks.core.task import TaskModel
+from mmadapters.tasks.core.model import TaskModel
 from mmadapters.tasks.jobs.multitask.config import MultitaskConfig
 from mmadapters.tasks.jobs.multitask.training import JointModel, JointTrainer
-from mmadapters.tasks.training.trainer import trained_tensors
+from mmadapters.tasks.training.checkpoint import trained_tensors
 
 ROWS = {"first": 48, "second": 16}
 STEADY = {"schedule": "constant", "warmup": 0.0, "learning_rate": 1e-2, "batch_size": 8}

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from mmadapters.tasks.core.errors import DataError
 from mmadapters.tasks.data.batches import EpochBatches
+from mmadapters.tasks.training.checkpoint import last_checkpoint
+from mmadapters.tasks.training.encoder_trainer import parameter_groups
 from mmadapters.tasks.training.evaluate import evaluate
-from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint, parameter_groups
+from mmadapters.tasks.training.trainer import TaskTrainer
 
 PROGRAM = Path(__file__).with_name("train_tints.py")
 LONG = {"epochs": 4, "batch_size": 8, "evaluate_every": 5, "learning_rate": 1e-2}

@@ -23,9 +23,10 @@ from application.training.trunk_jobs import (
 )
 
 from mmadapters.tasks.data.examples import Examples
-from mmadapters.tasks.reports.results import cache_text
+from mmadapters.tasks.reports.run_report import cache_text
 from mmadapters.tasks.training.cache.cache import prepare
-from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint, trained_tensors
+from mmadapters.tasks.training.checkpoint import last_checkpoint, trained_tensors
+from mmadapters.tasks.training.trainer import TaskTrainer
 
 PROGRAM = Path(__file__).with_name("train_trunk.py")
 
@@ -133,7 +134,7 @@ REFUSED = {
     "dropout": ({"trainer": {"trunk_dropout": True}}, "trainer.trunk_dropout"),
     "drawn": (
         {"data": {"augment": {**PLAIN, "horizontal_flip": 0.5}}},
-        r"drawn anew each time \(data.augment.horizontal_flip\): set trainer.views",
+        r"differ in every epoch \(data.augment.horizontal_flip\): set trainer.views",
     ),
     "budget": (
         {"trainer": {"cache_budget": 1e-6}},
@@ -193,7 +194,7 @@ def test_a_ladder_is_fed_from_kept_states_of_every_rung(tmp_path: Path) -> None:
     assert_same(plain, kept)
     assert told["cache"]["towers"]["vision"]["block"] == 8
     assert kept.cache.train is not None
-    (tower,) = kept.cache.train.prefix.towers
+    (tower,) = kept.cache.train.trunk.towers
     assert len(tower.layers) > 2
 
 
@@ -395,7 +396,7 @@ def test_one_of_several_captions_is_drawn(tmp_path: Path) -> None:
 
 def test_tasks_that_are_trained_together_refuse_it(tmp_path: Path) -> None:
     made = joint_tints.tasks(cache_trunk="disk")
-    with pytest.raises(ValueError, match="several tasks that are trained together run without"):
+    with pytest.raises(ValueError, match="cannot be cached for several tasks that are trained"):
         joint_tints.trainer(tmp_path, made, joint_tints.joint(made, None))
 
 

@@ -17,7 +17,10 @@ from mmadapters import AdapterModel, SeqBnConfig
 from mmadapters.tasks.config.schema import BackboneConfig, DataConfig, JobConfig
 from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.core.metrics import summed_metric
-from mmadapters.tasks.core.task import Column, Figure, Rows, Scores, Table, Task, TaskModel
+from mmadapters.tasks.core.model import TaskModel
+from mmadapters.tasks.core.results import Scores
+from mmadapters.tasks.core.rows import Column, Rows
+from mmadapters.tasks.core.task import Task
 
 NAME = "tints"
 
@@ -91,11 +94,6 @@ class TintTask(Task[JobConfig]):
             "accuracy", statistics, lambda sums: sums[..., 0] / sums[..., 1], resamples=bootstrap
         )
         return Scores([accuracy])
-
-    def illustrate(
-        self, model: TaskModel, rows: Rows, records: Sequence[dict[str, Any]], *, count: int
-    ) -> list[Figure | Table]:
-        return []
 
     def predict(
         self, model: TaskModel, inputs: Sequence[str], *, out: Path | None

@@ -20,8 +20,9 @@ from accelerate import PartialState
 from application.training.tints import Pictures, job, task_and_model
 from transformers import TrainerCallback
 
+from mmadapters.tasks.training.checkpoint import last_checkpoint, trained_tensors
 from mmadapters.tasks.training.evaluate import evaluate
-from mmadapters.tasks.training.trainer import TaskTrainer, last_checkpoint, trained_tensors
+from mmadapters.tasks.training.trainer import TaskTrainer
 
 
 class Killer(TrainerCallback):

@@ -21,12 +21,12 @@ from families.tokenizers import word_tokenizer
 from PIL import Image
 
 from mmadapters import load_backbone
-from mmadapters.tasks.artifact import task_class
 from mmadapters.tasks.asr.config import ASRConfig
 from mmadapters.tasks.classification.config import ClassificationConfig
 from mmadapters.tasks.config.schema import JobConfig
 from mmadapters.tasks.data.synthetic import scenes
-from mmadapters.tasks.jobs.run import build_model, make_encoder
+from mmadapters.tasks.jobs.model import build_model, make_encoder
+from mmadapters.tasks.registry import task_class
 from mmadapters.tasks.training.trainer import TaskTrainer
 
 TRAINER = {

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 import mmadapters
 from mmadapters import MethodConfig, SeqBnConfig
-from mmadapters.tasks.core.task import TaskModel
+from mmadapters.tasks.core.model import TaskModel
 from mmadapters.tasks.vqa.config import VQAConfig
 from mmadapters.tasks.vqa.task import VQATask
 

@@ -11,7 +11,8 @@ from families import families
 from torch import Tensor, nn
 
 from mmadapters import GatedCrossAttentionConfig
-from mmadapters.tasks.core.task import Batch, TaskModel
+from mmadapters.tasks.core.model import TaskModel
+from mmadapters.tasks.core.rows import Batch
 from mmadapters.tasks.vqa.task import VQATask
 
 from .conftest import Squares, job, made

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 import mmadapters
 from mmadapters import LoRAConfig
 from mmadapters.tasks.core.errors import BadRow
-from mmadapters.tasks.core.task import Figure, TaskModel
+from mmadapters.tasks.core.model import TaskModel
+from mmadapters.tasks.core.results import Figure
 from mmadapters.tasks.data.batches import EpochBatches
 from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.training.evaluate import evaluate

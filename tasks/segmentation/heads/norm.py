@@ -6,22 +6,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from ..core.device import processes
+from ...core.device import processes
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose statistics are those of all processes together.
+    """`nn.BatchNorm2d` with the statistics of all processes together.
 
-    So that training with several processes, which see few images each, is that with one. torch's
-    own SyncBatchNorm does it on GPUs alone. Two more differences: one value per channel (the pooled
-    1×1 map of a single image) is no error, but its own mean; and the first running statistics are
-    plain means of what came so far, where torch's hang on to 0 and 1 for some twenty batches.
+    Training with several processes, which see few images each, then equals training with one.
+    torch's SyncBatchNorm does this on GPUs only. There are two more differences. A single value per
+    channel (the pooled 1×1 map of one image) is no error; it is its own mean. And the first running
+    statistics are plain means of all batches so far, while torch's stay near 0 and 1 for about
+    twenty batches.
     """
 
-    _settled = False  # whether the running statistics are past their start
+    _past_start = False  # whether the running statistics use the plain momentum
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Normalises (B, C, H, W) to the same shape."""
         if not self.training:
             return super().forward(x)
         _, world = processes()
@@ -51,19 +52,21 @@ class BatchNorm(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
     def _next_momentum(self) -> float:
-        """The share of this batch in the running statistics; counts it."""
+        """Counts a batch and returns its share in the running statistics."""
         assert self.momentum is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        if self._settled:
+        if self._past_start:
             return self.momentum
-        batches = int(self.num_batches_tracked)  # waits for the device, so only at the start
-        self._settled = batches * self.momentum > 1
+        batches = int(
+            self.num_batches_tracked
+        )  # waits for the device, so it runs at the start only
+        self._past_start = batches * self.momentum > 1
         return max(self.momentum, 1 / batches)
 
 
 def conv_norm_relu(inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1) -> nn.Sequential:
-    """Convolution that keeps the size (at stride 1), batch norm, ReLU."""
+    """Makes a convolution that keeps the size at stride 1, batch norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
         BatchNorm(outputs),

@@ -1,11 +1,11 @@
-"""Multi-scale deformable attention in plain PyTorch: no compiled extension.
+"""Multi-scale deformable attention in plain PyTorch, without a compiled extension.
 
-Zhu et al. 2021, Deformable DETR, §4.1. A query looks at a few points on each level of a pyramid, at
-places and with weights that it says itself.
+Zhu et al. 2021, Deformable DETR, §4.1. A query reads a few points on each level of a pyramid; it
+predicts their locations and weights.
 
-B images, Q queries, L levels, M heads, P points, D width, E inner width, d = E / M. Places are
-(x, y) as shares of the image: (0, 0) is its upper left corner, (1, 1) its lower right one. So
-levels need not be whole multiples of each other, nor of the grid that the queries come from.
+Shape legend: B images, Q queries, L levels, M heads, P points, D width, E inner width, d = E / M.
+Locations are (x, y) as shares of the image: (0, 0) is its upper left corner, (1, 1) its lower right
+one. So levels need not be whole multiples of each other, nor of the grid of the queries.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoders.positions import Grid
+from ...encoders.positions import Grid
 
 
 def deformable_attention(values: Sequence[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of what each head finds at its points; outside of a level all is 0.
+    """Returns the weighted sum of the values at the points of each head.
+
+    Values outside of a level are 0.
 
     Args:
-        values: (B, M, d, h, w) for each level.
+        values: (B, M, d, h, w) of each level.
         locations: (B, Q, M, L, P, 2).
         weights: (B, Q, M, L, P).
 
@@ -36,41 +38,45 @@ def deformable_attention(values: Sequence[Tensor], locations: Tensor, weights: T
     shares = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B·M, 1, Q, L, P)
     levels = []
     for level, value in enumerate(values):
-        found = F.grid_sample(
+        sampled = F.grid_sample(
             value.flatten(0, 1),
             places[:, :, level],
             mode="bilinear",
             padding_mode="zeros",
             align_corners=False,
         )  # (B·M, d, Q, P)
-        levels.append((found * shares[..., level, :]).sum(dim=-1))
+        levels.append((sampled * shares[..., level, :]).sum(dim=-1))
     total = torch.stack(levels).sum(dim=0)  # (B·M, d, Q)
     return total.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
 
 
 def reference_points(grids: Sequence[Grid], device: torch.device) -> Tensor:
-    """The centres of all cells of some grids, row by row: (Σ h·w, 2) float32."""
-    found = []
+    """Returns the centres of all cells of some grids, row by row: (Σ h·w, 2) float32."""
+    points = []
     for height, width in grids:
         y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
         x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
         rows, columns = torch.meshgrid(y, x, indexing="ij")
-        found.append(torch.stack([columns, rows], dim=-1).flatten(0, 1))
-    return torch.cat(found)
+        points.append(torch.stack([columns, rows], dim=-1).flatten(0, 1))
+    return torch.cat(points)
 
 
 class DeformableAttention(nn.Module):
     """Deformable attention with its projections.
 
-    Offsets are counted in cells of the level they are on. At the start they do not depend on the
-    query: head m looks along the direction 2πm/M, its point p at p cells' distance (measured along
-    the longer axis), and all weights are equal (the authors' `_reset_parameters`).
+    Offsets are in cells of their level. At the start they do not depend on the query: the points of
+    head m lie in the direction 2πm/M, point p at a distance of p cells (along the longer axis), and
+    all weights are equal (the authors' `_reset_parameters`).
 
     Args:
-        width: D; `inner`: E; `levels`: L; `heads`: M; `points`: P.
+        width: D.
+        inner: E.
+        levels: L.
+        heads: M.
+        points: P.
 
     Raises:
-        ValueError: `inner` cannot be cut into so many heads.
+        ValueError: `inner` is no multiple of `heads`.
     """
 
     def __init__(self, width: int, *, inner: int, levels: int, heads: int, points: int) -> None:
@@ -94,17 +100,18 @@ class DeformableAttention(nn.Module):
     def forward(
         self, query: Tensor, reference: Tensor, value: Tensor, grids: Sequence[Grid]
     ) -> Tensor:
-        """
+        """Attends from queries to the levels of a pyramid.
+
         Args:
             query: (B, Q, D).
-            reference: (Q, 2), where each query stands.
-            value: (B, Σ h·w, D), the levels one behind the other, row by row.
+            reference: (Q, 2), the location of each query.
+            value: (B, Σ h·w, D), all levels in order, row by row.
             grids: (h, w) of each level.
 
         Returns:
             (B, Q, D).
         """
-        locations, weights = self.look(query, reference, grids)
+        locations, weights = self.points_of(query, reference, grids)
         flat = self.value(value).to(locations.dtype).transpose(1, 2)  # (B, E, Σ h·w)
         levels = [
             part.unflatten(2, grid).unflatten(1, (self.shape[0], -1))
@@ -112,12 +119,21 @@ class DeformableAttention(nn.Module):
         ]
         return self.output(deformable_attention(levels, locations, weights).to(query.dtype))
 
-    def look(
+    def points_of(
         self, query: Tensor, reference: Tensor, grids: Sequence[Grid]
     ) -> tuple[Tensor, Tensor]:
-        """Where each query (B, Q, D) looks, (B, Q, M, L, P, 2), and with which weights, (B, Q, M,
-        L, P), which sum to 1 over levels and points."""
-        # bfloat16 has no more than 256 places along a side.
+        """Returns the points of each query and their weights.
+
+        Args:
+            query: (B, Q, D).
+            reference: (Q, 2).
+            grids: (h, w) of each level.
+
+        Returns:
+            locations: (B, Q, M, L, P, 2).
+            weights: (B, Q, M, L, P), which sum to 1 over levels and points.
+        """
+        # bfloat16 can tell at most 256 locations along a side apart.
         dtype = torch.promote_types(query.dtype, torch.float32)
         heads, levels, points = self.shape
         offsets = self.offsets(query).to(dtype).unflatten(-1, (*self.shape, 2))
@@ -128,7 +144,7 @@ class DeformableAttention(nn.Module):
 
 
 def _first_offsets(heads: int, levels: int, points: int) -> Tensor:
-    """(M, L, P, 2) in cells."""
+    """Returns the offsets (M, L, P, 2) at the start, in cells."""
     angles = torch.arange(heads, dtype=torch.float32) * (2 * math.pi / heads)
     directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
     directions = directions / directions.abs().amax(dim=-1, keepdim=True)

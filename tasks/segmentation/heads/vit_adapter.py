@@ -1,22 +1,23 @@
 """ViT-Adapter: a pyramid of four levels from a plain ViT and a convolutional stem on the pixels.
 
-Chen et al. 2023, ViT-Adapter, §3, and the authors' `vit_adapter.py`. Per stage of the encoder (four
-runs of its blocks), with x the patches of the ViT and c the cells of the stem's levels 8, 16, 32:
+Chen et al. 2023, ViT-Adapter, §3, and the authors' `vit_adapter.py`. The blocks of the encoder are
+cut into four stages. With the patches x of the ViT and the cells c of the stem's levels 8, 16 and
+32, each stage computes
 
-    injector    x ← x + γ · MSDA(LN x, LN c)     γ = 0 at the start; `full` alone
-    blocks      x ← the encoder's own
+    injector    x ← x + γ · MSDA(LN x, LN c)     γ = 0 at the start; mode `full` only
+    blocks      x ← blocks of the encoder
     extractor   c ← c + MSDA(LN c, LN x),  then  c ← c + FFN(LN c)
 
-`frozen` has extractors alone, which read the encoder's states after each stage: nothing goes back
-through the encoder (as in DINOv3's segmentation, Siméoni et al. 2025) unless something in it, an
-adapter, is trained.
+Mode `frozen` has only extractors, which read the encoder's states after each stage. No gradient
+passes through the encoder (as in DINOv3's segmentation, Siméoni et al. 2025), unless a part of it,
+such as an adapter, is trained.
 
-Class and register tokens pass untouched. The attention counts places as shares of the image, so the
-levels have 1/4, 1/8, 1/16 and 1/32 of the image's sides (rounded up) whatever the patch is: 8 and
-14 need no resizing of the stem's levels. Only where the encoder's maps are added to the levels, at
-the end, are they resized (bilinear) to them.
+Class and register tokens do not change. Locations of the attention are shares of the image, so the
+levels have 1/4, 1/8, 1/16 and 1/32 of the image's sides (rounded up) for any patch. Patches of 8
+and 14 need no resizing of the stem's levels. At the end, the encoder's maps are resized (bilinear)
+and added to the levels.
 
-B images, N patches, D width of the encoder, S = the cells of the levels 8, 16 and 32 together.
+Shape legend: B images, N patches, D width of the encoder, S cells of levels 8, 16 and 32 together.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encoders.positions import Grid
-from ..encoders.vision import ImageTower
-from .config import ViTAdapterConfig
+from ...encoders.positions import Grid
+from ...encoders.vision import ImageTower
+from ..config import ViTAdapterConfig
 from .deformable import DeformableAttention, reference_points
 from .norm import BatchNorm
 from .pyramid import SpatialPrior, resized
@@ -38,20 +39,28 @@ from .pyramid import SpatialPrior, resized
 __all__ = ["Extractor", "Injector", "NeckedHead", "SpatialPrior", "ViTAdapter"]
 
 STAGES = 4
-EPSILON = 1e-6  # of all layer norms
+EPSILON = 1e-6  # epsilon of all layer norms
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where patches and cells stand: the ViT's grid, those of the levels, and their centres."""
+class CellLocations:
+    """The grids of the patches and of the levels, and the centres of their cells.
+
+    Attributes:
+        patches: (h, w) of the patches.
+        levels: (h, w) of levels 8, 16 and 32.
+        patch_points: (N, 2), centres as shares of the image.
+        level_points: (S, 2), the same of the levels' cells.
+    """
 
     patches: Grid
     levels: tuple[Grid, ...]
-    patch_points: Tensor  # (N, 2)
-    level_points: Tensor  # (S, 2)
+    patch_points: Tensor
+    level_points: Tensor
 
     @classmethod
-    def of(cls, patches: Grid, levels: Sequence[Grid], device: torch.device) -> Places:
+    def of(cls, patches: Grid, levels: Sequence[Grid], device: torch.device) -> CellLocations:
+        """Computes the centres of the cells of some grids."""
         points = reference_points([patches], device), reference_points(levels, device)
         return cls(patches, tuple(levels), *points)
 
@@ -67,16 +76,17 @@ class ConvFFN(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, c: Tensor, levels: Sequence[Grid]) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+        """Returns (B, S, D) from cells (B, S, D) of some levels."""
         mixed = [self.mix(level).flatten(2) for level in as_maps(self.up(c), levels)]
         return self.down(self.act(torch.cat(mixed, dim=2).transpose(1, 2)))
 
 
 class Injector(nn.Module):
-    """What the cells know is added to the patches: x + γ · MSDA(LN x, LN c), γ = 0 at the start.
+    """Adds information of the cells to the patches: x + γ · MSDA(LN x, LN c), γ = 0 at the start.
 
     Args:
-        width: D; `attention`: `inner`, `heads` and `points` of `DeformableAttention`.
+        width: D.
+        attention: `inner`, `heads` and `points` of `DeformableAttention`.
     """
 
     def __init__(self, width: int, *, attention: dict[str, int]) -> None:
@@ -86,19 +96,25 @@ class Injector(nn.Module):
         self.attention = DeformableAttention(width, levels=3, **attention)
         self.gamma = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, c: Tensor, places: Places) -> Tensor:
-        """x (B, N, D), c (B, S, D) -> (B, N, D), in the type of x."""
-        seen = self.attention(
-            self.query_norm(x), places.patch_points, self.value_norm(c), places.levels
+    def forward(self, x: Tensor, c: Tensor, locations: CellLocations) -> Tensor:
+        """Returns patches (B, N, D) in the dtype of x.
+
+        Args:
+            x: patches (B, N, D).
+            c: cells (B, S, D).
+        """
+        attended = self.attention(
+            self.query_norm(x), locations.patch_points, self.value_norm(c), locations.levels
         )
-        return x + (self.gamma * seen).to(x.dtype)
+        return x + (self.gamma * attended).to(x.dtype)
 
 
 class Extractor(nn.Module):
-    """What the patches know is added to the cells: c + MSDA(LN c, LN x), then an FFN.
+    """Adds information of the patches to the cells: c + MSDA(LN c, LN x), then an FFN.
 
     Args:
-        width: D; `attention`: `inner`, `heads` and `points` of `DeformableAttention`;
+        width: D.
+        attention: `inner`, `heads` and `points` of `DeformableAttention`.
         hidden: width inside the FFN.
     """
 
@@ -110,26 +126,25 @@ class Extractor(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, eps=EPSILON)
         self.ffn = ConvFFN(width, hidden)
 
-    def forward(self, c: Tensor, x: Tensor, places: Places) -> Tensor:
-        """c (B, S, D), x (B, N, D) -> (B, S, D)."""
+    def forward(self, c: Tensor, x: Tensor, locations: CellLocations) -> Tensor:
+        """Returns cells (B, S, D) from cells c (B, S, D) and patches x (B, N, D)."""
         c = c + self.attention(
-            self.query_norm(c), places.level_points, self.value_norm(x), [places.patches]
+            self.query_norm(c), locations.level_points, self.value_norm(x), [locations.patches]
         )
-        return c + self.ffn(self.ffn_norm(c), places.levels)
+        return c + self.ffn(self.ffn_norm(c), locations.levels)
 
 
 class ViTAdapter(nn.Module):
-    """The neck: runs an encoder's tower and gives the levels 4, 8, 16 and 32.
+    """The neck: runs an encoder's tower and returns levels 4, 8, 16 and 32.
 
-    Beside the formulas above, as the authors have it: a learned vector for each level, `extra`
-    extractors after the last stage, the encoder's four maps added to the levels, and a batch norm
-    on each.
+    As in the authors' code, it also has a learned vector for each level, `extra` extractors after
+    the last stage, the encoder's four maps added to the levels, and a batch norm on each level.
 
     Args:
         width: D of the encoder.
 
     Raises:
-        ValueError: the width cannot be cut into the attention heads.
+        ValueError: the inner width is no multiple of the number of attention heads.
     """
 
     def __init__(self, width: int, config: ViTAdapterConfig) -> None:
@@ -162,16 +177,16 @@ class ViTAdapter(nn.Module):
     def forward(
         self, tower: ImageTower, pixels: Tensor, layers: Sequence[int], *, norm: bool = True
     ) -> list[Tensor]:
-        """The pyramid: (B, D, ⌈H/s⌉, ⌈W/s⌉) for s = 4, 8, 16, 32.
+        """Returns the levels (B, D, ⌈H/s⌉, ⌈W/s⌉) for s = 4, 8, 16, 32.
 
         Args:
-            pixels: (B, 3, H, W), multiples of the patch.
-            layers: the last block of each stage, rising.
-            norm: whether extractors and pyramid read the states through the encoder's final norm.
+            pixels: (B, 3, H, W); H and W are multiples of the patch.
+            layers: the last block of each stage, in ascending order.
+            norm: whether the encoder's final norm is applied to the states that are read.
         """
         finest, *levels = self.prior(pixels)
         grid = (pixels.shape[-2] // tower.patch, pixels.shape[-1] // tower.patch)
-        places = Places.of(grid, [_grid(level) for level in levels], pixels.device)
+        locations = CellLocations.of(grid, [_grid(level) for level in levels], pixels.device)
         c = torch.cat(
             [
                 as_tokens(level) + embedding
@@ -180,48 +195,52 @@ class ViTAdapter(nn.Module):
             dim=1,
         )
         if self.injectors:
-            c, maps = self._interact(c, places, tower, pixels, layers, norm=norm)
+            c, maps = self._interact(c, locations, tower, pixels, layers, norm=norm)
         else:
             trained = any(parameter.requires_grad for parameter in tower.encoder.parameters())
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
                 maps = tower(pixels, layers, norm=norm).maps
             for extractor, x in zip(self.extractors, maps, strict=True):
-                c = extractor(c, as_tokens(x), places)
+                c = extractor(c, as_tokens(x), locations)
         for extractor in self.extra:
-            c = extractor(c, as_tokens(maps[-1]), places)
-        return self._pyramid(finest, as_maps(c, places.levels), maps)
+            c = extractor(c, as_tokens(maps[-1]), locations)
+        return self._pyramid(finest, as_maps(c, locations.levels), maps)
 
     def _interact(
         self,
         c: Tensor,
-        places: Places,
+        locations: CellLocations,
         tower: ImageTower,
         pixels: Tensor,
         layers: Sequence[int],
         *,
         norm: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The cells after all stages and the maps after each, with injectors between the blocks."""
+        """Runs the encoder with injectors between its blocks.
+
+        Returns:
+            the cells (B, S, D) after all stages, and the map (B, D, h, w) after each stage.
+        """
 
         def entering(stage: int) -> Callable[[Tensor], Tensor]:
             def change(x: Tensor) -> Tensor:
                 nonlocal c
                 if stage:
-                    c = self.extractors[stage - 1](c, tower.normed(x) if norm else x, places)
-                return self.injectors[stage](x, c, places)
+                    c = self.extractors[stage - 1](c, tower.normed(x) if norm else x, locations)
+                return self.injectors[stage](x, c, locations)
 
             return change
 
         firsts = [0, *(layer + 1 for layer in layers[:-1])]
         between = {first: entering(stage) for stage, first in enumerate(firsts)}
         maps = tower(pixels, layers, norm=norm, between=between).maps
-        return self.extractors[-1](c, as_tokens(maps[-1]), places), maps
+        return self.extractors[-1](c, as_tokens(maps[-1]), locations), maps
 
     def _pyramid(
         self, finest: Tensor, levels: Sequence[Tensor], maps: Sequence[Tensor]
     ) -> list[Tensor]:
         height, width = _grid(finest)
-        # Where a side of level 8 was rounded up, twice of it is one more than that of level 4.
+        # If a side of level 8 was rounded up, its double is one more than that of level 4.
         first = finest + self.up(levels[0])[..., :height, :width]
         return [
             norm(level + resized(x, _grid(level)))
@@ -230,29 +249,29 @@ class ViTAdapter(nn.Module):
 
 
 class NeckedHead(nn.Module):
-    """A head on the levels of a neck; both are trained and saved as one."""
+    """A head on the levels of a neck; both are trained and saved together."""
 
     def __init__(self, neck: ViTAdapter, head: nn.Module) -> None:
         super().__init__()
         self.neck, self.head = neck, head
 
     def forward(self, tower: ImageTower, pixels: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Logits (B, C, ·, ·); arguments as those of `ViTAdapter`."""
+        """Returns logits (B, C, ·, ·); takes the arguments of `ViTAdapter.forward`."""
         return self.head(self.neck(tower, pixels, *args, **options), pixels)
 
 
 def _default_heads(width: int, inner: int) -> int:
-    """One for each 64 channels of the encoder, or the next fewer that divide the inner width."""
+    """Returns one head for each 64 channels, or the next smaller divisor of the inner width."""
     return next(heads for heads in range(max(width // 64, 1), 0, -1) if inner % heads == 0)
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """(B, D, h, w) -> (B, h·w, D)."""
+    """Flattens a map (B, D, h, w) to tokens (B, h·w, D)."""
     return x.flatten(2).transpose(1, 2)
 
 
 def as_maps(tokens: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
-    """(B, Σ h·w, D) -> (B, D, h, w) for each grid."""
+    """Splits tokens (B, Σ h·w, D) into a map (B, D, h, w) for each grid."""
     parts = tokens.transpose(1, 2).split([height * width for height, width in grids], dim=2)
     return [part.unflatten(2, grid) for part, grid in zip(parts, grids, strict=True)]
 

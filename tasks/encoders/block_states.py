@@ -1,4 +1,4 @@
-"""The states that pass between the blocks of an encoder's tower, as it runs."""
+"""Reads and changes the states between the blocks of a tower during a forward pass."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch.utils.hooks import RemovableHandle
 from mmadapters.sites.sitemap import Tower
 
 
-class Reached(Exception):
-    """All requested states are there; nothing behind them needs to run."""
+class AllStatesRead(Exception):
+    """Ends a forward pass after the last requested block."""
 
 
-# From the tokens that a block was given (B, N, D), and how many of them are no prompts, to others.
-Change = Callable[[Tensor, int], Tensor]
+# Maps the input (B, N, D) of a block and the number of its tokens without prompts to another input.
+StateChange = Callable[[Tensor, int], Tensor]
 
 
-class Watch:
-    """Notes the states of a tower's blocks in this thread while it is entered.
+class BlockStates:
+    """Records the outputs of a tower's blocks, in this thread, inside a `with` block.
 
-    Hooks stand around the blocks, so adapters have acted in what is noted; prompts stand behind the
-    tokens that entered the first block.
+    Hooks are around the blocks, so the outputs include adapters. Prompts follow the tokens that
+    entered the first block.
 
     Attributes:
-        entered: what the first block was given, before prompts joined it; None until it ran.
-        states: what each requested block gave, by its number.
+        entered: input (B, N, D) of the first block without prompts; None before it ran.
+        states: output (B, N, D) of each requested block, by its number.
     """
 
     def __init__(
@@ -38,15 +38,17 @@ class Watch:
         layers: Sequence[int],
         *,
         stop: bool = False,
-        changes: Mapping[int, Change] | None = None,
+        changes: Mapping[int, StateChange] | None = None,
         reads_entered: bool = False,
     ) -> None:
-        """
+        """Prepares the hooks; entering the `with` block installs them.
+
         Args:
-            reads_entered: more than the shape of `entered` is looked at, so that a `FrozenTrunk`
-                keeps it, too.
-            stop: raise `Reached` after the last of the requested blocks.
-            changes: of what is given to blocks, by their number.
+            layers: numbers of the requested blocks, from 0.
+            stop: whether to raise `AllStatesRead` after the last requested block.
+            changes: changes of the inputs of blocks, by their number.
+            reads_entered: whether more than the shape of `entered` is read, so that a `FrozenTrunk`
+                must store it, too.
         """
         self.blocks = tower.blocks
         self.layers = layers
@@ -58,7 +60,7 @@ class Watch:
         self._thread = threading.get_ident()
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> BlockStates:
         first = self.blocks[0].module
         for layer, change in self.changes.items():
             self._handles.append(
@@ -68,24 +70,26 @@ class Watch:
             )
         enters: Any = functools.partial(self._enters)
         enters.reads_input = self.reads_entered
-        # Before the hook that appends prompts, and before that of a change.
+        # It must run before the hook that appends prompts and before that of a change.
         self._handles.append(
             first.register_forward_pre_hook(enters, prepend=True, with_kwargs=True)
         )
         for layer in dict.fromkeys(self.layers):
-            self._handles.append(self.blocks[layer].module.register_forward_hook(self._note(layer)))
+            self._handles.append(
+                self.blocks[layer].module.register_forward_hook(self._record(layer))
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    # While a hook comes and goes, torch may call it in another thread without keyword arguments.
+    # While a hook is added or removed, torch may call it in another thread without `kwargs`.
     def _enters(self, module: nn.Module, args: tuple, kwargs: Any = None) -> None:
         if threading.get_ident() == self._thread:
             self.entered = args[0] if args else kwargs["hidden_states"]
 
-    def _changed(self, change: Change) -> Callable[..., Any]:
+    def _changed(self, change: StateChange) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, kwargs: Any = None) -> Any:
             if threading.get_ident() != self._thread:
                 return None
@@ -97,11 +101,11 @@ class Watch:
 
         return hook
 
-    def _note(self, layer: int) -> Callable[[nn.Module, tuple, Any], None]:
+    def _record(self, layer: int) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if threading.get_ident() == self._thread:
                 self.states[layer] = output if isinstance(output, Tensor) else output[0]
                 if self.stop and layer == max(self.layers):
-                    raise Reached
+                    raise AllStatesRead
 
         return hook

@@ -1,6 +1,7 @@
-"""Heads on feature pyramids: UPerNet, Panoptic FPN, and a pyramid that also sees the pixels.
+"""Heads on feature pyramids: UPerNet, Panoptic FPN, and a pyramid that also reads the pixels.
 
-B images, D width of the encoder, E width of the head, C classes; a level s is (B, E, H/s, W/s).
+Shape legend: B images, D width of the encoder, E width of the head, C classes; level s of a pyramid
+is (B, E, H/s, W/s).
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from torch import Tensor, nn
 
 from .norm import BatchNorm, conv_norm_relu
 
-BINS = (1, 2, 3, 6)  # of pyramid pooling
+BINS = (1, 2, 3, 6)  # sides of the pooled maps of pyramid pooling
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, to (h, w)."""
+    """Resizes maps bilinearly to (h, w)."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 class SimplePyramid(nn.Module):
-    """Four maps of one resolution -> ×4, ×2, ×1 and ×½: transposed convolutions, nothing, pooling.
+    """Turns four maps of one resolution into a pyramid of ×4, ×2, ×1 and ×½.
 
-    BEiT, Bao et al. 2022 (`fpn1` … `fpn4` of the authors' segmentation backbone).
+    It uses transposed convolutions, no change, and pooling. Bao et al. 2022, BEiT (`fpn1` … `fpn4`
+    of the authors' segmentation backbone).
     """
 
     def __init__(self, width: int) -> None:
@@ -36,16 +38,17 @@ class SimplePyramid(nn.Module):
             nn.ConvTranspose2d(width, width, 2, stride=2),
         )
         self.up2 = nn.ConvTranspose2d(width, width, 2, stride=2)
-        # A map of odd sides keeps its last row and column, and one of a single patch stays one.
+        # With ceil_mode, odd sides keep their last row and column and a single patch remains.
         self.down2 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Returns four levels (B, D, ·, ·), the finest first, from four maps (B, D, h, w)."""
         first, second, third, fourth = maps
         return [self.up4(first), self.up2(second), third, self.down2(fourth)]
 
 
 class PyramidPooling(nn.Module):
-    """The map beside its means over 1, 2², 3² and 6² parts.
+    """Joins a map with its means over 1, 2², 3² and 6² parts.
 
     Zhao et al. 2017, PSPNet, §3.2.
     """
@@ -59,28 +62,31 @@ class PyramidPooling(nn.Module):
         self.join = conv_norm_relu(width + len(BINS) * channels, channels, kernel=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D, h, w) -> (B, E, h, w)."""
+        """Returns (B, E, h, w) from (B, D, h, w)."""
         pooled = [resized(pool(x), x.shape[-2:]) for pool in self.bins]
         return self.join(torch.cat([x, *pooled], dim=1))
 
 
 class TopDown(nn.Module):
-    """From coarse to fine each level gets what the coarser one knows; all of them, side by side at
-    the finest resolution, make one map.
+    """Adds each coarser level to the next finer one, then joins all at the finest resolution.
 
     Lin et al. 2017, FPN; joined as in UPerNet, Xiao et al. 2018, §3.1.
     """
 
     def __init__(self, levels: int, channels: int) -> None:
         super().__init__()
-        # The coarsest level is smooth already.
+        # The coarsest level gets no addition, so it needs no smoothing.
         self.smooth = nn.ModuleList(
             conv_norm_relu(channels, channels, kernel=3) for _ in range(levels - 1)
         )
         self.join = conv_norm_relu(levels * channels, channels, kernel=3)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """Levels (B, E, ·, ·), the finest first -> (B, E, ·, ·) as the finest."""
+        """Returns one map (B, E, ·, ·) of the finest resolution.
+
+        Args:
+            levels: (B, E, ·, ·) each, the finest first.
+        """
         summed = [levels[-1]]
         for level in reversed(levels[:-1]):
             summed.insert(0, level + resized(summed[0], level.shape[-2:]))
@@ -95,8 +101,11 @@ class UPerHead(nn.Module):
     Xiao et al. 2018, UPerNet, §3.1.
 
     Args:
-        pyramid: from what the head is given to four levels (B, D, ·, ·), the finest first: the
-            simple pyramid of a plain ViT, or nothing behind a neck.
+        width: D.
+        pyramid: makes four levels (B, D, ·, ·), the finest first, of the head's input:
+            `SimplePyramid`, or the identity if a neck gives the levels.
+        channels: E.
+        dropout: probability of dropping a channel before the last layer.
     """
 
     def __init__(
@@ -111,21 +120,21 @@ class UPerHead(nn.Module):
         self.classify = nn.Conv2d(channels, classes, 1)
 
     def forward(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:
-        """-> (B, C, ·, ·) at the resolution of the finest level."""
+        """Returns logits (B, C, ·, ·) at the resolution of the finest level."""
         *fine, coarse = self.pyramid(maps)
         levels = [lateral(x) for lateral, x in zip(self.lateral, fine, strict=True)]
         return self.classify(self.dropout(self.top_down([*levels, self.pooling(coarse)])))
 
 
 class PanopticFPN(nn.Module):
-    """A feature pyramid whose levels go up to the finest resolution by 3×3 convolutions and ×2 in
-    turn, and are summed there.
+    """A feature pyramid that sums all levels at the finest resolution.
 
-    Kirillov et al. 2019, Panoptic Feature Pyramid Networks, §3.1, the semantic branch, of E / 2
-    channels; with batch norm for group norm, and all resizing bilinear.
+    3×3 convolutions and ×2 in turn bring each level there. Kirillov et al. 2019, Panoptic Feature
+    Pyramid Networks, §3.1, the semantic branch, with E / 2 channels. Unlike there, the norm is
+    batch norm, not group norm, and all resizing is bilinear.
 
     Args:
-        pyramid: as that of `UPerHead`.
+        width, pyramid, channels, dropout: as for `UPerHead`.
     """
 
     def __init__(
@@ -147,7 +156,7 @@ class PanopticFPN(nn.Module):
         self.classify = nn.Conv2d(half, classes, 1)
 
     def forward(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:
-        """-> (B, C, ·, ·) at the resolution of the finest level."""
+        """Returns logits (B, C, ·, ·) at the resolution of the finest level."""
         levels = [lateral(x) for lateral, x in zip(self.lateral, self.pyramid(maps), strict=True)]
         sizes = [level.shape[-2:] for level in levels]
         for level in (2, 1, 0):
@@ -163,14 +172,14 @@ class PanopticFPN(nn.Module):
 
 
 class SpatialPrior(nn.Module):
-    """Convolutions on the pixels: levels 4, 8, 16 and 32.
+    """Makes levels 4, 8, 16 and 32 of the pixels by convolutions.
 
     Chen et al. 2023, ViT-Adapter, §3.3 and the authors' `SpatialPriorModule`.
 
     Args:
-        channels: of each level that comes out.
-        inner: of levels 16 and 32 inside, 256 there; level 8 has half of it, the first convolutions
-            a quarter.
+        channels: number of channels of each output level.
+        inner: number of channels inside at levels 16 and 32 (256 in the paper). Level 8 has half as
+            many, the first convolutions a quarter.
     """
 
     def __init__(self, channels: int, *, inner: int) -> None:
@@ -189,7 +198,7 @@ class SpatialPrior(nn.Module):
         self.project = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> (B, channels, ⌈H/s⌉, ⌈W/s⌉) for s = 4, 8, 16, 32."""
+        """Returns (B, channels, ⌈H/s⌉, ⌈W/s⌉) for s = 4, 8, 16, 32 from pixels (B, 3, H, W)."""
         x = self.stem(pixels)
         levels = [x]
         for down in self.down:
@@ -199,10 +208,15 @@ class SpatialPrior(nn.Module):
 
 
 class FPNHead(nn.Module):
-    """The encoder's maps added to those of a convolutional stem, and a feature pyramid over them.
+    """A feature pyramid over the encoder's maps added to those of a convolutional stem.
 
-    What ViT-Adapter (Chen et al. 2023; `head.neck`) makes of its last states, without its injectors
-    and extractors: outlines come from the pixels, what is inside them from the encoder.
+    It is the last step of ViT-Adapter (Chen et al. 2023; `head.neck`) without injectors and
+    extractors. Outlines come from the pixels, their content from the encoder.
+
+    Args:
+        width: D.
+        channels: E.
+        dropout: probability of dropping a channel before the last layer.
     """
 
     def __init__(self, width: int, *, classes: int, channels: int, dropout: float) -> None:
@@ -215,7 +229,7 @@ class FPNHead(nn.Module):
         self.classify = nn.Conv2d(channels, classes, 1)
 
     def forward(self, maps: Sequence[Tensor], pixels: Tensor) -> Tensor:
-        """-> (B, C, H/4, W/4)."""
+        """Returns logits (B, C, H/4, W/4)."""
         levels = [
             norm(level + resized(project(x), level.shape[-2:]))
             for level, project, norm, x in zip(

@@ -1,0 +1,71 @@
+"""Saving one adapter to a directory and loading it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .. import methods
+from ..adapters import storage
+from ..methods import FusionConfig
+from . import bundles
+from .store import AdapterStore
+
+
+def save(
+    store: AdapterStore,
+    directory: str | os.PathLike,
+    *,
+    name: str,
+    head: nn.Module | None,
+    metadata: Mapping[str, Any] | None,
+) -> None:
+    """See `AdapterModel.save_adapter`."""
+    adapter = store.adapter(name)
+    identity = store.identity()
+    used = {site for site, _ in adapter.entries()}
+    if "image" in adapter.reads:
+        used.add("vision")
+    towers = {
+        tower.name: identity["towers"][tower.name]
+        for tower in store.sites.towers.values()
+        if not used.isdisjoint(tower.site_names())
+    }
+    stored = storage.Stored(
+        name=name,
+        config=methods.to_dict(adapter.config),
+        backbone={**identity, "towers": towers},
+        tensors=adapter.tensors(),
+        head={} if head is None else dict(head.state_dict()),
+        metadata=dict(metadata or {}),
+    )
+    storage.write(directory, stored)
+
+
+def load(
+    store: AdapterStore,
+    directory: str | os.PathLike,
+    *,
+    name: str | None,
+    allow_different_weights: bool,
+) -> storage.Stored:
+    """See `AdapterModel.load_adapter`."""
+    stored = storage.read(directory)
+    method = stored.config.get("method") if isinstance(stored.config, dict) else None
+    if method == FusionConfig.method:
+        raise ValueError(
+            f"{directory} holds an AdapterFusion: load it with load_adapter_fusion, after its "
+            "members"
+        )
+    if method == bundles.METHOD:
+        raise ValueError(f"{directory} holds a composition: load it with load_composition")
+    storage.check_backbone(
+        stored.backbone, store.identity(), allow_different_weights=allow_different_weights
+    )
+    name = stored.name if name is None else name
+    config = methods.from_dict(stored.config)
+    store.insert(name, store.filled(name, config, tensors=stored.tensors, source=directory))
+    return stored

@@ -1,0 +1,28 @@
+"""The splits of a source before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that are read together.
+
+    Attributes:
+        read: reads them.
+        folder: the folder from which their relative paths start; None where they have none.
+    """
+
+    read: Callable[[], Dataset]
+    folder: Path | None
+
+
+# The pieces of each split by the source's own name of the split; "" where it names no split.
+Parts = dict[str, list[Piece]]

@@ -1,0 +1,81 @@
+"""A saved adapter measured on a split, and a job's data examined."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import artifact
+from ..config.schema import SPLITS, JobConfig
+from ..core.errors import Problem
+from ..core.results import Scores
+from ..data.doctor import DataReport, examine
+from ..data.load import load_splits
+from ..registry import task_class
+from .metrics import figures
+from .model import rows_to_fit
+from .run import evaluate_split
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """The figures of a split.
+
+    Attributes:
+        scores: the metrics with their intervals and groups.
+        problems: the rows that could not be used.
+    """
+
+    scores: Scores
+    problems: list[Problem]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The metrics by name, in total and by group, as plain data."""
+        return figures(self.scores)
+
+
+def evaluate_directory(
+    path: str | os.PathLike,
+    split: str,
+    *,
+    overrides: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SplitResult:
+    """Measures the adapter of a run or adapter directory on a split.
+
+    Args:
+        split: train, validation or test.
+        overrides: changes to the job that is saved there ("data.source=elsewhere").
+        progress: is told after each batch how many rows of this process are done, and of how many.
+
+    Raises:
+        FileNotFoundError, ValueError: the directory cannot be opened, or the data has no such
+            split.
+    """
+    opened = artifact.open_directory(path, overrides=overrides)
+    task = opened.task
+    wanted: Any = split
+    splits: Any = load_splits(task.config.data, task.columns, (wanted,))
+    if split not in splits:
+        raise ValueError(f"the data has no split {split!r}: name it in data.splits")
+    rows = splits[split]
+    evaluation = evaluate_split(
+        task, opened.model, rows, progress=lambda done: progress(done, len(rows))
+    )
+    scores = task.score(evaluation.records, bootstrap=task.config.evaluation.bootstrap)
+    return SplitResult(scores, evaluation.problems)
+
+
+def examine_data(config: JobConfig) -> DataReport:
+    """Reads every row of a job's data and reports which cannot be used, see `data.doctor`.
+
+    Raises:
+        ValueError: the source cannot be read, or its rows make no task.
+    """
+    task = task_class(config.task)(config)
+    splits = load_splits(config.data, task.columns, SPLITS)
+    task.fit(rows_to_fit(splits.get("train")), artifact.make_backbone(config.backbone))
+    return examine(task, splits)
