@@ -172,7 +172,7 @@ def _ids(adapter: Adapter) -> set[int]:
 
 
 def tie(adapters: Mapping[str, Adapter], sharing: Sharing, *, equal: bool = False) -> None:
-    """Gives the parameters of the first adapter that are to be shared to the other adapters.
+    """Replaces the shared parameters of all adapters but the first by those of the first.
 
     Args:
         adapters: the adapters by name.
