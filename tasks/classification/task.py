@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ class ClassificationTask(
         self._weights()
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["image", "audio"]:
         """The inputs that are classified: "image" or "audio"."""
         return self.config.kind
 
