@@ -50,7 +50,7 @@ def test_the_map_survives_being_saved() -> None:
 
 def test_what_training_has_not_seen_is_a_bad_row_with_the_nearest_name() -> None:
     labels, _ = fit(["labrador", "poodle"])
-    with pytest.raises(BadRow, match=r"'labradr' is none of .*did you mean 'labrador'"):
+    with pytest.raises(BadRow, match=r"'labradr' is not a class of .*did you mean 'labrador'"):
         labels.indices("labradr")
 
 

@@ -174,7 +174,7 @@ def test_labels_are_those_of_the_training_rows_alone() -> None:
     found = evaluate(task, model, rows, batch_size=8)
     assert len(found.records) == len(known)
     assert len(found.problems) == 40 - len(known)
-    assert all("'red' is none of" in problem.reason for problem in found.problems)
+    assert all("'red' is not a class of" in problem.reason for problem in found.problems)
 
 
 def test_rows_that_cannot_be_used_say_why() -> None:
@@ -184,7 +184,7 @@ def test_rows_that_cannot_be_used_say_why() -> None:
         ({"image": None}, "it has no image"),
         ({"image": {"bytes": b"GIF89a", "path": None}}, "."),
         ({"label": None}, "it has no label"),
-        ({"label": "mauve"}, "'mauve' is none of"),
+        ({"label": "mauve"}, "'mauve' is not a class of"),
     ):
         with pytest.raises(BadRow, match=reason):
             task.example({**row, **wrong}, train=False)
@@ -504,7 +504,7 @@ def test_doctor_sees_how_often_each_class_is_there() -> None:
 def test_a_job_says_what_its_parts_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"metric 'mAP' does not exist without data.multi_label"):
         config(metric="mAP")
-    with pytest.raises(ValueError, match="layers: all sums patches or frames"):
+    with pytest.raises(ValueError, match="layers: all sums states of patches or frames"):
         config(head={"layers": "all", "pooling": "cls"})
     with pytest.raises(ValueError, match="the smaller one first"):
         config(data={"source": "", "augment": {"crop": [1.0, 0.5]}})
