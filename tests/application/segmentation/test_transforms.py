@@ -183,7 +183,7 @@ def test_the_crop_is_the_encoders_size_unless_said() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"scale": (2.0, 0.5)}, "smaller first"), ({"longest": 100}, "beside size")],
+    [({"scale": (2.0, 0.5)}, "smaller first"), ({"longest": 100}, "longest needs size")],
 )
 def test_transforms_that_contradict_themselves_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -425,7 +425,7 @@ def test_stages_end_at_four_blocks_that_rise() -> None:
     [
         ({"kind": "linear", "neck": "vit_adapter"}, "linear reads the encoder's maps: set kind to"),
         ({"kind": "fpn", "neck": "vit_adapter"}, "fpn has its own stem on the pixels"),
-        ({"kind": "upernet", "vit_adapter": {"mode": "full"}}, "write neck: vit_adapter"),
+        ({"kind": "upernet", "vit_adapter": {"mode": "full"}}, "set neck to vit_adapter"),
         ({"kind": "upernet", "neck": "fpn"}, "vit_adapter"),
         ({"kind": "upernet", "neck": "vit_adapter", "vit_adapter": {"points": 0}}, "points"),
     ],
