@@ -343,7 +343,9 @@ def test_adapters_where_nothing_passes_are_refused() -> None:
 def test_texts_that_look_at_an_image_are_refused() -> None:
     clip = mmadapters.init(next(f for f in CLIP_FAMILIES if f.name == "hf-clip").build())
     clip.add_adapter("a", GatedCrossAttentionConfig(size=4, heads=1))
-    with pytest.raises(ValueError, match=r"gated_cross_attention reads the image.*without one: take mma"):
+    with pytest.raises(
+        ValueError, match=r"gated_cross_attention reads the image.*without one: take mma"
+    ):
         RetrievalModel(clip, job())
 
 
