@@ -39,7 +39,9 @@ test-oldest: $(OLDEST_READY)
 	$(OLDEST)/$(PYTEST) --durations=5 --pairs mechanisms $(ON_OLDEST)
 
 # Every method with every encoder and every check, on the newest and the oldest versions: before a
-# release, and after changes of mmadapters/injectors or mmadapters/methods. Takes TO BE MEASURED.
+# release, and after changes of mmadapters/injectors or mmadapters/methods. On two cores the matrix
+# takes 9 minutes on the newest versions and 7 on the oldest; the rest is what `make test` runs, and
+# one training on real data.
 test-all: $(READY) $(OLDEST_READY)
 	$(VENV)/$(PYTEST) --durations=15 --pairs all
 	$(OLDEST)/$(PYTEST) --durations=15 --pairs all tests/sites tests/injection tests/adapters
