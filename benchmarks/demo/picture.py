@@ -3,7 +3,7 @@
     python benchmarks/demo/picture.py [out/demo] [docs/demo.png]
 
 Left: test pictures of the segmentation job (drawn scenes, synthetic), with the head alone and with
-adapters. Right: the figures of all four tasks, with their 95 % intervals.
+adapters. Right: the figures of the tasks that were run, with their 95 % intervals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mmadapters.tasks.artifact import open_directory
 from mmadapters.tasks.core.plots import LIGHT, figure_png
 from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.data.media import read_image
-from mmadapters.tasks.segmentation.pictures import colours_of, overlay
+from mmadapters.tasks.segmentation.pictures import colours_of, painted
 
 ROWS = (2, 5, 11)  # of the test split; chosen before any prediction was seen
 TASKS = {
@@ -48,6 +48,7 @@ def panels(demo: Path) -> dict[str, list[np.ndarray]]:
         columns[title] = []
         with TemporaryDirectory() as name:
             folder = Path(name)
+            (folder / "out").mkdir()
             for number in ROWS:
                 read_image(rows[number]["image"]).save(folder / f"{number}.png")
             inputs = [str(folder / f"{number}.png") for number in ROWS]
@@ -55,21 +56,25 @@ def panels(demo: Path) -> dict[str, list[np.ndarray]]:
             for number, result in zip(ROWS, results, strict=True):
                 image = read_image(rows[number]["image"])
                 classes = np.asarray(Image.open(result["mask"]))
-                columns[title].append(overlay(image, classes, colours, clear=0))
+                columns[title].append(painted(classes, colours))
                 if mode == "adapter":
                     truth = task.labels.read(rows[number], (image.height, image.width))
                     columns["picture"].append(np.asarray(image.convert("RGB")))
-                    columns["truth"].append(overlay(image, truth, colours, clear=0))
+                    columns["truth"].append(painted(truth, colours))
     return columns
 
 
 def draw_figures(axes: Axes, demo: Path) -> None:
     """Draws each task's test figure and interval for both modes."""
-    for place, (task, title) in enumerate(TASKS.items()):
+    ran = {
+        task: title
+        for task, title in TASKS.items()
+        if (demo / task / "adapter/report.html").is_file()
+    }
+    for place, (task, title) in enumerate(ran.items()):
         for shift, (mode, (_, colour)) in zip((0.17, -0.17), MODES.items(), strict=True):
             written = json.loads((demo / task / mode / "metrics.json").read_text())
-            name, metric = next(iter(written["splits"]["test"]["metrics"].items()))
-            del name
+            metric = next(iter(written["splits"]["test"]["metrics"].values()))
             value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
             y = -place + shift
             axes.plot([low, high], [y, y], color=colour, lw=5, alpha=0.35, solid_capstyle="butt")
@@ -83,7 +88,9 @@ def draw_figures(axes: Axes, demo: Path) -> None:
                 fontsize=8,
             )
         axes.annotate(title, (0, -place + 0.42), fontsize=9, color=LIGHT.ink, va="center")
-    axes.set(xlim=(0, 108), ylim=(-3.55, 0.65), yticks=[], xlabel="%, with 95 % intervals")
+    axes.set(
+        xlim=(0, 108), ylim=(0.45 - len(ran), 0.65), yticks=[], xlabel="%, with 95 % intervals"
+    )
     axes.spines[["left", "right", "top"]].set_visible(False)
     handles = [
         Line2D([], [], color=colour, marker="o", lw=5, alpha=0.8, label=name)
