@@ -100,7 +100,7 @@ def modules() -> dict[str, Module]:
 
 
 def imports(module: Module) -> Iterator[Import]:
-    """What a module imports of this project, wherever in the file it does."""
+    """Yields the imports of this project in a module, wherever in the file they stand."""
     package = module.name.split(".")
     if module.path.name != "__init__.py":
         package = package[:-1]

@@ -1,4 +1,4 @@
-"""What a process of its own does that fills a store of `test_store`."""
+"""A program that fills a store of `test_store` in a process of its own."""
 
 from __future__ import annotations
 

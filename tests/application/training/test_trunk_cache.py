@@ -68,7 +68,7 @@ def plain_images(tmp_path_factory: pytest.TempPathFactory) -> TaskTrainer:
 
 @pytest.fixture(scope="module")
 def on_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run is told to find the states that the job on images has left on disk."""
+    """The settings with which a run finds the states that the job on images left on disk."""
     folder = tmp_path_factory.mktemp("disk")
     kept = {"cache_trunk": "disk", "cache_folder": str(folder / "cache")}
     _, told = fitted("images", folder / "first", **kept)
