@@ -9,12 +9,13 @@ import numpy as np
 from ..config.schema import SPLITS, DataConfig, Split
 from ..core.rows import Column, Rows
 from .columns import find_columns, to_roles
-from .files import local_parts
 from .hub import hub_parts, hub_streams
+from .layouts.find import local_parts
 from .parts import Parts, Piece
 from .rows import RowSelection, by_values, cut, keep, limit
 from .splits import find_splits
 from .stream import read_streams
+from .wanted import Wanted
 
 BUILTIN = "builtin/"
 SPLIT_COLUMN = "split"
@@ -37,7 +38,7 @@ def load_splits(
             says what there is.
     """
     if config.streaming:
-        _check_hub_only(config)
+        _check_hub_only(Wanted(config, columns))
         return read_streams(hub_streams(config), config, columns, splits)
     source = _Source(config, columns)
     present = find_splits(config, source.names)
@@ -77,7 +78,7 @@ class _Source:
 
     def __init__(self, config: DataConfig, columns: Mapping[str, Column]) -> None:
         self.config, self.columns = config, columns
-        self.parts = _parts(config)
+        self.parts = _parts(Wanted(config, columns))
         self.whole: Mapping[str, RowSelection] = {}
         if len(self.parts) > 1 and config.split_column is not None:
             raise ValueError(
@@ -114,7 +115,8 @@ class _Source:
         return RowSelection(whole, np.arange(len(whole)), names)
 
 
-def _parts(config: DataConfig) -> Parts:
+def _parts(wanted: Wanted) -> Parts:
+    config = wanted.config
     if config.source.startswith(BUILTIN):
         from .sources import builtin_parts
 
@@ -122,7 +124,7 @@ def _parts(config: DataConfig) -> Parts:
         return builtin_parts(config.source.removeprefix(BUILTIN), config.options)
     if config.options:
         raise ValueError(f"data.options are for builtin sources, and {config.source} is none")
-    local = local_parts(config.source)
+    local = local_parts(wanted)
     if local is None:
         return hub_parts(config)
     _check_local(config)
@@ -137,8 +139,9 @@ def _check_local(config: DataConfig) -> None:
             )
 
 
-def _check_hub_only(config: DataConfig) -> None:
-    if config.source.startswith(BUILTIN) or local_parts(config.source) is not None:
+def _check_hub_only(wanted: Wanted) -> None:
+    config = wanted.config
+    if config.source.startswith(BUILTIN) or local_parts(wanted) is not None:
         raise ValueError(
             f"data.streaming is for hub data sets, and {config.source} is on this machine"
         )

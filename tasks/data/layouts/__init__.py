@@ -1,0 +1,1 @@
+"""Local data sets: recognises how their files are laid out."""

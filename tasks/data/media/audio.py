@@ -1,0 +1,137 @@
+"""Reads recordings from the values of a row."""
+
+from __future__ import annotations
+
+import functools
+import re
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmadapters.errors import first_line
+
+from ...core.errors import BadRow
+from .files import ByteStream, opened
+
+if TYPE_CHECKING:
+    from torchaudio.transforms import Resample
+
+# A WAV file that was written to a pipe announces the largest possible size.
+UNKNOWN_SIZE = 0x7FFF0000
+# A windowed sinc has as many taps as the product of the reduced rates. Usual rates need at most
+# 3e5; 44,101 to 16,000 Hz would need gigabytes and is resampled in the spectrum instead.
+LARGEST_FILTERS = 1_000_000
+LOST = 0.01  # a recording that lacks more than this share of its announced length was cut off
+_ANNOUNCED = re.compile(r"^\s*(?:data|SSND)\s*:\s*(\d+)\s*\(should be (\d+)\)", re.MULTILINE)
+
+
+def read_audio(value: Any, rate: int) -> np.ndarray:
+    """Reads a recording as (T,) float32 samples at `rate` Hz, the mean of its channels.
+
+    It is resampled by torchaudio's windowed sinc, at unusual ratios in the spectrum. Integer
+    samples are scaled to [−1, 1].
+
+    Args:
+        value: a path, `{"bytes", "path"}`, or `{"array", "sampling_rate"}` with (T,), (C, T) or
+            (T, C) samples.
+
+    Raises:
+        BadRow: the recording cannot be read, was cut off, is empty, or holds NaN or infinity.
+    """
+    if isinstance(value, dict) and value.get("array") is not None:
+        samples, original = _audio_array(value)
+    else:
+        samples, original = _audio_file(value)
+    if samples.shape[0] == 0:
+        raise BadRow("the recording is empty (no samples)")
+    if not np.isfinite(samples).all():
+        raise BadRow("the recording holds samples that are not finite numbers")
+    mono = samples.mean(axis=1, dtype=np.float32)
+    return np.ascontiguousarray(_resample(mono, original, rate))
+
+
+def audio_samples(value: Any, rate: int) -> int:
+    """Returns about how many samples a recording has at `rate` Hz, from its header alone; 0 if the
+    header cannot be read."""
+    import soundfile
+
+    if isinstance(value, dict) and value.get("array") is not None:
+        return round(len(value["array"]) * rate / value["sampling_rate"])
+    try:
+        with opened(value, "audio") as file:
+            info = soundfile.info(file if isinstance(file, ByteStream) else file.name)
+    except (BadRow, RuntimeError, OSError, TypeError):
+        return 0
+    return round(info.frames * rate / info.samplerate)
+
+
+def _audio_file(value: Any) -> tuple[np.ndarray, int]:
+    """Returns (T, C) float32 samples and their rate in Hz."""
+    import soundfile
+
+    with opened(value, "audio") as file:
+        # libsndfile inspects the start of a file that it opens by name, not by descriptor.
+        source = file if isinstance(file, ByteStream) else file.name
+        try:
+            with soundfile.SoundFile(source) as sound:
+                samples = sound.read(dtype="float32", always_2d=True)
+                announced, info, rate = sound.frames, sound.extra_info, sound.samplerate
+        except Exception as error:  # soundfile raises RuntimeError, TypeError and its own
+            reason = first_line(error).removeprefix(f"Error opening {source!r}: ")
+            reason = re.sub(r"^Error opening <.*?>: ", "", reason)
+            raise BadRow(f"the audio cannot be decoded: {reason}") from None
+    there, said = samples.shape[0], announced
+    if (match := _ANNOUNCED.search(info)) and int(match[1]) < UNKNOWN_SIZE and int(match[2]):
+        said = round(there * int(match[1]) / int(match[2]))
+    if there and there < (1 - LOST) * said:
+        raise BadRow(f"the audio is cut off: {there / rate:.2f} s are there of {said / rate:.2f} s")
+    return samples, rate
+
+
+def _audio_array(value: dict[str, Any]) -> tuple[np.ndarray, int]:
+    rate = value.get("sampling_rate")
+    if not isinstance(rate, int | np.integer) or rate <= 0:
+        raise BadRow(f"samples need a sampling_rate above 0, got {rate!r}")
+    try:
+        samples = np.asarray(value["array"])
+    except ValueError as error:
+        raise BadRow(f"the samples are no array: {first_line(error)}") from None
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "iuf":
+        raise BadRow(f"samples of shape {samples.shape} and type {samples.dtype} are no recording")
+    if samples.dtype.kind == "u":
+        raise BadRow("unsigned samples are ambiguous: give signed integers or floats")
+    if samples.dtype.kind == "i":
+        samples = samples / -float(np.iinfo(samples.dtype).min)
+    if samples.ndim == 1:
+        samples = samples[:, None]
+    elif samples.shape[0] < samples.shape[1]:
+        samples = samples.T
+    return samples.astype(np.float32), int(rate)
+
+
+def _resample(samples: np.ndarray, original: int, rate: int) -> np.ndarray:
+    """Resamples (T,) at `original` Hz to (ceil(T · rate / original),) at `rate` Hz."""
+    import torch
+
+    if original == rate:
+        return samples
+    x_T = torch.from_numpy(samples)
+    ratio = Fraction(original, rate)
+    with torch.inference_mode():
+        if ratio.numerator * ratio.denominator <= LARGEST_FILTERS:
+            return _resampler(ratio)(x_T).numpy()
+        # Zeros fill a whole number of periods of the two rates, so the ratio is exact, and the
+        # transform wraps the ends around into silence.
+        periods = -(-(len(x_T) + original // 10) // ratio.numerator)
+        spectrum = torch.fft.rfft(x_T, n=periods * ratio.numerator)
+        wrapped = torch.fft.irfft(spectrum, n=periods * ratio.denominator)
+        return (wrapped[: -(-len(x_T) * rate // original)] / float(ratio)).numpy()
+
+
+@functools.lru_cache(maxsize=16)
+def _resampler(ratio: Fraction) -> Resample:
+    """Caches resamplers, since making the filters takes longer than using them."""
+    from torchaudio.transforms import Resample
+
+    return Resample(ratio.numerator, ratio.denominator)

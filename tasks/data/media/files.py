@@ -1,0 +1,104 @@
+"""Opens the encoded files of pictures, masks and recordings."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mmadapters.errors import first_line
+
+from ...core.errors import BadRow
+
+# The endings of the files that are taken for pictures and recordings, in lower case.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm"),
+)
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *AUDIO_SUFFIXES))
+
+
+def media_name(value: Any) -> str | None:
+    """Returns the file name of a row's picture or recording, or None if it has none."""
+    path = value.get("path") if isinstance(value, dict) else value
+    return Path(path).name if isinstance(path, str | Path) and str(path) else None
+
+
+def media_digest(value: Any) -> str | None:
+    """Returns a hash of the encoded picture or recording, equal for equal files; None if it cannot
+    be read."""
+    if isinstance(value, dict) and value.get("array") is not None:
+        try:
+            value = np.asarray(value["array"])
+        except ValueError:  # lists of different lengths
+            return None
+    if isinstance(value, np.ndarray):
+        return hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
+    try:
+        with opened(value, "file") as file:
+            return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+    except BadRow:
+        return None
+
+
+class ByteStream(io.BytesIO):
+    """A byte stream in which a seek before the start goes to the start.
+
+    libsndfile seeks there in broken MP3 files, and an error in its callback would be printed with
+    its stack.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.getbuffer().nbytes}
+        return super().seek(max(start[whence] + offset, 0))
+
+
+@contextmanager
+def opened(value: Any, noun: str) -> Iterator[BinaryIO]:
+    """Opens the encoded file as a stream."""
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        value = value.get("path") if data is None else data
+    if isinstance(value, bytes | bytearray | memoryview):
+        if not len(value):
+            raise BadRow(f"the {noun} has no bytes")
+        yield ByteStream(value)
+        return
+    if value is None or (isinstance(value, str) and not value):
+        raise BadRow(f"there is no {noun}")
+    if not isinstance(value, str | Path):
+        raise BadRow(f"a value of type {type(value).__name__} is no {noun}")
+    if "://" in str(value):
+        yield _fetched(str(value))
+        return
+    try:
+        file = open(value, "rb")  # noqa: SIM115 - closed below; only opening is guarded here
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        if not os.path.lexists(str(value).replace("\0", "")):
+            raise BadRow(f"no such file: {value}") from None
+        raise BadRow(f"cannot open {value}: {first_line(error)}") from None
+    with file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise BadRow(f"the {noun} file is empty (0 bytes)")
+        yield file
+
+
+def _fetched(url: str) -> ByteStream:
+    """Returns the bytes at a URL, such as the hf:// and zip:// paths of streamed data sets."""
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            data = file.read()
+    except Exception as error:  # each file system has its own
+        raise BadRow(f"cannot fetch {url}: {first_line(error)}") from None
+    if not data:
+        raise BadRow(f"there are no bytes at {url}")
+    return ByteStream(data)

@@ -1,0 +1,32 @@
+"""Says which rows and columns a run asks of its data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.schema import DataConfig
+from ..core.rows import Column
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request for the rows of a data set.
+
+    Attributes:
+        config: the data section of the run.
+        columns: the task's columns by role.
+    """
+
+    config: DataConfig
+    columns: Mapping[str, Column]
+
+    @property
+    def path(self) -> Path:
+        """The source as a local path, with ~ expanded."""
+        return Path(self.config.source).expanduser()
+
+    def source_name(self, role: str) -> str:
+        """Returns the source's column that fills a role, as far as the config says it."""
+        return self.config.columns.get(role, role)
