@@ -4,7 +4,11 @@ OLDEST := .venv-oldest
 UV := $(VENV)/bin/uv
 READY := $(VENV)/.ready
 OLDEST_READY := $(OLDEST)/.ready
+INSTALL := pip install -q --compile-bytecode
 INSTALLED_FROM := pyproject.toml setup.py
+
+# Some hundred processes import the same libraries: they read the bytecode that one has written.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup lint test test-oldest test-all demo peers serving bench constraints clean
 
@@ -14,12 +18,12 @@ setup: $(READY)
 $(READY): $(INSTALLED_FROM) constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q "$$(grep '^uv==' constraints.txt)"
-	$(UV) pip install -q -p $(VENV)/bin/python -c constraints.txt -b constraints.txt -e ".[dev,demo]"
+	$(UV) $(INSTALL) -p $(VENV)/bin/python -c constraints.txt -b constraints.txt -e ".[dev,demo]"
 	touch $@
 
 $(OLDEST_READY): $(INSTALLED_FROM) constraints-oldest.txt | $(READY)
 	$(UV) venv -q --allow-existing -p $(VENV)/bin/python $(OLDEST)
-	$(UV) pip install -q -p $(OLDEST)/bin/python -c constraints-oldest.txt -b constraints-oldest.txt -e ".[dev]"
+	$(UV) $(INSTALL) -p $(OLDEST)/bin/python -c constraints-oldest.txt -b constraints-oldest.txt -e ".[dev]"
 	touch $@
 
 lint: $(READY)

@@ -14,7 +14,7 @@ from mmadapters.tasks.jobs import demo
 SMALL = {
     "segmentation": ["data.options.train=16", "data.options.validation=8", "data.options.test=8"],
     "asr": ["data.options.train=16", "data.options.validation=4", "data.options.test=8"],
-    "vqa": ["data.limit={train: 32, validation: 16, test: 16}"],
+    "vqa": ["data.limit={train: 32, validation: 16, test: 16}", "trainer.max_steps=4"],
     "retrieval": ["data.options.train=32", "data.options.validation=16", "data.options.test=16"],
 }
 
