@@ -9,6 +9,8 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
 # Before torch is imported; the processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# Both cores are busy with tests; those about workers ask for them.
+os.environ.setdefault("MMADAPTERS_WORKERS", "0")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -156,7 +156,8 @@ class TrainerConfig(Section):
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Number of processes that read and decode data. auto takes all cores but one, at most 8. If
     the model runs on the CPU, auto takes at most one, and none for cached states or where new
-    processes are not forked."""
+    processes are not forked. The environment variable MMADAPTERS_WORKERS sets another number for
+    auto."""
     cache_trunk: Literal["auto", "memory", "disk", "off"] = "auto"
     """Compute the frozen trunk (the part of the encoder below the first adapter) once for each row
     and keep its states: in memory, or on disk, where later runs read them; off computes it in every

@@ -11,6 +11,7 @@ from ..config.schema import TrainerConfig
 from ..core.device import default_device
 
 MOST = 8  # largest number of workers
+NUMBER = "MMADAPTERS_WORKERS"  # the environment variable that says what "auto" is
 
 
 def readers(config: TrainerConfig, *, decoded: bool = False) -> int:
@@ -20,11 +21,20 @@ def readers(config: TrainerConfig, *, decoded: bool = False) -> int:
     already decoded, and none if new processes are not forked, since they import everything again
     for each pass over the data.
 
+    The environment variable MMADAPTERS_WORKERS sets another number for "auto".
+
     Args:
         decoded: whether nothing is left to decode.
+
+    Raises:
+        ValueError: the variable is no number.
     """
     if config.workers != "auto":
         return config.workers
+    if chosen := os.environ.get(NUMBER):
+        if not chosen.isdecimal():
+            raise ValueError(f"{NUMBER} is {chosen!r}: set it to a number of processes, 0 or more")
+        return int(chosen)
     most = MOST
     if "cpu" in (config.device, default_device()):
         most = 1 if forks() and not decoded else 0

@@ -8,6 +8,21 @@ from mmadapters.tasks.config.schema import TrainerConfig
 from mmadapters.tasks.data import workers
 
 
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MMADAPTERS_WORKERS", raising=False)
+
+
+def test_the_environment_says_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMADAPTERS_WORKERS", "5")
+    assert workers.readers(TrainerConfig(device="cpu")) == 5
+    assert workers.readers(TrainerConfig(device="cpu"), decoded=True) == 5
+    assert workers.readers(TrainerConfig(workers=3)) == 3
+    monkeypatch.setenv("MMADAPTERS_WORKERS", "all")
+    with pytest.raises(ValueError, match="MMADAPTERS_WORKERS is 'all': set it to a number"):
+        workers.readers(TrainerConfig())
+
+
 def test_the_config_decides_where_it_gives_a_number() -> None:
     assert workers.readers(TrainerConfig(workers=3)) == 3
     assert workers.readers(TrainerConfig(workers=0)) == 0
