@@ -12,6 +12,7 @@ from mmadapters.suggest import nearest
 
 from ..core.errors import BadRow
 from ..core.rows import Rows
+from ..data.cells import listed
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ def labels_of(value: Any, coded: Sequence[str], separator: str | None) -> list[s
     """
     if separator is None:
         return [_name(value, coded)]
+    several = listed(value)
+    if several is not None:
+        return [_name(part, coded) for part in several]
     if isinstance(value, str):
         return [part.strip() for part in value.split(separator) if part.strip()]
-    if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
-        return [_name(part, coded) for part in value]
     return [_name(value, coded)]
 
 

@@ -64,6 +64,17 @@ class DataConfig(Section):
     """Options of a builtin source."""
     streaming: bool = False
     """Read the training split of a hub data set while it downloads; needs trainer.max_steps."""
+    separator: str | None = Field(default=None, min_length=1, max_length=1)
+    """The character between the cells of a CSV file; by default it is recognised: a comma, a tab, a
+    semicolon or a bar."""
+    header: tuple[str, ...] | None = None
+    """The names of the columns of a CSV file whose first line is a row already ([file_name,
+    text])."""
+    quoting: bool | None = None
+    """Whether a " encloses a cell of a CSV file (true) or is a character like others (false); by
+    default the file shows it."""
+    encoding: str | None = None
+    """The encoding of text files (cp1252); by default UTF-8, or UTF-16 where it is recognised."""
     split_column: str | None = None
     """The column that names the split of each row; a column "split" is recognised by its name."""
     splits: dict[Split, str] = Field(default_factory=dict)

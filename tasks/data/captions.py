@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from ..core.errors import BadRow
 from ..core.rows import Column, Rows
 from . import media
+from .cells import listed
 
 COLUMNS = {
     "image": Column("image", description="the picture"),
@@ -41,10 +42,11 @@ def captions_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def stated_captions(row: Mapping[str, Any]) -> list[Any]:
-    """Returns the values of `caption` and `captions` as they are, of any type."""
+    """Returns the values of `caption` and `captions`, of any type; each may hold a list."""
     texts: list[Any] = []
     for value in (row.get("caption"), row.get("captions")):
-        texts += value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        several = listed(value)
+        texts += [value] if several is None else several
     return texts
 
 

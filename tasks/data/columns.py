@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 from mmadapters.suggest import nearest
 
 from ..core.rows import Column
+from .media import MEDIA_SUFFIXES
+from .wanted import FILE
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import ClassLabel, Dataset
 
 MEDIA = ("image", "mask", "audio")
-FILE = "file_name"  # the column of paths in a metadata file, as Hugging Face's folders have it
+_LONG_NAME = 40  # characters; a longer name of a column is a sentence
 
 
 def find_columns(
@@ -81,10 +83,22 @@ def _missing(role: str, column: Column, names: Sequence[str]) -> str:
     about = f" ({column.description})" if column.description else ""
     guess = nearest(role, names)
     name = guess.split("'")[1] if guess else "ITS_COLUMN"
+    remedy = f"say which one it is by data.columns: {{{role}: {name}}}"
+    if any(_is_row(name) for name in names):
+        remedy = f"if that is a row already, name the columns by data.header: [{FILE}, {role}]"
     return (
-        f"the data has no column {role!r}{about}{guess}; its columns are {', '.join(names)}: "
-        f"say which one it is by data.columns: {{{role}: {name}}}"
+        f"the data has no column {role!r}{about}{guess}; its columns are "
+        f"{', '.join(map(_cut, names))}: {remedy}"
     )
+
+
+def _is_row(name: str) -> bool:
+    """Returns whether the name of a column looks like a value of a row."""
+    return len(name) > _LONG_NAME or Path(name).suffix.lower() in MEDIA_SUFFIXES
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONG_NAME else name[:_LONG_NAME] + "…"
 
 
 def to_roles(

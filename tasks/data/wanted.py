@@ -9,6 +9,8 @@ from pathlib import Path
 from ..config.schema import DataConfig
 from ..core.rows import Column
 
+FILE = "file_name"  # the column of paths in a metadata file, as Hugging Face's folders have it
+
 
 @dataclass(frozen=True)
 class Wanted:

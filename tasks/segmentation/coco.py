@@ -51,6 +51,8 @@ def draw_segments(
 def segment_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     """Draws a list of polygons (their union) or an RLE as (H, W) bool.
 
+    A polygon of one or two corners covers no pixel.
+
     Raises:
         BadRow: the segmentation is neither, or has another size.
     """
@@ -60,8 +62,28 @@ def segment_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         raise BadRow("a segmentation is a list of polygons or an RLE with size and counts")
     mask = np.zeros(size, dtype=bool)
     for polygon in segmentation:
-        mask |= polygon_mask(polygon, size)
+        if not _is_line(polygon):
+            mask |= polygon_mask(polygon, size)
     return mask
+
+
+def lines_among(segments: Any) -> list[int]:
+    """Returns the numbers of the segments that cover nothing, since they consist of polygons of one
+    or two corners.
+
+    Raises:
+        BadRow: the segments cannot be read.
+    """
+    numbers = []
+    for number, segment in enumerate(_listed(segments)):
+        polygons = segment.get("segmentation")
+        if isinstance(polygons, list) and polygons and all(map(_is_line, polygons)):
+            numbers.append(number)
+    return numbers
+
+
+def _is_line(polygon: Any) -> bool:
+    return isinstance(polygon, Sequence) and len(polygon) in (2, 4)
 
 
 def polygon_mask(polygon: Sequence[float], size: tuple[int, int]) -> np.ndarray:

@@ -24,6 +24,7 @@ from ..core.task import Task
 from ..data.media import image_size, read_image
 from ..encoders.vision import image_preprocessing
 from . import metrics, pictures
+from .coco import lines_among
 from .config import SegmentationConfig
 from .inference import predict_classes
 from .labels import Labels, class_names
@@ -279,12 +280,27 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         return {"mask": str(mask), "overlay": str(overlay)}
 
     def check(self, rows: Rows) -> list[Problem]:
-        """Finds masks in which all pixels are ignored."""
-        return [
+        """Finds masks in which all pixels are ignored, and segments that cover nothing."""
+        empty = [
             Problem(index, "every pixel of the mask is ignored")
             for index, mask in self._masks(rows)
             if (mask == self.labels.ignore).all()
         ]
+        return empty + self._lines(rows)
+
+    def _lines(self, rows: Rows) -> list[Problem]:
+        problems = []
+        segments = rows["segments"] if "segments" in rows.column_names else ()
+        for index, of_row in enumerate(segments):
+            try:
+                numbers = lines_among(of_row)
+            except BadRow:
+                continue
+            if numbers:
+                some = ", ".join(map(str, numbers[:5]))
+                reason = f"segments {some} have one or two corners and are left out"
+                problems.append(Problem(index, reason))
+        return problems
 
     def survey(self, rows: Rows) -> list[Table]:
         """Counts the pixels and images of each class."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..core.errors import BadRow
 from ..core.rows import Rows
+from ..data.cells import listed
 
 MANY = 4  # the fewest answers to a question by whose agreement the official score can reach 1
 
@@ -76,14 +76,17 @@ def answers_of(row: Mapping[str, Any]) -> list[str]:
     """Returns all answers of a row: those in `answers`, or else the one in `answer`.
 
     `answers` is a list of texts, or of dicts with the text under "answer" as in VQAv2 (also as a
-    dict of lists, into which `datasets` may turn it), or such a list as JSON, as in a CSV file.
+    dict of lists, into which `datasets` may turn it), or such a list as text, as in a CSV file.
+    `answer` may hold such a list too, as in LAVIS.
 
     Raises:
         BadRow: there is no answer, or one is neither text nor a number.
     """
     answers = [_text(value) for value in _listed(row.get("answers"))]
     if not any(answers):
-        answers = [_text(row.get("answer"))]
+        answer = row.get("answer")
+        several = listed(answer)
+        answers = [_text(value) for value in ([answer] if several is None else several)]
     answers = [answer for answer in answers if answer]
     if not answers:
         raise BadRow("there is no answer")
@@ -92,10 +95,10 @@ def answers_of(row: Mapping[str, Any]) -> list[str]:
 
 def _listed(value: Any) -> Sequence[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BadRow(f"its answers begin with [ but are no JSON list: {error}") from None
+        several = listed(value)
+        if several is None:
+            raise BadRow(f"its answers begin with [ but are no JSON list: {value[:60]!r}")
+        value = several
     if isinstance(value, Mapping):
         value = value.get("answer")
     if value is None:

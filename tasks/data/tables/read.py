@@ -26,7 +26,7 @@ def read_tables(wanted: Wanted, files: Sequence[Path]) -> Dataset:
 
     if files[0].suffix.lower() == ".parquet":
         return _read_parquet(files)
-    tables = [_read_table(file) for file in files]
+    tables = [_read_table(wanted, file) for file in files]
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -39,12 +39,12 @@ def read_tables(wanted: Wanted, files: Sequence[Path]) -> Dataset:
     return datasets.Dataset(table)
 
 
-def _read_table(file: Path) -> pa.Table:
+def _read_table(wanted: Wanted, file: Path) -> pa.Table:
     import pyarrow as pa
 
     reader = read_json if file.suffix.lower() in (".json", ".jsonl") else read_csv
     try:
-        table = reader(file)
+        table = reader(wanted, file)
     except (pa.ArrowException, OSError, ValueError) as error:  # bad JSON and UTF-8 are ValueErrors
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from None
     names = table.column_names

@@ -602,14 +602,14 @@ def test_broken_tables_are_named(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('[{"text": "a"}')
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is none")
     cases = {
-        "empty.csv": "cannot be read: Empty CSV",
+        "empty.csv": "cannot be read: it is empty",
         "empty.jsonl": "cannot be read: it is empty",
-        "ragged.csv": "Expected 2 columns, got 3: y,1,2",
+        "ragged.csv": "line 3 has 3 cells and not 2, one for each of text, a: 'y,1,2'",
         "twice.csv": "more than one column 'text'",
         "headers.csv": "has no rows",
         "latin.csv": "cannot be read: .*(UTF8|utf-8)",
-        "bad.jsonl": "cannot be read: JSON parse error",
-        "mixed.jsonl": "cannot be read: JSON parse error: .*changed from string to array in row 1",
+        "bad.jsonl": "cannot be read: line 2, column 10 is not valid JSON",
+        "mixed.jsonl": r"cannot be read: line 2 has \[1\] under 'text', where other rows have",
         "bad.json": "its list holds values that are not objects",
         "torn.json": "cannot be read: .*delimiter",
         "bad.parquet": "bad.parquet cannot be read: ",

@@ -101,7 +101,7 @@ def test_later_segments_lie_on_top_and_crowds_are_ignored(form: Any) -> None:
         ([1, 2], "list of annotations"),
         ({"category_id": [1], "segmentation": []}, "different lengths"),
         ([{"segmentation": [SQUARE]}], "segment 0 has no category_id"),
-        ([{"category_id": 1, "segmentation": [[1, 2, 3, 4]]}], "segment 0: a polygon needs three"),
+        ([{"category_id": 1, "segmentation": [[1]]}], "segment 0: a polygon needs three"),
         ([{"category_id": 1, "segmentation": [[1, 2, 3, 4, 5]]}], "three corners"),
         ([{"category_id": 1, "segmentation": [[1, 2, 3, 4, 5, "x"]]}], "no numbers"),
         ([{"category_id": 1, "segmentation": [[1, 2, 3, 4, 5, float("nan")]]}], "not finite"),
