@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from ..config.errors import RenamedKeyWarning
+from ..core.errors import AlreadyFinished
 from ..reports.console import plain
 
 DEBUG = "MMADAPTERS_DEBUG"
@@ -47,6 +48,9 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
                 command(*args, **kwargs)
         except typer.Exit:  # a RuntimeError
             raise
+        except AlreadyFinished as error:
+            if IS_FIRST:
+                Console(stderr=True).print(plain(str(error)), highlight=False)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             if os.environ.get(DEBUG):
                 raise

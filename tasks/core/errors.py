@@ -1,4 +1,4 @@
-"""Rows that cannot be used, and the errors that they raise."""
+"""Rows that cannot be used, and the errors of runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ class Problem:
 
     index: int
     reason: str
+
+
+class AlreadyFinished(ValueError):
+    """A run is to be resumed that is finished. Nothing needs to be done."""
 
 
 class DataError(ValueError):

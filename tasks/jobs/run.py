@@ -30,7 +30,7 @@ from ..reports.run_report import write_run_report
 from ..training.checkpoint import CHECKPOINTS
 from ..training.evaluate import Evaluation, evaluate
 from ..training.trainer import TaskTrainer
-from .folder import METRICS, REPORT, check_folder, make_folder
+from .folder import METRICS, REPORT, RunFolder, run_folder
 from .metrics import metrics_of
 from .model import adapter_config, make_model, rows_to_fit, sizes
 
@@ -51,15 +51,39 @@ def train(
         ValueError: the data, the encoder or the run directory does not fit the config.
     """
     state = process_state(config)
-    folder = Path(config.output)
-    checkpoint = check_folder(folder, config, resume=resume, overwrite=overwrite)
+    with run_folder(
+        Path(config.output),
+        config,
+        resume=resume,
+        overwrite=overwrite,
+        first=state.is_main_process,
+    ) as folder:
+        splits = load_splits(config.data, task_class(config.task)(config).columns, SPLITS)
+        task, model = make_model(config, rows_to_fit(splits.get("train")))
+        begin(folder)
+        run = train_model(
+            task, model, splits, folder=folder.place, checkpoint=folder.checkpoint, quiet=quiet
+        )
+        end(folder)
+        run.folder = folder.path
+    return run
+
+
+def begin(folder: RunFolder) -> None:
+    """Makes the directory of a run; every process calls it, and the first one writes."""
+    state = PartialState()
     state.wait_for_everyone()  # every process has looked before the first one writes
-    if checkpoint is None and state.is_main_process:
-        make_folder(folder, config)
+    if state.is_main_process:
+        folder.write()
     state.wait_for_everyone()
-    splits = load_splits(config.data, task_class(config.task)(config).columns, SPLITS)
-    task, model = make_model(config, rows_to_fit(splits.get("train")))
-    return train_model(task, model, splits, checkpoint=checkpoint, quiet=quiet)
+
+
+def end(folder: RunFolder) -> None:
+    """Puts a finished run in its place; every process calls it, and the first one writes."""
+    state = PartialState()
+    if state.is_main_process:
+        folder.finish()
+    state.wait_for_everyone()
 
 
 def train_model(
@@ -67,13 +91,15 @@ def train_model(
     model: TaskModel,
     splits: dict[Split, Rows],
     *,
+    folder: Path | None = None,
     checkpoint: Path | None = None,
     quiet: bool = False,
 ) -> Run:
-    """Trains and evaluates a model that is already built, in a directory of `make_folder`.
+    """Trains and evaluates a model that is already built.
 
     Args:
         splits: the rows by split.
+        folder: the directory that is written to; by default the config's `output`.
         checkpoint: the checkpoint from which training goes on.
         quiet: no progress bar.
 
@@ -82,7 +108,7 @@ def train_model(
     """
     config = task.config
     first = process_state(config).is_main_process
-    run = Run(Path(config.output), task, model, facts=sizes(model, config.name))
+    run = Run(folder or Path(config.output), task, model, facts=sizes(model, config.name))
     model.to(device_of(config))
     splits = chosen(task, splits)
     if config.evaluation.before:

@@ -34,6 +34,7 @@ from mmadapters import (
     SeqBnConfig,
     SSFConfig,
     UniPELTConfig,
+    files,
     init,
 )
 
@@ -327,6 +328,7 @@ def test_crash_while_saving_leaves_what_was_there_and_no_litter(
         return function(*args, **kwargs)
 
     with monkeypatch.context() as patch:
+        patch.setattr(files, "exchange_at_once", lambda one, two: False)
         patch.setattr(os, name, failing)
         with pytest.raises(OSError, match="No space left"):
             model.save_adapter(target, "pets")
@@ -349,6 +351,7 @@ def test_interrupt_between_the_two_renames_brings_the_old_adapter_back(
         rename(*args, **kwargs)
 
     with monkeypatch.context() as patch:
+        patch.setattr(files, "exchange_at_once", lambda one, two: False)
         patch.setattr(os, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.save_adapter(saved, "pets")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ from ...core.metrics import Metric
 from ...core.rows import Rows
 from ...data.load import load_splits
 from ...registry import task_class
-from ..folder import CONFIG, check_folder, make_folder
+from ..folder import RunFolder, make_folder, run_folder
 from ..metrics import environment
 from ..model import make_model, rows_to_fit
-from ..run import measured_split, process_state, train_model
+from ..run import begin, end, measured_split, process_state, train_model
 from .config import ComparisonConfig, make_job, read_contenders
 from .cost import costs
 from .report import write_comparison_report
@@ -71,8 +71,31 @@ def compare(
     first = next(iter(jobs.values()))
     if process_state(first).num_processes > 1:
         raise ValueError("compare runs in one process: start it without torchrun or accelerate")
-    folder = Path(config.output)
-    _prepare(folder, config, resume=resume or bool(only), overwrite=overwrite)
+    with run_folder(
+        Path(config.output),
+        config,
+        resume=resume or bool(only),
+        overwrite=overwrite and not only,
+        first=not only,
+        result=RESULT,
+        again=True,
+    ) as folder:
+        done = _compare(config, jobs, folder, only=only, tell=tell)
+        if done is not None:
+            end(folder)
+            done.folder = folder.path
+    return done
+
+
+def _compare(
+    config: ComparisonConfig,
+    jobs: Mapping[str, JobConfig],
+    folder: RunFolder,
+    *,
+    only: Sequence[str],
+    tell: Callable[[str, int, int], None],
+) -> Comparison | None:
+    first = next(iter(jobs.values()))
     splits: Splits = load_splits(first.data, task_class(first.task)(first).columns, SPLITS)
     measured_split(splits)
     if config.learning_rates and "validation" not in splits:
@@ -87,14 +110,18 @@ def compare(
         for name, job in {**jobs, **bottlenecks}.items()
         if not only or owner.get(name, name) in only
     }
+    # Several processes with `only` share the folder, so none of them may empty it.
+    begin(replace(folder, goes_on=True) if only else folder)
     each = max(len(config.learning_rates), 1) + len(config.seeds) - 1
     entrants, total = {}, each * len(everyone)
     for place, (name, job) in enumerate(everyone.items()):
-        runner = _Runner(config, job, splits, lambda what, n: tell(what, n, total), place * each)
+        runner = _Runner(
+            config, job, folder, splits, lambda what, n: tell(what, n, total), place * each
+        )
         entrants[name] = runner.enter(sizes.trained(job))
     if only:
         return None
-    done = Comparison(config, folder, first.task, first.backbone.name)
+    done = Comparison(config, folder.place, first.task, first.backbone.name)
     for name, other in pairs.items():
         tell(f"timing {name}", total, total)
         both = [_at(job, entrants[job.name].rate, config.seeds[0]) for job in (jobs[name], other)]
@@ -105,15 +132,6 @@ def compare(
         done.references.append((entrants[name], cost))
     _write(done)
     return done
-
-
-def _prepare(folder: Path, config: ComparisonConfig, *, resume: bool, overwrite: bool) -> None:
-    check_folder(folder, config, resume=resume, overwrite=overwrite)
-    if (folder / CONFIG).is_file():
-        if resume:
-            return
-        shutil.rmtree(folder)
-    make_folder(folder, config)
 
 
 @dataclass
@@ -152,6 +170,7 @@ class _Runner:
 
     config: ComparisonConfig
     job: JobConfig
+    folder: RunFolder
     splits: Splits
     tell: Callable[[str, int], None]
     done: int
@@ -168,12 +187,13 @@ class _Runner:
         self.tell(f"{self.job.name}, learning rate {rate:g}, seed {seed}", self.done)
         self.done += 1
         job = _at(self.job, rate, seed)
-        folder = Path(job.output)
+        folder = self.folder.inside(job.output)
         file = folder / SCORE
         if not file.is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # the rest of a training that was killed
             make_folder(folder, job)
             task, model = make_model(job, rows_to_fit(self.splits.get("train")))
-            run = train_model(task, model, self.splits, quiet=True)
+            run = train_model(task, model, self.splits, folder=folder, quiet=True)
             validation = run.scores.get("validation")
             training = TrainingScore(
                 run.headline, None if validation is None else validation[task.metric].value

@@ -36,10 +36,10 @@ from ...core.rows import Record, Rows
 from ...core.task import Task
 from ...data.load import load_splits
 from ...registry import task_class
-from ..folder import CONFIG, METRICS, check_folder, make_folder
+from ..folder import METRICS, RunFolder, make_folder, run_folder
 from ..metrics import environment
 from ..model import build_model, make_encoder, rows_to_fit
-from ..run import evaluate_split, measured_split, process_state, train_model
+from ..run import begin, end, evaluate_split, measured_split, process_state, train_model
 from . import router
 from .config import ContinualConfig, contrast_jobs, read_jobs
 from .report import write_continual_report
@@ -67,41 +67,52 @@ def learn(
     """
     jobs = read_jobs(config)
     others = contrast_jobs(config, jobs) if config.contrast == "full" else []
-    folder = Path(config.output)
     state = process_state(jobs[0])
-    _check_folders(folder, config, [*jobs, *others], overwrite=overwrite)
-    state.wait_for_everyone()  # every process has looked before the first one writes
-    if state.is_main_process:
-        make_folder(folder, config)
-        for job in [*jobs, *others]:
-            make_folder(Path(job.output), job)
-    state.wait_for_everyone()
+    with run_folder(
+        Path(config.output),
+        config,
+        resume=False,
+        overwrite=overwrite,
+        first=state.is_main_process,
+    ) as folder:
+        done = _learn(config, jobs, others, folder, quiet=quiet, tell=tell)
+        end(folder)
+        done.folder = folder.path
+    return done
+
+
+def _learn(
+    config: ContinualConfig,
+    jobs: Sequence[JobConfig],
+    others: Sequence[JobConfig],
+    folder: RunFolder,
+    *,
+    quiet: bool,
+    tell: Callable[[str], None],
+) -> Continual:
+    state = process_state(jobs[0])
     splits = [_load(job) for job in jobs]
-    learner = _Learner(jobs, splits, quiet=quiet, tell=lambda text: tell(f"{text}, adapters"))
-    done = Continual(config, jobs, folder, learner.learn())
+    learner = _Learner(
+        jobs, splits, folder, quiet=quiet, tell=lambda text: tell(f"{text}, adapters")
+    )
+    begin(folder)
+    if state.is_main_process:
+        for job in [*jobs, *others]:
+            make_folder(folder.inside(job.output), job)
+    state.wait_for_everyone()
+    done = Continual(config, list(jobs), folder.place, learner.learn())
     if config.routing:
         done.routing = learner.route()
     if others:
         del learner  # frees its encoder, so that only one is in memory
-        contrast = _Learner(others, splits, quiet=quiet, tell=lambda text: tell(f"{text}, full"))
+        contrast = _Learner(
+            others, splits, folder, quiet=quiet, tell=lambda text: tell(f"{text}, full")
+        )
         done.full = contrast.learn()
     if state.is_main_process:
         _write(done)
     state.wait_for_everyone()
     return done
-
-
-def _check_folders(
-    folder: Path, config: ContinualConfig, jobs: Sequence[JobConfig], *, overwrite: bool
-) -> None:
-    if (folder / CONFIG).is_file() and not overwrite:
-        raise ValueError(
-            f"{folder} holds a run already: choose another output=…, or pass --overwrite to "
-            "replace it"
-        )
-    check_folder(folder, config, resume=False, overwrite=overwrite)
-    for job in jobs:
-        check_folder(Path(job.output), job, resume=False, overwrite=overwrite)
 
 
 def _load(job: JobConfig) -> Splits:
@@ -123,6 +134,7 @@ class _Learner:
         self,
         jobs: Sequence[JobConfig],
         splits: Sequence[Splits],
+        folder: RunFolder,
         *,
         quiet: bool,
         tell: Callable[[str], None],
@@ -135,7 +147,7 @@ class _Learner:
         self.encoder = make_encoder(backbone)
         self.models: list[TaskModel] = []
         self.records: list[list[Record]] = []
-        self.splits, self.quiet, self.tell = splits, quiet, tell
+        self.splits, self.folder, self.quiet, self.tell = splits, folder, quiet, tell
 
     def learn(self) -> LearningSequence:
         """Learns all jobs and measures each after every step."""
@@ -145,7 +157,8 @@ class _Learner:
             self.tell(f"{task.config.name}, {step + 1} of {len(self.tasks)}")
             set_seed(task.config.seed)
             self.models.append(build_model(task, self.encoder))
-            train_model(task, self.models[-1], splits, quiet=self.quiet)
+            place = self.folder.inside(task.config.output)
+            train_model(task, self.models[-1], splits, folder=place, quiet=self.quiet)
             self.records = []
             row = [self._measure(job) for job in range(step + 1)]
             sequence.cells.append([*row, *[None] * (len(self.tasks) - len(row))])

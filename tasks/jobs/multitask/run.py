@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mmadapters import AdapterModel, methods
 from mmadapters.files import write_text
 
 from ... import artifact
-from ...config.schema import SPLITS, Split
+from ...config.schema import SPLITS, JobConfig, Split
 from ...core.capabilities import Calibration, capability
 from ...core.model import TaskModel
 from ...core.rows import Rows
@@ -28,12 +29,14 @@ from ...data.load import load_splits
 from ...registry import task_class
 from ...reports.results import Run
 from ...training.checkpoint import CHECKPOINTS
-from ..folder import METRICS, check_folder, make_folder
+from ..folder import METRICS, RunFolder, make_folder, run_folder
 from ..metrics import environment, figures
 from ..model import make_encoder, sizes
 from ..run import (
+    begin,
     chosen,
     device_of,
+    end,
     evaluate_split,
     finish,
     measured_split,
@@ -65,33 +68,48 @@ def learn(
         ValueError: the jobs, their data, the encoder or the run directory do not fit.
     """
     jobs = read_tasks(config)
-    folder = Path(config.output)
     state = process_state(jobs[0])
-    checkpoint = check_folder(folder, config, resume=resume, overwrite=overwrite)
-    for job in jobs:
-        check_folder(Path(job.output), job, resume=resume, overwrite=overwrite)
-    state.wait_for_everyone()  # every process has looked before the first one writes
-    if checkpoint is None and state.is_main_process:
-        make_folder(folder, config)
-        for job in jobs:
-            make_folder(Path(job.output), job)
-    state.wait_for_everyone()
+    with run_folder(
+        Path(config.output),
+        config,
+        resume=resume,
+        overwrite=overwrite,
+        first=state.is_main_process,
+    ) as folder:
+        done = _learn(config, jobs, folder, quiet=quiet)
+        end(folder)
+        done.folder = folder.path
+        for run in done.runs.values():
+            run.folder = Path(run.task.config.output)
+    return done
+
+
+def _learn(
+    config: MultitaskConfig, jobs: Sequence[JobConfig], folder: RunFolder, *, quiet: bool
+) -> Multitask:
+    state = process_state(jobs[0])
     tasks = {job.name: task_class(job.task)(job) for job in jobs}
     splits = {name: _load(task) for name, task in tasks.items()}
     _check_validation(splits)
     model = build_joint(config, tasks, splits)
+    begin(folder)
+    places = {job.name: folder.inside(job.output) for job in jobs}
+    if state.is_main_process:
+        for job in jobs:
+            make_folder(places[job.name], job)
+    state.wait_for_everyone()
     model.to(device_of(jobs[0]))
     splits = {name: chosen(task, splits[name]) for name, task in tasks.items()}
-    done = Multitask(config, folder, facts=parameters(model))
+    done = Multitask(config, folder.place, facts=parameters(model))
     for name, task in tasks.items():
-        done.runs[name] = Run(Path(task.config.output), task, model.models[name])
+        done.runs[name] = Run(places[name], task, model.models[name])
         if task.config.evaluation.before:
             _measure_before(done.runs[name], splits[name])
     for name, run in done.runs.items():
         with model.encoder.using(name):
             calibration = capability(run.task, Calibration)
             calibration.prepare(run.model, without_test(splits[name]))
-    _fit(done, tasks, model, splits, checkpoint, quiet=quiet or not state.is_main_process)
+    _fit(done, tasks, model, splits, folder.checkpoint, quiet=quiet or not state.is_main_process)
     for name in tasks:
         _finish(done, name, splits[name])
     if state.is_main_process:

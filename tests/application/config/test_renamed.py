@@ -18,7 +18,8 @@ from mmadapters.tasks.config.errors import ConfigError, RenamedKeyWarning
 from mmadapters.tasks.config.file import from_data, read_config
 from mmadapters.tasks.jobs.comparison.config import read_comparison, read_contenders
 from mmadapters.tasks.jobs.continual.config import read_continual, read_jobs
-from mmadapters.tasks.jobs.run import check_folder, make_folder
+from mmadapters.tasks.jobs.folder import make_folder, run_folder
+from mmadapters.tasks.training.checkpoint import mark_whole
 
 BASE = "task: segmentation\nbackbone:\n  name: nano/vit\ndata:\n  source: builtin/scenes\n"
 OLD = "trainer.cache_prefix is now called trainer.cache_trunk"
@@ -145,14 +146,21 @@ def test_a_run_that_began_under_the_old_name_is_resumed() -> None:
     written = (folder / "config.yaml").read_text("utf-8")
     assert "cache_trunk: 'off'" in written
     (folder / "config.yaml").write_text(written.replace("cache_trunk", "cache_prefix"), "utf-8")
-    with pytest.warns(RenamedKeyWarning, match=f"^run/config.yaml: {OLD}"):
-        assert check_folder(folder, config, resume=True, overwrite=False) is None
+    checkpoint = folder / "checkpoints" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    mark_whole(checkpoint)
+    with (
+        pytest.warns(RenamedKeyWarning, match=f"^run/config.yaml: {OLD}"),
+        run_folder(folder, config, resume=True, overwrite=False) as resumed,
+    ):
+        assert resumed.checkpoint == checkpoint
     other = read_config("job.yaml", ["trainer.cache_trunk=disk"])
     with (
         pytest.warns(RenamedKeyWarning),
         pytest.raises(ValueError, match=r"another config \(trainer.cache_trunk\)"),
+        run_folder(folder, other, resume=True, overwrite=False),
     ):
-        check_folder(folder, other, resume=True, overwrite=False)
+        pass
 
 
 def test_the_command_line_prints_one_line_and_writes_the_new_name() -> None:
