@@ -80,7 +80,6 @@ def write(directory: str | os.PathLike, stored: Stored) -> None:
     }
     text = json.dumps(description, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replacing_directory(target) as fresh:
-        fresh.chmod(0o755)
         _write_synced(fresh / WEIGHTS_FILE, data)
         _write_synced(fresh / JSON_FILE, text.encode())
 

@@ -22,6 +22,28 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+WRAPPER = ("backbone", "adapters", "fusions", "store", "train_trunk")
+# Methods of the encoder that would treat it as if it had no adapters, and what to call instead.
+INSTEAD = {
+    "push_to_hub": "call save_pretrained and upload the folder: push_to_hub would upload the bare "
+    "encoder",
+    "set_adapter": "call set_active_adapters",
+    "enable_adapters": "call set_active_adapters",
+    "disable_adapters": "call set_active_adapters(None)",
+    "get_adapter_state_dict": "call save_adapter, or adapter(NAME).tensors()",
+}
+
+
+class _Refusal:
+    """Stands for a method of the encoder that an adapted encoder does not have."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(f"{self.name} is not for an adapted encoder: {INSTEAD[self.name]}")
+
+
 class AdaptedEncoder(nn.Module):
     """A frozen encoder, how it runs, and which of its adapters act in a forward pass.
 
@@ -92,7 +114,61 @@ class AdaptedEncoder(nn.Module):
         except AttributeError:
             if name == "backbone" or name.startswith("__"):
                 raise
+            if name in INSTEAD:
+                return _Refusal(name)
             return getattr(super().__getattr__("backbone"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute of the encoder if it has one of that name (a classifier, a config).
+
+        A new module is trainable as it comes.
+
+        Raises:
+            ValueError: the value would replace a part of the encoder that adapters may act on.
+        """
+        backbone = self._encoder_with(name)
+        if backbone is None:
+            super().__setattr__(name, value)
+            return
+        self._check_replaceable(backbone, name)
+        setattr(backbone, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        backbone = self._encoder_with(name)
+        if backbone is None:
+            super().__delattr__(name)
+            return
+        self._check_replaceable(backbone, name)
+        delattr(backbone, name)
+
+    def _encoder_with(self, name: str) -> nn.Module | None:
+        """Returns the encoder if an attribute belongs to it and not to this wrapper, else None."""
+        parts = self.__dict__.get("_modules", {})
+        backbone = parts.get("backbone")
+        if backbone is None or name.startswith("__") or name in WRAPPER or name in self.__dict__:
+            return None
+        if hasattr(type(self), name) or not hasattr(backbone, name):
+            return None
+        return backbone
+
+    def _check_replaceable(self, backbone: nn.Module, name: str) -> None:
+        part = getattr(backbone, name, None)
+        if not isinstance(part, nn.Module):
+            return
+        blocks = {id(block.module) for block in self.sites.blocks()}
+        if not blocks.isdisjoint(map(id, part.modules())):
+            raise ValueError(
+                f"{name} holds blocks that adapters may act on: replace it in the encoder before "
+                "init, or after detach()"
+            )
+
+    def _replicate_for_data_parallel(self) -> Self:
+        """Refuses nn.DataParallel, whose copies would share the hooks of one encoder."""
+        raise RuntimeError(
+            "nn.DataParallel cannot run an AdapterModel: start the program with torchrun "
+            "--nproc-per-node N (DistributedDataParallel), or show it one GPU by "
+            "CUDA_VISIBLE_DEVICES"
+        )
 
     def train(self, mode: bool = True) -> Self:
         """Puts the adapters in train mode, and the encoder too if `train_trunk` is set."""

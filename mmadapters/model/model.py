@@ -17,7 +17,7 @@ from ..adapters.summary import AdapterRow, summary_table
 from ..composition import Composition, Fuse, Setup, parse
 from ..methods import FusionConfig, MethodConfig
 from ..sites.spec import Architecture
-from . import bundles, merge, saving
+from . import bundles, merge, pretrained, saving
 from . import fusion as fusions
 from . import sharing as groups
 from .encoder import AdaptedEncoder
@@ -120,8 +120,8 @@ class AdapterModel(AdaptedEncoder):
     def share_adapters(self, names: Iterable[str], sharing: Sharing) -> None:
         """Lets adapters of this model share the parameters that have the same bits in all of them.
 
-        This shares a group again after each of its files was loaded with `load_adapter`. Call it
-        before an optimiser is made: the parameters of all but the first are replaced.
+        This shares a group again after its files were loaded. Call it before an optimiser is made:
+        the parameters of all but the first are replaced.
 
         Raises:
             ValueError: the parameters to be shared differ, or an adapter shares with others
@@ -375,16 +375,56 @@ class AdapterModel(AdaptedEncoder):
     ) -> storage.Stored:
         """Adds the adapter of a directory, under its own or another name, not yet active.
 
-        Everything is checked before anything changes. Returns the contents of the directory, which
-        hold the head and the metadata too.
+        Everything is checked before anything changes. Returns the contents of the directory, with
+        the head and the metadata. A directory of `save_pretrained` stands for its only adapter.
 
         Raises:
             FileNotFoundError, ValueError: see `storage.read`; or the adapter is for another
                 encoder, or its tensors do not fit.
         """
+        if pretrained.is_saved(directory):
+            directory = pretrained.only_adapter(directory)
         return saving.load(
             self.store,
             directory,
             name=name,
             allow_different_weights=allow_different_weights,
         )
+
+    def save_pretrained(
+        self, directory: str | os.PathLike, *, is_main_process: bool = True, **options: Any
+    ) -> None:
+        """Writes all adapters, fusions, trained parts of the encoder, what acts, and a card.
+
+        Args:
+            is_main_process: False writes nothing.
+            options: what libraries pass to their own method; it has no effect.
+
+        Raises:
+            ValueError: there is nothing to save, an adapter is merged, or the directory holds
+                something else.
+        """
+        if is_main_process:
+            pretrained.save(self.store, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        backbone: nn.Module,
+        *,
+        allow_different_weights: bool = False,
+    ) -> AdapterModel:
+        """Makes the model of a directory of `save_pretrained`, with the same adapters acting.
+
+        Raises:
+            FileNotFoundError, ValueError: see `load_adapter`; or a trained part of the encoder has
+                no place in it.
+        """
+        model = cls(backbone)
+        try:
+            pretrained.load(model.store, directory, allow_different_weights=allow_different_weights)
+        except BaseException:
+            model.detach()
+            raise
+        return model

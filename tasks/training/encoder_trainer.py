@@ -8,6 +8,7 @@ batches are the same for any number of processes (`data.batches`); no file is ev
 from __future__ import annotations
 
 import math
+import warnings
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,22 @@ class TrainLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.batch_sampler, (EpochBatches, MixedBatches)):
             self.batch_sampler.set_epoch(epoch)
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Lets a process train on one GPU, and says how to use all of them.
+
+    transformers would take nn.DataParallel for several visible GPUs, whose copies of an encoder
+    would share the hooks of the first one.
+    """
+    if arguments.n_gpu <= 1:
+        return
+    warnings.warn(
+        f"one of {arguments.n_gpu} GPUs is used: start the run with torchrun --nproc-per-node "
+        f"{arguments.n_gpu} -m mmadapters train … to use all",
+        stacklevel=2,
+    )
+    arguments._n_gpu = 1  # transformers has no public way to say so
 
 
 class EncoderTrainer(Trainer):
@@ -106,7 +123,7 @@ class EncoderTrainer(Trainer):
             timing["eval_steps"] = every
         if save_every is not None:
             timing["save_steps"] = save_every
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(self.folder / CHECKPOINTS),
             num_train_epochs=config.epochs,
             max_steps=config.max_steps or -1,
@@ -138,6 +155,8 @@ class EncoderTrainer(Trainer):
             use_cpu="cpu" in (config.device, default_device()),
             **timing,
         )
+        use_one_gpu(arguments)
+        return arguments
 
     def _set_callbacks(self, config: TrainerConfig, *, quiet: bool) -> None:
         self.remove_callback(PrinterCallback)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from application.training.tints import NAME, Pictures, job, task_and_model
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from mmadapters.tasks.core.errors import DataError
 from mmadapters.tasks.data.batches import EpochBatches
 from mmadapters.tasks.training.checkpoint import last_checkpoint
-from mmadapters.tasks.training.encoder_trainer import parameter_groups
+from mmadapters.tasks.training.encoder_trainer import parameter_groups, use_one_gpu
 from mmadapters.tasks.training.evaluate import evaluate
 from mmadapters.tasks.training.trainer import TaskTrainer
 
@@ -278,3 +279,14 @@ def test_a_batch_that_cannot_be_cut_is_refused() -> None:
         EpochBatches(50, 8, seed=0, accumulation=3, world=2)
     with pytest.raises(ValueError, match="no rows"):
         EpochBatches(0, 8, seed=0)
+
+
+def test_a_process_trains_on_one_gpu_and_says_how_to_use_all(tmp_path: Path) -> None:
+    """With several GPUs transformers counts them in `_n_gpu` and takes nn.DataParallel."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    use_one_gpu(arguments)
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2
+    with pytest.warns(UserWarning, match=r"one of 2 GPUs is used: .*torchrun --nproc-per-node 2"):
+        use_one_gpu(arguments)
+    assert arguments.n_gpu == 1

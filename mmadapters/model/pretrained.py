@@ -1,0 +1,218 @@
+"""`save_pretrained` and `from_pretrained`: a model's adapters in one directory, with a card.
+
+    adapters.json         the format, the adapters and fusions, what acts, and the encoder
+    NAME/                 an adapter directory for each adapter, as `save_adapter` writes it
+    fusions/0/ …          the same for each AdapterFusion
+    modules.safetensors   parameters of the encoder that are trainable, such as a new classifier
+    README.md             the card
+
+The encoder itself is not written: it is frozen, and its library has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..composition import from_data, parse
+from ..errors import first_line
+from ..files import replacing_directory
+from . import fusion as fusions
+from . import saving
+from .store import AdapterStore
+
+FORMAT = 1
+INDEX, MODULES, CARD = "adapters.json", "modules.safetensors", "README.md"
+_FUSIONS = "fusions"
+
+
+def save(store: AdapterStore, directory: str | os.PathLike) -> None:
+    """See `AdapterModel.save_pretrained`."""
+    target = Path(directory)
+    _check_replaceable(target)
+    if store.merged:
+        raise ValueError(
+            f"the adapter {store.merged[0].name!r} is merged into the encoder: call reset_adapter "
+            "first, or keep the merged encoder by its library's own means after detach()"
+        )
+    modules = trained_modules(store.backbone)
+    if not store.adapter_names and not modules:
+        raise ValueError("there is no adapter to save: add one first")
+    index = {
+        "format": FORMAT,
+        "adapters": list(store.adapter_names),
+        "fusions": list(store.fusion_names),
+        "active": None if store.composition is None else store.composition.to_data(),
+        "backbone": store.identity(),
+    }
+    with replacing_directory(target) as fresh:
+        for name in store.adapter_names:
+            saving.save(store, fresh / name, name=name, head=None, metadata=None)
+        for number, name in enumerate(store.fusion_names):
+            fusions.save(store, fresh / _FUSIONS / str(number), name)
+        if modules:
+            save_file(modules, fresh / MODULES, metadata={"format": "pt"})
+        (fresh / CARD).write_text(_card(store, modules), "utf-8")
+        (fresh / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def load(
+    store: AdapterStore, directory: str | os.PathLike, *, allow_different_weights: bool
+) -> None:
+    """Adds everything that a directory of `save` holds, or nothing if it raises.
+
+    Raises:
+        FileNotFoundError, ValueError: see `AdapterModel.from_pretrained`.
+    """
+    folder = Path(directory)
+    index = read_index(folder)
+    modules = _read_modules(folder)
+    _check_modules(store.backbone, modules, folder)
+    composition = None if index["active"] is None else parse(from_data(index["active"]))
+    added: list[str] = []
+    fused: list[str] = []
+    try:
+        for name in index["adapters"]:
+            saving.load(
+                store, folder / name, name=name, allow_different_weights=allow_different_weights
+            )
+            added.append(name)
+        for number in range(len(index["fusions"])):
+            fused.append(fusions.load(store, folder / _FUSIONS / str(number)))
+        store.activate(composition, 0)
+    except BaseException:
+        for name in fused:
+            store.remove_fusion(name)
+        for name in added:
+            store.remove(name)
+        raise
+    tensors = {**dict(store.backbone.named_parameters()), **dict(store.backbone.named_buffers())}
+    for name, tensor in modules.items():
+        tensors[name].data.copy_(tensor)
+
+
+def trained_modules(backbone: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters of an encoder that are trainable, by name; each one once."""
+    return {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in backbone.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def is_saved(directory: str | os.PathLike) -> bool:
+    """Returns whether `save` wrote a directory."""
+    return (Path(directory) / INDEX).is_file()
+
+
+def only_adapter(directory: str | os.PathLike) -> Path:
+    """Returns the directory of the only adapter in a directory of `save`.
+
+    Raises:
+        ValueError: it holds several adapters or none.
+    """
+    folder = Path(directory)
+    names = read_index(folder)["adapters"]
+    if len(names) != 1:
+        raise ValueError(
+            f"{folder} holds the adapters {', '.join(names) or '(none)'}: load one of them by its "
+            f"own directory, {folder / (names or ['NAME'])[0]}, or all with "
+            "AdapterModel.from_pretrained"
+        )
+    return folder / names[0]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Reads the list of what a directory holds.
+
+    Raises:
+        FileNotFoundError: `save` did not write the directory.
+        ValueError: the list is damaged or of a format that is not known.
+    """
+    file = folder / INDEX
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a directory of save_pretrained: it has no {INDEX}"
+        )
+    try:
+        index = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from None
+    lists = isinstance(index, dict) and [index.get("adapters"), index.get("fusions")]
+    if not lists or not all(_are_names(names) for names in lists):
+        raise ValueError(f"{file} is damaged: it has no lists of adapters and fusions")
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {index.get('format')!r}; this version reads {FORMAT}")
+    return {"active": None, **index}
+
+
+def _are_names(names: Any) -> bool:
+    """Returns whether a value is a list of names that lead to no other directory."""
+    return isinstance(names, list) and all(
+        isinstance(name, str) and name and not name.startswith(".") and Path(name).name == name
+        for name in names
+    )
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raises ValueError unless `target` is free, empty, or was written by `save`."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; choose another path")
+    inside = [path.name for path in target.iterdir()]
+    if inside and INDEX not in inside:
+        raise ValueError(
+            f"{target} holds {min(inside)}, which save_pretrained did not write and which would be "
+            "lost; choose another path"
+        )
+
+
+def _read_modules(folder: Path) -> dict[str, Tensor]:
+    file = folder / MODULES
+    if not file.is_file():
+        return {}
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from None
+
+
+def _check_modules(backbone: nn.Module, modules: Mapping[str, Tensor], folder: Path) -> None:
+    there = dict(backbone.named_parameters())
+    for name, tensor in modules.items():
+        if name not in there or there[name].shape != tensor.shape:
+            has = tuple(there[name].shape) if name in there else "none"
+            raise ValueError(
+                f"{folder} holds {name} of shape {tuple(tensor.shape)}, and the encoder has {has}: "
+                "give it the module that was trained before loading (model.classifier = …)"
+            )
+
+
+def _card(store: AdapterStore, modules: Mapping[str, Tensor]) -> str:
+    encoder = type(store.backbone).__name__
+    name = getattr(getattr(store.backbone, "config", None), "_name_or_path", "")
+    lines = ["---", "library_name: mmadapters", "tags: [adapters]"]
+    lines += [f"base_model: {json.dumps(name)}"] if name else []
+    lines += ["---", "", f"# Adapters for {encoder}", ""]
+    lines += ["| adapter | method | parameters |", "|---|---|--:|"]
+    for adapter_name in store.adapter_names:
+        adapter = store.adapter(adapter_name)
+        count = sum(parameter.numel() for parameter in adapter.parameters())
+        lines.append(f"| {adapter_name} | {adapter.config.method} | {count:,} |")
+    if modules:
+        lines += ["", f"Parts of the encoder that were trained too: {', '.join(modules)}."]
+    lines += [
+        *("", "```python", "import mmadapters", ""),
+        f"backbone = ...  # the {encoder} that they were trained on",
+        'model = mmadapters.AdapterModel.from_pretrained("THIS FOLDER", backbone)',
+        *("```", ""),
+    ]
+    return "\n".join(lines)
