@@ -25,6 +25,7 @@ from .config.schema import BackboneConfig, JobConfig
 from .core.device import default_device
 from .core.model import TaskModel
 from .core.task import Task
+from .encoders.speech import layer_drop, without_layer_drop
 from .registry import task_class
 
 FOLDER = "adapter"
@@ -48,39 +49,50 @@ def make_backbone(config: BackboneConfig) -> nn.Module:
     )
     settings: Any = getattr(backbone, "config", None)
     if not config.layerdrop:
-        if hasattr(settings, "layerdrop"):
-            settings.layerdrop = 0.0
-        for module in backbone.modules():
-            if hasattr(module, "layer_drop"):  # torchaudio
-                setattr(module, "layer_drop", 0.0)  # noqa: B010
+        without_layer_drop(backbone)
     if not config.spec_augment and hasattr(settings, "apply_spec_augment"):
         settings.apply_spec_augment = False
     return backbone
 
 
 def modules_active_in_training(
-    config: BackboneConfig, backbone: nn.Module
+    config: BackboneConfig, encoder: AdapterModel
 ) -> tuple[nn.Module, ...]:
     """Returns the modules of a speech encoder that must be in train mode for LayerDrop and
     SpecAugment.
 
     Raises:
-        ValueError: the config asks for them and the encoder has no such module.
+        ValueError: the config asks for one of them, and the encoder would not do it.
     """
-    wanted = []
-    for module in backbone.modules():
-        if config.spec_augment and hasattr(module, "_mask_hidden_states"):
-            wanted.append(module)
-        if config.layerdrop and (
-            hasattr(module, "layer_drop") or type(module).__name__.endswith("Encoder")
-        ):
-            wanted.append(module)
-    if (config.spec_augment or config.layerdrop) and not wanted:
-        raise ValueError(
-            f"backbone.layerdrop and backbone.spec_augment are for speech encoders; {config.name} "
-            "has neither: take them out"
-        )
+    wanted: list[nn.Module] = []
+    if config.spec_augment:
+        wanted = [m for m in encoder.backbone.modules() if hasattr(m, "_mask_hidden_states")]
+        if not wanted:
+            raise ValueError(
+                f"backbone.spec_augment is for speech encoders of transformers, and {config.name} "
+                "has no such masks: take it out"
+            )
+    if config.layerdrop:
+        try:
+            runner, share = layer_drop(encoder)
+        except ValueError:
+            raise ValueError(
+                f"backbone.layerdrop is for speech encoders, and {config.name} is none: take it out"
+            ) from None
+        if not share:
+            torchaudio = config.name.startswith("torchaudio/")
+            key = "encoder_layer_drop" if torchaudio else _layer_drop_key(encoder)
+            raise ValueError(
+                f"backbone.layerdrop drops layers as the encoder's config says, and that of "
+                f"{config.name} drops none: set backbone.options.{key} above 0, or take it out"
+            )
+        wanted.append(runner)
     return tuple(wanted)
+
+
+def _layer_drop_key(encoder: AdapterModel) -> str:
+    settings = getattr(encoder.backbone, "config", None)
+    return "encoder_layerdrop" if hasattr(settings, "encoder_layerdrop") else "layerdrop"
 
 
 def save(

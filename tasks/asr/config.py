@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..config.schema import DataConfig, JobConfig, Section
+from ..config.schema import DataConfig, EvaluationConfig, JobConfig, Section
 
 
 class HeadConfig(Section):
@@ -25,6 +26,21 @@ class TextConfig(Section):
     """Keep punctuation as part of the text."""
     apostrophes: bool = True
     """Keep apostrophes inside words (don't); else they are removed."""
+    modifiers: bool = True
+    """Keep tone letters and letters that modify a sound (˥ ʰ ː ˈ ⁵); else they are removed."""
+    language: str | None = None
+    """The language of the text by its code (tr, az, de, zh-CN), for its rules of case: Turkish and
+    Azeri have a dotted and a dotless i. null: the rules that most languages share."""
+    tokens: Literal["characters", "words"] = "characters"
+    """The tokens of a fresh head. characters: every character, with a sign between words; words:
+    every part between spaces, for phonemes that are written with spaces between them (t oʊ n)."""
+
+    @field_validator("language")
+    @classmethod
+    def _code(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*", value):
+            raise ValueError(f"{value!r} is no code of a language: write tr for Turkish")
+        return value
 
 
 class AudioConfig(Section):
@@ -85,6 +101,13 @@ class ChunkConfig(Section):
         return self
 
 
+class ASREvaluationConfig(EvaluationConfig):
+    deciding: Literal["WER", "CER", "loss"] | None = None
+    """The figure on the validation split by which the best checkpoint is chosen: WER, CER, or loss
+    (the training loss). Of equal checkpoints the latest is kept. null: WER, or CER where the text
+    of the training split has no spaces between words."""
+
+
 class ASRConfig(JobConfig):
     task: Literal["asr"] = "asr"
     head: HeadConfig = HeadConfig()
@@ -99,5 +122,7 @@ class ASRConfig(JobConfig):
     """The way from the characters of frames to a text."""
     chunks: ChunkConfig = ChunkConfig()
     """The pieces of long audio."""
+    evaluation: ASREvaluationConfig = ASREvaluationConfig()
+    """How recognition is measured."""
     data: DataConfig
     """The data; its columns are audio and text, and speaker if there is one."""

@@ -11,7 +11,7 @@ from torch import nn
 from mmadapters.errors import first_line
 
 from ..config.schema import BackboneConfig
-from .text import PAD, Vocabulary
+from .text import DELIMITER, PAD, Vocabulary
 
 
 def own_head(config: BackboneConfig, backbone: Any) -> nn.Linear:
@@ -72,23 +72,37 @@ def own_vocabulary(config: BackboneConfig, backbone: Any) -> Vocabulary:
         )
     # Ids of the head that the tokenizer does not name are never part of a text.
     tokens = [f"<{i}>" for i in range(own_head(config, backbone).out_features)]
+    special = set(range(len(tokens)))
     tokenizer = _tokenizer(config.processor or name)
+    spaced = hasattr(tokenizer, "phone_delimiter_token")
+    if spaced:  # the attribute of a tokenizer of phonemes complains of a sign that is not set
+        delimiter = tokenizer.init_kwargs.get("word_delimiter_token")
+    else:
+        delimiter = tokenizer.word_delimiter_token
+    hidden = set(tokenizer.all_special_tokens) - {delimiter}
     for token, index in tokenizer.get_vocab().items():
         # Tokens that were added after the head's characters (<s>, </s>) are not in the head.
         if index < len(tokens):
-            tokens[index] = "|" if token == tokenizer.word_delimiter_token else token
-    return Vocabulary(tuple(tokens), tokenizer.pad_token_id)
+            tokens[index] = DELIMITER if token == delimiter else token
+            if token not in hidden:
+                special.discard(index)
+    return Vocabulary(
+        tuple(tokens), tokenizer.pad_token_id, special=tuple(sorted(special)), spaced=spaced
+    )
 
 
 def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except ImportError:  # one of phonemes wants a package that turns words into phonemes
+            tokenizer = AutoTokenizer.from_pretrained(name, do_phonemize=False)
     except (OSError, ValueError) as error:
         line = first_line(error)
         raise ValueError(f"backbone.processor: {name} has no tokenizer: {line}") from error
-    if not hasattr(tokenizer, "word_delimiter_token"):
+    if not hasattr(type(tokenizer), "word_delimiter_token"):
         raise ValueError(f"backbone.processor: the tokenizer of {name} is not one for CTC")
     return tokenizer
 

@@ -9,6 +9,8 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+from .text import lower
+
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _LN10 = math.log(10.0)
 _FLOOR = -99.0 * _LN10  # ARPA files write -99 for an impossible word
@@ -31,13 +33,16 @@ class LanguageModel:
         self.table, self.order = table, order
 
     @classmethod
-    def read(cls, path: str | Path, *, lowercase: bool = False) -> LanguageModel:
+    def read(
+        cls, path: str | Path, *, lowercase: bool = False, language: str | None = None
+    ) -> LanguageModel:
         """Reads a model from an ARPA file, plain or .gz.
 
         Args:
             path: of the file.
             lowercase: whether words are put into lower case. Of n-grams that become the same, the
                 likeliest stays.
+            language: the language whose rules of case hold.
 
         Raises:
             ValueError: the file is missing, is no ARPA file or is cut off. The message names a line
@@ -58,7 +63,14 @@ class LanguageModel:
             elif order == 0 and (said := _DECLARED.fullmatch(line)):
                 declared[int(said[1])] = int(said[2])
             elif order and line:
-                gram = _gram(line.split(), order, lowercase=lowercase)
+                # <s>, </s> and <UNK> are in lower case wherever they are looked up.
+                fields = [
+                    lower(word, None if word.startswith("<") else language)
+                    if lowercase or word.startswith("<")
+                    else word
+                    for word in line.split()
+                ]
+                gram = _gram(fields, order)
                 if gram is None:
                     raise ValueError(f"{path}:{number} is no {order}-gram of an ARPA file")
                 words, values = gram
@@ -102,9 +114,7 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"{path} is no ARPA file that can be read: {error}") from None
 
 
-def _gram(
-    fields: list[str], order: int, *, lowercase: bool
-) -> tuple[tuple[str, ...], tuple[float, float]] | None:
+def _gram(fields: list[str], order: int) -> tuple[tuple[str, ...], tuple[float, float]] | None:
     """Returns the words of a line with its ln probability and ln back-off weight.
 
     Returns:
@@ -119,6 +129,4 @@ def _gram(
         return None
     if math.isnan(probability + backoff):
         return None
-    # <s>, </s> and <UNK> are in lower case wherever they are looked up.
-    words = (w.lower() if lowercase or w.startswith("<") else w for w in fields[1 : order + 1])
-    return tuple(words), (probability, backoff)
+    return tuple(fields[1 : order + 1]), (probability, backoff)

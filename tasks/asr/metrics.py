@@ -12,6 +12,7 @@ import numpy as np
 from ..core.metrics import Metric, summed_metric
 from ..core.rows import Record
 
+WER, CER = "WER", "CER"
 # The places of `counts`.
 WORD_ERRORS, WORDS, CHARACTER_ERRORS, CHARACTERS, WRONG = range(5)
 
@@ -38,8 +39,8 @@ def counts(reference: str, hypothesis: str) -> list[int]:
     ]
 
 
-def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
-    """Returns WER, CER and the share of utterances with an error.
+def error_rates(records: Sequence[Record], *, resamples: int, first: str = WER) -> list[Metric]:
+    """Returns WER, CER and the share of utterances with an error, and `first` before the others.
 
     WER and CER are errors over all words and characters, never a mean of the utterances' rates.
     Utterances without a word have no rate; the words recognised in them are counted separately. If
@@ -60,8 +61,8 @@ def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
         "greater_is_better": False,
     }
     rates = [
-        summed_metric("WER", statistics, _rate(WORD_ERRORS, WORDS), **options),
-        summed_metric("CER", statistics, _rate(CHARACTER_ERRORS, CHARACTERS), **options),
+        summed_metric(WER, statistics, _rate(WORD_ERRORS, WORDS), **options),
+        summed_metric(CER, statistics, _rate(CHARACTER_ERRORS, CHARACTERS), **options),
         summed_metric(
             "utterances with an error",
             np.column_stack([statistics[:, WRONG], np.ones(len(statistics))]),
@@ -75,7 +76,7 @@ def error_rates(records: Sequence[Record], *, resamples: int) -> list[Metric]:
         rates.append(
             summed_metric("words heard in silence", heard, _rate(0, 1), unit="", **options)
         )
-    return rates
+    return sorted(rates, key=lambda rate: rate.name != first)
 
 
 def speakers(records: Sequence[Record]) -> list[Any] | None:

@@ -9,7 +9,7 @@ from ..core.metrics import Metric
 from ..core.plots import bars_with_intervals, figure_png
 from ..core.results import Figure, Table
 from ..core.rows import Record
-from .metrics import CHARACTER_ERRORS, WORD_ERRORS, WORDS, aligned, misheard
+from .metrics import CER, CHARACTER_ERRORS, WER, WORD_ERRORS, WORDS, aligned, misheard
 
 
 def illustrate(
@@ -30,9 +30,11 @@ def illustrate(
             ((value, metrics[0]) for value, metrics in values.items()),
             key=lambda item: -item[1].value,
         )
-        chart = bars_with_intervals(dict(rates), title="word error rate")
+        name = next(iter(values.values()))[0].name if values else WER
+        title = "character error rate" if name == CER else "word error rate"
+        chart = bars_with_intervals(dict(rates), title=title)
         caption = f"By {column}, the highest first; lines are 95 % intervals."
-        shown.append(Figure(f"WER by {column}", figure_png(chart), caption))
+        shown.append(Figure(f"{name} by {column}", figure_png(chart), caption))
     tables = (worst(records, count=count), confusions(records, count=count))
     return [*shown, *(table for table in tables if table.rows)]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 import mmadapters
 from mmadapters import AdapterModel
 
+from ..config.schema import LOSS
 from ..core.capabilities import BatchGrouping, CacheableInputs, DataChecks, ReportPictures, TowerRow
-from ..core.errors import BadRow, Problem
+from ..core.errors import BadRow, InputErrors, Problem
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
 from ..core.rows import Batch, Column, Example, Record, Rows
@@ -26,9 +29,9 @@ from .config import ASRConfig
 from .decoding import BeamSearch, Decoded, greedy
 from .head import own_head, own_vocabulary
 from .language_model import LanguageModel
-from .metrics import counts, error_rates
+from .metrics import CER, WER, counts, error_rates
 from .model import CTCModel, hop_and_field
-from .text import Vocabulary, needed_frames, normalise
+from .text import Vocabulary, has_words, needed_frames, normalise
 
 EMPTY = "the transcript is empty"
 
@@ -36,13 +39,14 @@ EMPTY = "the transcript is empty"
 class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, ReportPictures):
     """A row is a recording with its transcript.
 
-    `state`: "vocabulary" of the head; of the encoder the sampling "rate" in Hz, the "layers" of its
-    convolutions as (kernel, stride), its "longest" input in samples (None without a bound), and
-    "normalise", whether it reads utterances of zero mean and unit variance.
+    `state`: "vocabulary" of the head; "words", whether spaces separate the words of the text; of
+    the encoder the sampling "rate" in Hz, the "layers" of its convolutions as (kernel, stride), its
+    "longest" input in samples (None without a bound), and "normalise", whether it reads utterances
+    of zero mean and unit variance.
     """
 
     name = "asr"
-    metric = "WER"
+    metric = WER
     greater_is_better = False
     columns: ClassVar = {
         "audio": Column("audio", description="a recording of any rate"),
@@ -51,6 +55,10 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
     usage = "audio files, or folders of them"
     _search: BeamSearch | None = None
 
+    def __init__(self, config: ASRConfig, state: dict[str, Any] | None = None) -> None:
+        super().__init__(config, state)
+        self._set_metric()
+
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
         for column in self.config.evaluation.groups:
             if rows is not None and rows.column_names and column not in rows.column_names:
@@ -58,31 +66,81 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
                     f"evaluation.groups: there is no column {column!r}; there are "
                     f"{', '.join(rows.column_names)}"
                 )
+        asked = self.config.audio.normalise
+        model = mmadapters.init(backbone)
+        tower = SpeechTower(model)
+        model.detach()
+        self.state = {
+            "rate": tower.sample_rate,
+            "layers": tower.layers,
+            "longest": tower.longest,
+            "normalise": normalises(self.config.backbone, backbone) if asked is None else asked,
+        }
         if self.config.head.init == "backbone":
             vocabulary = own_vocabulary(self.config.backbone, backbone)
+            if rows is not None and hasattr(rows, "__len__"):
+                self.state["words"] = vocabulary.spaced or has_words(rows["text"])
         elif rows is None or not hasattr(rows, "__len__"):
             raise ValueError(
                 "a fresh head takes its characters from the training text: give a training split "
                 "that is not streamed, or set head.init to backbone"
             )
         else:
-            texts = (normalise(text, self.config.text) for text in rows["text"])
-            vocabulary = Vocabulary.of_texts(texts)
-        asked = self.config.audio.normalise
-        model = mmadapters.init(backbone)
-        tower = SpeechTower(model)
-        model.detach()
-        self.state = {
-            "vocabulary": vocabulary.to_state(),
-            "rate": tower.sample_rate,
-            "layers": tower.layers,
-            "longest": tower.longest,
-            "normalise": normalises(self.config.backbone, backbone) if asked is None else asked,
-        }
+            vocabulary = self._fresh(rows)
+            self.state["words"] = vocabulary.spaced or has_words(rows["text"])
+        self._take(vocabulary)
+        self._set_metric()
 
-    @property
+    def _fresh(self, rows: Rows) -> Vocabulary:
+        """Returns the vocabulary of those training texts that are trained on.
+
+        A recording is read only if its text has a token that no readable one before it had.
+        """
+        words = self.config.text.tokens == "words"
+        texts = [normalise(text, self.config.text) for text in rows["text"]]
+        self._take(Vocabulary.of_texts(texts, words=words))
+        kept: set[int] = set()
+        reason = None
+        for index, text in enumerate(texts):
+            labels = set(self.vocabulary.encode(text))
+            if labels <= kept:
+                continue
+            try:
+                self._heard(rows[index])
+            except BadRow as error:
+                reason = reason or f"row {index}: {error}"
+            else:
+                kept |= labels
+        if not kept:
+            raise ValueError(f"no row of the training split can be used ({reason})")
+        tokens = (self.vocabulary.tokens[number] for number in kept)
+        return Vocabulary.of_texts(tokens, words=words)
+
+    def _take(self, vocabulary: Vocabulary) -> None:
+        self.state["vocabulary"] = vocabulary.to_state()
+        self.__dict__.pop("vocabulary", None)
+
+    def _set_metric(self) -> None:
+        """Chooses the first metric: CER where words have no spaces between them."""
+        if self.config.evaluation.deciding in (None, LOSS):
+            self.metric = WER if self.state.get("words", True) else CER  # type: ignore[misc]
+
+    @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary.from_state(self.state["vocabulary"])
+        """The tokens of the head."""
+        return Vocabulary.from_state(self.state["vocabulary"], language=self.config.text.language)
+
+    def normal(self, text: str) -> str:
+        """Returns the normal form of a text.
+
+        Parts between spaces that are tokens of a head of phonemes stay as they are.
+        """
+        vocabulary = self.vocabulary
+        if not vocabulary.spaced:
+            return normalise(text, self.config.text)
+        parts = unicodedata.normalize("NFC", text).split()
+        kept = (p if vocabulary.holds(p) else normalise(p, self.config.text) for p in parts)
+        return " ".join(filter(None, kept))
 
     def build(self, encoder: AdapterModel) -> CTCModel:
         vocabulary = self.vocabulary
@@ -99,21 +157,36 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
         )
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
+        if not train:
+            wave = self._wave(row)
+            return {"wave": wave, "text": self.normal(row["text"])}
+        example = self._heard(row)
+        wave, labels = example["wave"], example["labels"]
+        changed = augmented(wave, self.config.augment, rate=self.state["rate"])
+        # A change of speed is not used if it leaves too few frames or too many samples.
+        return {**example, "wave": changed if self._unfit(len(changed), labels) is None else wave}
+
+    def unchanging_example(self, row: Mapping[str, Any]) -> Example:
+        return self._heard(row)
+
+    def _wave(self, row: Mapping[str, Any]) -> Tensor:
         wave = torch.from_numpy(read_audio(row["audio"], self.state["rate"]))
-        text = normalise(row["text"], self.config.text)
         if self._frames(len(wave)) < 1:
             raise BadRow(f"{len(wave)} samples are too few for one frame of the encoder")
-        if not train:
-            return {"wave": wave, "text": text}
+        return wave
+
+    def _heard(self, row: Mapping[str, Any]) -> Example:
+        """Returns the example of a row that can be trained on, without random changes.
+
+        Raises:
+            BadRow: it cannot.
+        """
+        wave, text = self._wave(row), self.normal(row["text"])
         if not text:
             raise BadRow(EMPTY)
         labels = self.vocabulary.encode(text)
         if (reason := self._unfit(len(wave), labels)) is not None:
             raise BadRow(reason)
-        changed = augmented(wave, self.config.augment, rate=self.state["rate"])
-        # A change of speed is not used if it leaves too few frames or too many samples.
-        if self._unfit(len(changed), labels) is None:
-            wave = changed
         return {"wave": wave, "text": text, "labels": labels}
 
     def _frames(self, samples: int) -> int:
@@ -201,10 +274,7 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
         lowercase = self.config.text.lowercase
         vocabulary = self.vocabulary
         return [
-            (
-                normalise(vocabulary.decode(decoded[i].ids, lowercase=lowercase), self.config.text),
-                decoded[i],
-            )
+            (self.normal(vocabulary.decode(decoded[i].ids, lowercase=lowercase)), decoded[i])
             for i in range(len(lengths))
         ]
 
@@ -216,7 +286,14 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
             lowercase = self.config.text.lowercase
             model = None
             if config.language_model is not None:
-                model = LanguageModel.read(config.language_model, lowercase=lowercase)
+                if self.vocabulary.spaced:
+                    raise ValueError(
+                        "decoding.language_model is over words, and the tokens of this head have "
+                        "no sign between words: leave it out"
+                    )
+                model = LanguageModel.read(
+                    config.language_model, lowercase=lowercase, language=self.config.text.language
+                )
             self._search = BeamSearch(self.vocabulary, config, model, lowercase=lowercase)
         return self._search(log_probs, frames)
 
@@ -227,11 +304,11 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
             for record in records:
                 values.setdefault(str(record["row"][column]), []).append(record)
             groups[column] = {
-                value: error_rates(group, resamples=bootstrap)
+                value: error_rates(group, resamples=bootstrap, first=self.metric)
                 for value, group in sorted(values.items())
                 if any(record["reference"] for record in group)
             }
-        return Scores(error_rates(records, resamples=bootstrap), groups)
+        return Scores(error_rates(records, resamples=bootstrap, first=self.metric), groups)
 
     def lengths(self, rows: Rows) -> list[int]:
         rate = self.state["rate"]
@@ -242,7 +319,7 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
         problems = []
         for index, (samples, text) in enumerate(zip(self.lengths(rows), rows["text"], strict=True)):
             try:
-                labels = self.vocabulary.encode(normalise(text, self.config.text))
+                labels = self.vocabulary.encode(self.normal(text))
             except BadRow as error:
                 problems.append(Problem(index, str(error)))
                 continue
@@ -263,13 +340,16 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
     ) -> Iterator[dict[str, Any]]:
         rate = self.state["rate"]
         hop, _ = hop_and_field(self.state["layers"])
+        bad = InputErrors()
         for name in inputs:
-            try:
-                wave = torch.from_numpy(read_audio(name, rate))
-            except BadRow as error:
-                raise ValueError(f"{name}: {error}") from None
-            if self._frames(len(wave)) < 1:
-                raise ValueError(f"{name} is too short for one frame of the encoder")
+            wave = None
+            with bad.guarded(f"{name}: "):
+                samples = torch.from_numpy(read_audio(name, rate))
+                if self._frames(len(samples)) < 1:
+                    raise BadRow("it is too short for one frame of the encoder")
+                wave = samples
+            if wave is None:
+                continue
             with torch.no_grad():
                 ((text, decoded),) = self.transcribe(
                     model, wave[None].to(model.device), torch.tensor([len(wave)]).to(model.device)
@@ -282,6 +362,7 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
             if decoded.frames is not None:
                 result["words"] = _words(decoded, self.vocabulary, seconds=hop / rate)
             yield result
+        bad.end()
 
 
 def _words(decoded: Decoded, vocabulary: Vocabulary, *, seconds: float) -> list[dict[str, Any]]:
@@ -297,7 +378,7 @@ def _words(decoded: Decoded, vocabulary: Vocabulary, *, seconds: float) -> list[
     open_word = False
     for i, frame in zip(decoded.ids, decoded.frames, strict=True):
         token = vocabulary.tokens[i]
-        if i == vocabulary.delimiter or len(token) > 1:
+        if i == vocabulary.delimiter or not vocabulary.shown(i):
             open_word = False
             continue
         time = round(frame * seconds, 3)
@@ -306,4 +387,5 @@ def _words(decoded: Decoded, vocabulary: Vocabulary, *, seconds: float) -> list[
             open_word = True
         words[-1]["word"] += token
         words[-1]["end"] = round(time + seconds, 3)
+        open_word = not vocabulary.spaced
     return words

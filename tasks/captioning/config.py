@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ..config.schema import DataConfig, EvaluationConfig, JobConfig, Section
 
-Deciding = Literal["CIDEr", "BLEU-4", "ROUGE-L", "perplexity"]
+Deciding = Literal["CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "perplexity", "loss"]
 
 
 class CaptioningDataConfig(DataConfig):
@@ -59,8 +59,9 @@ class DecodingConfig(Section):
 
 class CaptioningEvaluationConfig(EvaluationConfig):
     deciding: Deciding = "CIDEr"
-    """The metric on the validation split by which the best checkpoint is chosen. perplexity is the
-    exponential of the captions' loss per token, without label smoothing."""
+    """The figure on the validation split by which the best checkpoint is chosen; of equal ones the
+    latest is kept. perplexity is the exponential of the captions' loss per token, without label
+    smoothing; loss is the training loss."""
 
 
 class CaptioningConfig(JobConfig):

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmadapters import AdapterModel
 
 from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures, TowerRow
-from ..core.errors import BadRow, Problem
+from ..core.errors import InputErrors, Problem
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
 from ..core.rows import Batch, Column, Example, Record, Rows
@@ -54,7 +54,6 @@ class CaptioningTask(Task[CaptioningConfig], CacheableInputs, DataChecks, Report
 
     def __init__(self, config: CaptioningConfig, state: dict[str, Any] | None = None) -> None:
         super().__init__(config, state)
-        self.metric = config.evaluation.deciding  # type: ignore[misc]
         self.greater_is_better = self.metric != metrics.PERPLEXITY  # type: ignore[misc]
 
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
@@ -188,19 +187,20 @@ class CaptioningTask(Task[CaptioningConfig], CacheableInputs, DataChecks, Report
         self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
     ) -> Iterator[dict[str, Any]]:
         assert isinstance(model, CaptioningModel)
+        bad = InputErrors()
         for start in range(0, len(inputs), PREDICTED_AT_ONCE):
-            part = inputs[start : start + PREDICTED_AT_ONCE]
-            pixels = torch.stack([self._read(path) for path in part]).to(model.device)
+            read: dict[int, Tensor] = {}
+            for number, path in enumerate(inputs[start : start + PREDICTED_AT_ONCE], start):
+                with bad.guarded(f"{path}: "):
+                    read[number] = self.pixels(path)
+            if not read:
+                continue
+            pixels = torch.stack([*read.values()]).to(model.device)
             with torch.no_grad():
                 written = model.generate(model.captioner.image_tokens(pixels))
-            for path, caption in zip(part, self.tokenizer.decode(written), strict=True):
-                yield {"image": path, "caption": caption}
-
-    def _read(self, path: str) -> Tensor:
-        try:
-            return self.pixels(path)
-        except BadRow as error:
-            raise ValueError(f"{path}: {error}") from error
+            for number, caption in zip(read, self.tokenizer.decode(written), strict=True):
+                yield {"image": inputs[number], "caption": caption}
+        bad.end()
 
     def check(self, rows: Rows) -> list[Problem]:
         """Returns problems of captions that are cut, and of empty ones among others."""

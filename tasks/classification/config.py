@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..config.schema import DataConfig, JobConfig, Section
+from ..config.schema import LOSS, DataConfig, EvaluationConfig, JobConfig, Section
 
 SPEECH = re.compile("^torchaudio/|wav2vec|hubert|wavlm|whisper")  # names of speech encoders
 MetricName = Literal["accuracy", "balanced accuracy", "macro F1", "mAP", "micro F1"]
@@ -209,6 +209,12 @@ class LossConfig(Section):
         return value
 
 
+class ClassificationEvaluationConfig(EvaluationConfig):
+    deciding: MetricName | Literal["loss"] | None = None
+    """The figure on the validation split by which the best checkpoint is chosen; of equal ones the
+    latest is kept. loss is the training loss. null: `metric`."""
+
+
 class ClassificationConfig(JobConfig):
     task: Literal["classification"] = "classification"
     data: ClassificationData
@@ -217,6 +223,8 @@ class ClassificationConfig(JobConfig):
     """The head of the classifier."""
     loss: LossConfig = LossConfig()
     """The training loss."""
+    evaluation: ClassificationEvaluationConfig = ClassificationEvaluationConfig()
+    """The evaluation and the report."""
     metric: MetricName | None = None
     """The metric that decides which checkpoint is best; null: accuracy, or mAP with
     multi_label."""
@@ -228,14 +236,19 @@ class ClassificationConfig(JobConfig):
 
     @model_validator(mode="after")
     def _metric_fits(self) -> ClassificationConfig:
-        many = self.data.multi_label
+        many, deciding = self.data.multi_label, self.evaluation.deciding
         known = ("mAP", "micro F1", "macro F1") if many else MULTICLASS
-        if self.metric is not None and self.metric not in known:
-            with_or_without = "with" if many else "without"
+        if deciding not in (None, LOSS) and self.metric not in (None, deciding):
             raise ValueError(
-                f"metric {self.metric!r} does not exist {with_or_without} data.multi_label; there "
-                f"are {', '.join(known)}"
+                f"metric is {self.metric} and evaluation.deciding is {deciding}: keep one of them"
             )
+        for key, name in (("metric", self.metric), ("evaluation.deciding", deciding)):
+            if name is not None and name not in (*known, LOSS):
+                with_or_without = "with" if many else "without"
+                raise ValueError(
+                    f"{key} {name!r} does not exist {with_or_without} data.multi_label; there "
+                    f"are {', '.join(known)}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -292,6 +305,9 @@ class ClassificationConfig(JobConfig):
     @property
     def deciding_metric(self) -> str:
         """The metric that decides which checkpoint is best."""
+        deciding = self.evaluation.deciding
+        if deciding is not None and deciding != LOSS:
+            return deciding
         return self.metric or ("mAP" if self.data.multi_label else "accuracy")
 
 

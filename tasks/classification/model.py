@@ -165,12 +165,17 @@ class AudioClassifier(Classifier):
         layers = range(len(tower.blocks))
 
         def run(waves: Tensor, lengths: Tensor) -> list[Tensor] | None:
-            with BlockStates(tower, layers, reads_entered=True) as watch:
+            skips = self.training and bool(self.active_in_training)
+            with BlockStates(tower, layers, reads_entered=True, skips=skips) as watch:
                 frames, _ = self.tower(waves, lengths)
-            assert watch.entered is not None
-            if len(watch.entered) != len(waves):
+            # LayerDrop may leave out all blocks.
+            entered = frames if watch.entered is None else watch.entered
+            if len(entered) != len(waves):
                 return None
-            states = [watch.entered, *(watch.states[layer] for layer in layers)]
+            states = [entered]
+            for layer in layers:
+                # A layer that LayerDrop left out changed nothing.
+                states.append(watch.states.get(layer, states[-1]))
             return [state[:, : frames.shape[1]] for state in states]
 
         all_states = run(waves, lengths)

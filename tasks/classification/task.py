@@ -25,7 +25,7 @@ from ..core.capabilities import (
     TowerRow,
 )
 from ..core.device import to_device
-from ..core.errors import BadRow
+from ..core.errors import BadRow, InputErrors
 from ..core.metrics import Metric
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
@@ -228,6 +228,9 @@ class ClassificationTask(
             target = torch.tensor(classes[0])
         return {**self._input(row.get(self.kind), train=train), "target": target}
 
+    def unchanging_example(self, row: Mapping[str, Any]) -> Example:
+        return self.example(row, train=False)
+
     def _input(self, value: Any, *, train: bool) -> Example:
         """Returns a row's picture or recording as a tensor.
 
@@ -372,18 +375,21 @@ class ClassificationTask(
         assert isinstance(model, Classifier)
         trainer = self.config.trainer
         size = trainer.eval_batch_size or trainer.batch_size
+        bad = InputErrors()
         for part in _parts(inputs, size):
-            examples = []
+            names, examples = [], []
             for name in part:
-                try:
+                with bad.guarded(f"{name} cannot be classified: "):
                     examples.append(self._input(name, train=False))
-                except BadRow as error:
-                    raise ValueError(f"{name} cannot be classified: {error}") from None
+                    names.append(name)
+            if not names:
+                continue
             with torch.no_grad():
                 batch = to_device(self.collate(examples), model.device)
                 probabilities = model.probabilities(model.logits(**batch)).float().cpu()
-            for name, row in zip(part, probabilities, strict=True):
+            for name, row in zip(names, probabilities, strict=True):
                 yield {"input": name, **self._answer(row)}
+        bad.end()
 
     def _answer(self, probabilities: torch.Tensor) -> dict[str, Any]:
         names = self.labels.names

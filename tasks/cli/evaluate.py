@@ -58,17 +58,27 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Apply a saved adapter to files; prints a line of JSON for each input."""
+    """Apply a saved adapter to files; prints a line of JSON for each input.
+
+    Inputs that cannot be used are named at the end, with exit code 1.
+    """
     quiet_libraries()
     from mmadapters.files import write_text
 
     from ..artifact import open_directory
+    from ..core.errors import BadInputs
     from ..jobs.prediction import predict as results
 
     opened = open_directory(directory, overrides=change or [])
     lines = []
-    for result in results(opened, inputs, out=out):
-        lines.append(json.dumps(result, ensure_ascii=False))
-        typer.echo(lines[-1])
-    if out is not None:
+    bad: BadInputs | None = None
+    try:
+        for result in results(opened, inputs, out=out):
+            lines.append(json.dumps(result, ensure_ascii=False))
+            typer.echo(lines[-1])
+    except BadInputs as error:
+        bad = error
+    if lines and out is not None:
         write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+    if bad is not None:
+        raise bad

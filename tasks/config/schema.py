@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+LOSS = "loss"  # the value of evaluation.deciding that is no metric of any task
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -203,6 +204,10 @@ class TrainerConfig(Section):
 class EvaluationConfig(Section):
     """The evaluation and the report."""
 
+    deciding: str | None = None
+    """The figure on the validation split by which the best checkpoint is chosen: a metric of the
+    task, or loss (the training loss). Of equal checkpoints the latest is kept. null: the first
+    metric of the task."""
     bootstrap: int = Field(default=1000, ge=0)
     """Number of bootstrap resamples for the 95 % intervals; 0 computes no intervals."""
     before: bool = False

@@ -1,8 +1,9 @@
-"""Rows that cannot be used, and the errors of runs."""
+"""Rows and inputs that cannot be used, and the errors of runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,3 +54,51 @@ def refuse(
         )
     if rows is not None and others + 1 == rows:
         raise DataError(f"no row of the split can be used: {reason}; `mmadapters doctor` lists all")
+
+
+class BadInputs(ValueError):
+    """InputErrors of `predict` cannot be used; the message names each of them.
+
+    Attributes:
+        reasons: a sentence for each of them, with its name.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = list(reasons)
+        count = f"{len(reasons)} inputs cannot be used:"
+        super().__init__(reasons[0] if len(reasons) == 1 else "\n".join((count, *reasons)))
+
+
+class InputErrors:
+    """Collects the inputs of `predict` that cannot be used, so that the others can.
+
+    Attributes:
+        reasons: a sentence for each of them, with its name.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    @contextmanager
+    def guarded(self, start: str = "") -> Iterator[None]:
+        """Records the error of the block if it says that an input cannot be used.
+
+        Args:
+            start: what stands before the reason of a `BadRow`, such as "a.png: ". The messages of
+                other ValueErrors name their input themselves.
+        """
+        try:
+            yield
+        except BadRow as error:
+            self.reasons.append(f"{start}{error}")
+        except ValueError as error:
+            self.reasons.append(str(error))
+
+    def end(self) -> None:
+        """Raises an error that names the inputs that could not be used, if there are any.
+
+        Raises:
+            BadInputs: there are some.
+        """
+        if self.reasons:
+            raise BadInputs(self.reasons)

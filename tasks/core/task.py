@@ -17,7 +17,7 @@ from torch import nn
 
 from mmadapters import AdapterModel
 
-from ..config.schema import JobConfig
+from ..config.schema import LOSS, JobConfig
 from .model import TaskModel
 from .results import Scores
 from .rows import Batch, Column, Example, Record, Rows
@@ -30,7 +30,8 @@ class Task(ABC, Generic[C]):
 
     Attributes:
         name: the name of the task, as in `task: NAME` of a config.
-        metric: the metric on the validation split by which the best checkpoint is chosen.
+        metric: the metric that stands first in reports. On the validation split it chooses the best
+            checkpoint, unless `deciding` is the loss.
         greater_is_better: whether a higher value of that metric is better.
         columns: the columns that a row has, by role. The columns of a data set are renamed to
             these roles. Columns without a role keep their names, and groups are read from them.
@@ -50,6 +51,23 @@ class Task(ABC, Generic[C]):
     def __init__(self, config: C, state: dict[str, Any] | None = None) -> None:
         self.config = config
         self.state: dict[str, Any] = state or {}
+        if (name := config.evaluation.deciding) is not None and name != LOSS:
+            self.metric = name  # type: ignore[misc]
+
+    @property
+    def deciding(self) -> str:
+        """The figure on the validation split that chooses the best checkpoint: the metric, or
+        `LOSS`."""
+        return LOSS if self.config.evaluation.deciding == LOSS else self.metric
+
+    def unchanging_example(self, row: Mapping[str, Any]) -> Example:
+        """Returns one row as for training, without random changes where the task can leave them
+        out, for the loss on the validation split.
+
+        Raises:
+            BadRow: as `example`.
+        """
+        return self.example(row, train=True)
 
     @abstractmethod
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:

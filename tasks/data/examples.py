@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,16 @@ class Examples(torch.utils.data.Dataset):
         """
         if self.views is not None:
             seed = view_seed(self.task.config.seed, row, seed % self.views)
-        return seeded_example(self.task, self.rows[row], seed, train=self.train)
+        with seeded(seed):
+            return self.example(self.rows[row])
+
+    def example(self, row: Mapping[str, Any]) -> Example:
+        """Returns the task's example of a row.
+
+        Raises:
+            BadRow: the row cannot be used.
+        """
+        return self.task.example(row, train=self.train)
 
 
 def view_seed(seed: int, row: int, view: int) -> int:
@@ -72,12 +82,19 @@ def seeded_example(task: Task, row: Mapping[str, Any], seed: int, *, train: bool
 
     Both states are restored afterwards.
     """
+    with seeded(seed):
+        return task.example(row, train=train)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global random states of torch and `random`, and restores both after the block."""
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             random.seed(seed)
-            return task.example(row, train=train)
+            yield
     finally:
         random.setstate(state)
 

@@ -28,8 +28,8 @@ class BlockStates:
     entered the first block.
 
     Attributes:
-        entered: input (B, N, D) of the first block without prompts; None before it ran.
-        states: output (B, N, D) of each requested block, by its number.
+        entered: input (B, N, D) of the first block that runs, without prompts; None before it ran.
+        states: output (B, N, D) of each requested block that has run, by its number.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class BlockStates:
         stop: bool = False,
         changes: Mapping[int, StateChange] | None = None,
         reads_entered: bool = False,
+        skips: bool = False,
     ) -> None:
         """Prepares the hooks; entering the `with` block installs them.
 
@@ -49,19 +50,20 @@ class BlockStates:
             changes: changes of the inputs of blocks, by their number.
             reads_entered: whether more than the shape of `entered` is read, so that a `FrozenTrunk`
                 must store it, too.
+            skips: whether LayerDrop may leave out blocks, also the first one.
         """
         self.blocks = tower.blocks
         self.layers = layers
         self.stop = stop
         self.changes = changes or {}
         self.reads_entered = reads_entered
+        self.skips = skips
         self.entered: Tensor | None = None
         self.states: dict[int, Tensor] = {}
         self._thread = threading.get_ident()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> BlockStates:
-        first = self.blocks[0].module
         for layer, change in self.changes.items():
             self._handles.append(
                 self.blocks[layer].module.register_forward_pre_hook(
@@ -71,9 +73,10 @@ class BlockStates:
         enters: Any = functools.partial(self._enters)
         enters.reads_input = self.reads_entered
         # It must run before the hook that appends prompts and before that of a change.
-        self._handles.append(
-            first.register_forward_pre_hook(enters, prepend=True, with_kwargs=True)
-        )
+        for block in self.blocks if self.skips else self.blocks[:1]:
+            self._handles.append(
+                block.module.register_forward_pre_hook(enters, prepend=True, with_kwargs=True)
+            )
         for layer in dict.fromkeys(self.layers):
             self._handles.append(
                 self.blocks[layer].module.register_forward_hook(self._record(layer))
@@ -86,7 +89,7 @@ class BlockStates:
 
     # While a hook is added or removed, torch may call it in another thread without `kwargs`.
     def _enters(self, module: nn.Module, args: tuple, kwargs: Any = None) -> None:
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread and (self.entered is None or not self.skips):
             self.entered = args[0] if args else kwargs["hidden_states"]
 
     def _changed(self, change: StateChange) -> Callable[..., Any]:

@@ -21,9 +21,11 @@ from mmadapters import AdapterModel
 
 from ..config.schema import BackboneConfig
 
-__all__ = ["SpeechTower", "convolutions", "normalises"]
+__all__ = ["SpeechTower", "convolutions", "layer_drop", "normalises", "without_layer_drop"]
 
 SAMPLE_RATE = 16_000
+# The attributes of modules and configs that hold the probability of LayerDrop.
+LAYER_DROP = ("layer_drop", "layerdrop", "encoder_layerdrop")
 
 
 class SpeechTower:
@@ -300,6 +302,39 @@ def convolutions(backbone: nn.Module) -> tuple[nn.Module, ...]:
         ValueError: see `SpeechTower`.
     """
     return _front_end(backbone).convolutions
+
+
+def layer_drop(encoder: AdapterModel) -> tuple[nn.Module, float]:
+    """Returns the module that runs the blocks of a speech encoder, and its LayerDrop probability.
+
+    In train mode that module leaves out each block with this probability (Fan et al. 2020).
+
+    Raises:
+        ValueError: the encoder reads no audio.
+    """
+    if "audio" not in encoder.sites.towers:
+        raise ValueError(f"{encoder.sites.architecture} is no speech encoder")
+    blocks = {id(block.module) for block in encoder.sites.towers["audio"].blocks}
+    runner = next(
+        module
+        for module in encoder.backbone.modules()
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and any(id(block) in blocks for block in child)
+    )
+    # torchaudio: layer_drop; Whisper: layerdrop; wav2vec 2.0 and its kin read their config.
+    for holder in (runner, getattr(runner, "config", None)):
+        for name in LAYER_DROP:
+            if isinstance(value := getattr(holder, name, None), float | int):
+                return runner, float(value)
+    return runner, 0.0
+
+
+def without_layer_drop(backbone: nn.Module) -> None:
+    """Sets every LayerDrop probability of an encoder to 0."""
+    for holder in (getattr(backbone, "config", None), *backbone.modules()):
+        for name in LAYER_DROP:
+            if isinstance(getattr(holder, name, None), float):
+                setattr(holder, name, 0.0)
 
 
 def _is_whisper(backbone: nn.Module) -> bool:

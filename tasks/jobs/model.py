@@ -59,7 +59,7 @@ def build_model(task: Task, encoder: AdapterModel) -> TaskModel:
     # A head starts from the same values in every mode, so that modes can be compared.
     set_seed(config.seed)
     model = task.build(encoder)
-    model.active_in_training = artifact.modules_active_in_training(config.backbone, backbone)
+    model.active_in_training = artifact.modules_active_in_training(config.backbone, encoder)
     encoder.set_grad_checkpointing(trainer.gradient_checkpointing)
     if trainer.mode == "none":
         model.requires_grad_(False)

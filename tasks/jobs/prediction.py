@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Opened
-from ..data.media import MEDIA_SUFFIXES
+from ..core.errors import BadInputs, InputErrors
+from ..core.rows import Column
+from ..data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 
 
 def predict(
@@ -15,30 +18,62 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Yields the task's result for each input, JSON-ready.
 
+    An input that cannot be used does not end the others: it is named after the last result.
+
     Args:
-        inputs: files, folders, or what else the task takes. A folder stands for the pictures and
-            recordings in it, in the order of their names.
+        inputs: files, folders, or what else the task takes. A folder stands for the pictures or
+            recordings in it that the task reads, in the order of their names.
         out: a folder for larger results (masks, pictures).
 
     Raises:
-        ValueError: there is no input, or one cannot be read.
+        ValueError: there is no input.
+        BadInputs: some could not be used; raised at the end.
     """
-    expanded = list(expand(inputs))
+    bad = InputErrors()
+    suffixes = suffixes_of(opened.task.columns)
+    expanded: list[str] = []
+    for name in inputs:
+        with bad.guarded():
+            expanded += expand(name, suffixes)
     if not expanded:
+        bad.end()
         raise ValueError(f"there is nothing to predict; give {opened.task.usage}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     opened.model.eval()
-    yield from opened.task.predict(opened.model, expanded, out=out)
+    try:
+        yield from opened.task.predict(opened.model, expanded, out=out)
+    except BadInputs as error:
+        bad.reasons += error.reasons
+    bad.end()
 
 
-def expand(inputs: Sequence[str]) -> Iterator[str]:
-    """Yields the inputs; in place of a folder, the pictures and recordings in it."""
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            yield from (
-                str(f) for f in sorted(path.iterdir()) if f.suffix.lower() in MEDIA_SUFFIXES
-            )
-        else:
-            yield name
+def suffixes_of(columns: Mapping[str, Column]) -> tuple[str, ...]:
+    """Returns the suffixes of the files that a task with these columns reads."""
+    kinds = {column.kind for column in columns.values()}
+    images = IMAGE_SUFFIXES if "image" in kinds else ()
+    return (*images, *(AUDIO_SUFFIXES if "audio" in kinds else ()))
+
+
+def expand(name: str, suffixes: Sequence[str]) -> list[str]:
+    """Returns an input; in place of a folder, the files in it that have one of the suffixes.
+
+    Hidden files and folders in the folder are left out.
+
+    Raises:
+        ValueError: the folder cannot be read, or has no such file.
+    """
+    if not os.path.isdir(name):  # also a text, which may be longer than a path
+        return [name]
+    try:
+        entries = sorted(Path(name).iterdir())
+    except OSError as error:
+        raise ValueError(f"the folder {name} cannot be read: {error.strerror}") from None
+    files = [
+        str(path)
+        for path in entries
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and not path.is_dir()
+    ]
+    if not files:
+        raise ValueError(f"the folder {name} has no file that is read ({', '.join(suffixes)})")
+    return files

@@ -57,11 +57,11 @@ def _validation(
 def _best(steps: list[int], values: list[float], metric: Metric) -> int | None:
     sign = 1 if metric.greater_is_better else -1
     finite = [
-        (sign * value, -step)
+        (sign * value, step)
         for step, value in zip(steps, values, strict=True)
         if not math.isnan(value)
     ]
-    return -max(finite)[1] if finite else None
+    return max(finite)[1] if finite else None
 
 
 def series(history: Entries, key: str) -> tuple[list[int], list[float]]:

@@ -8,7 +8,16 @@ from pydantic import Field, field_validator, model_validator
 
 from ..config.schema import DataConfig, EvaluationConfig, JobConfig, Section
 
-Deciding = Literal["mean R@1", "text-to-image R@1", "image-to-text R@1"]
+Deciding = Literal[
+    "mean R@1",
+    "text-to-image R@1",
+    "text-to-image R@5",
+    "text-to-image R@10",
+    "image-to-text R@1",
+    "image-to-text R@5",
+    "image-to-text R@10",
+    "loss",
+]
 
 
 class RetrievalHeadConfig(Section):
@@ -57,7 +66,8 @@ class RetrievalDataConfig(DataConfig):
 
 class RetrievalEvaluationConfig(EvaluationConfig):
     deciding: Deciding = "mean R@1"
-    """The metric on the validation split by which the best checkpoint is chosen."""
+    """The figure on the validation split by which the best checkpoint is chosen; of equal ones the
+    latest is kept. loss is the training loss, over the pairs of a batch."""
     rerank: int = Field(default=16, ge=0)
     """BLIP: the number of candidates of each query that image-text matching orders again, from 0; 0
     for no reranking."""

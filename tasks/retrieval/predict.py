@@ -12,6 +12,7 @@ import numpy as np
 
 from mmadapters.files import write_bytes
 
+from ..core.errors import InputErrors
 from .queries import Embedder, Item, items
 
 EMBEDDINGS, TABLE = "embeddings", "similarities.csv"
@@ -31,10 +32,18 @@ def matches(
             into the results.
 
     Raises:
-        ValueError: an input cannot be read; the message says which one.
+        BadInputs: some inputs cannot be used; raised after the results of the others.
     """
-    asked = items(inputs)
-    vectors = embedder.embed(asked).numpy()
+    bad = InputErrors()
+    asked: list[Item] = []
+    for text in inputs:
+        with bad.guarded():
+            asked += items([text])
+    unread: dict[int, str] = {}
+    vectors = embedder.embed(asked, unread=unread).numpy()
+    bad.reasons += unread.values()
+    read = [number for number in range(len(asked)) if number not in unread]
+    asked, vectors = [asked[number] for number in read], vectors[read]
     images = [number for number, item in enumerate(asked) if item.kind == "image"]
     texts = [number for number, item in enumerate(asked) if item.kind == "text"]
     cosines = vectors @ vectors.T
@@ -59,6 +68,7 @@ def matches(
             _write(path, _npy(vectors[number]))
             result["embedding"] = str(path)
         yield result
+    bad.end()
 
 
 def _rounded(value: float) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadRow
+from ..core.files import open_file
 from ..data import media
 from .model import RetrievalModel
 
@@ -37,8 +38,8 @@ def items(inputs: Sequence[str]) -> list[Item]:
     A file is an image, a .txt file gives a text for each of its lines, and anything else is a text.
 
     Raises:
-        ValueError: an input looks like the name of a picture and there is no such file, or a file
-            of texts cannot be read or is empty.
+        ValueError: an input has the name of a picture and cannot be opened, or a file of texts
+            cannot be read or is empty.
     """
     return [item for text in inputs for item in _items(text)]
 
@@ -46,7 +47,7 @@ def items(inputs: Sequence[str]) -> list[Item]:
 def _items(text: str) -> Iterator[Item]:
     path = Path(text)
     suffix = path.suffix.lower()
-    if suffix == ".txt" and path.is_file():
+    if suffix == ".txt" and _is_file(path):
         lines = [line.strip() for line in _read(path).splitlines()]
         texts = [Item("text", line) for line in lines if line]
         if not texts:
@@ -55,7 +56,7 @@ def _items(text: str) -> Iterator[Item]:
     elif _is_file(path):
         yield Item("image", text)
     elif suffix in media.IMAGE_SUFFIXES or suffix == ".txt":
-        raise ValueError(f"there is no file {text}")
+        raise ValueError(_missing(path))
     elif not text.strip():
         raise ValueError("a query is empty: give a text or the path of a picture")
     else:
@@ -69,9 +70,18 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _missing(path: Path) -> str:
+    try:
+        open_file(path).close()
+    except BadRow as error:
+        return f"there is no file {path}" if str(error) == f"no such file: {path}" else str(error)
+    return f"{path} is no picture"
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        with open_file(path) as file:
+            return file.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}") from None
 
@@ -91,26 +101,44 @@ class Embedder:
     pixels: Callable[[Image.Image], Tensor]
 
     @torch.no_grad()
-    def embed(self, queries: Sequence[Item]) -> Tensor:
+    def embed(self, queries: Sequence[Item], *, unread: dict[int, str] | None = None) -> Tensor:
         """Returns (N, E) float32 unit vectors on the CPU.
 
+        Args:
+            queries: N items.
+            unread: gets a sentence about each picture that cannot be read, by its number; its
+                vector is then 0.
+
         Raises:
-            ValueError: a picture cannot be read; the message says which one.
+            ValueError: a picture cannot be read, and there is no `unread`; names the picture.
         """
         vectors = torch.empty(len(queries), self.model.towers.width)
-        for kind, embedded in (("image", self._images), ("text", self._texts)):
-            places = [number for number, item in enumerate(queries) if item.kind == kind]
-            for start in range(0, len(places), AT_A_TIME):
-                part = places[start : start + AT_A_TIME]
-                vectors[part] = embedded([queries[number].value for number in part]).cpu()
+        texts = [number for number, item in enumerate(queries) if item.kind == "text"]
+        for part in _parts(texts):
+            vectors[part] = self._texts([queries[number].value for number in part]).cpu()
+        images = [number for number, item in enumerate(queries) if item.kind == "image"]
+        for part in _parts(images):
+            pictures: dict[int, Tensor] = {}
+            for number in part:
+                try:
+                    pictures[number] = self.pixels(_picture(queries[number].value))
+                except ValueError as error:
+                    if unread is None:
+                        raise
+                    unread[number] = str(error)
+                    vectors[number] = 0
+            if pictures:
+                pixels = torch.stack([*pictures.values()]).to(self.model.device)
+                vectors[[*pictures]] = self.model.images(pixels).cpu()
         return vectors
 
     def _texts(self, texts: Sequence[str]) -> Tensor:
         return self.model.texts(self.tokens(texts).to(self.model.device))
 
-    def _images(self, paths: Sequence[str]) -> Tensor:
-        pixels = torch.stack([self.pixels(_picture(path)) for path in paths])
-        return self.model.images(pixels.to(self.model.device))
+
+def _parts(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(numbers), AT_A_TIME):
+        yield numbers[start : start + AT_A_TIME]
 
 
 def _picture(path: str) -> Image.Image:

@@ -60,10 +60,6 @@ class RetrievalTask(Task[RetrievalConfig], CacheableInputs, SecondPass, DataChec
     columns: ClassVar[Mapping[str, Column]] = COLUMNS
     usage = "image files, .txt files with a text on each line, or texts in quotes"
 
-    def __init__(self, config: RetrievalConfig, state: dict[str, Any] | None = None) -> None:
-        super().__init__(config, state)
-        self.metric = config.evaluation.deciding  # type: ignore[misc]
-
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:
         if rows is not None and not {"caption", "captions"} & set(rows.column_names):
             raise ValueError(

@@ -263,9 +263,17 @@ class InferenceConfig(Section):
         return self
 
 
+Deciding = Literal[
+    "mIoU", "pixel accuracy", "mean accuracy", "Dice", "foreground IoU", "boundary F1", "loss"
+]
+
+
 class SegmentationEvaluationConfig(EvaluationConfig):
     """Metrics."""
 
+    deciding: Deciding = "mIoU"
+    """Figure on the validation split by which the best checkpoint is chosen; of equal ones the
+    latest is kept. loss is the training loss, on crops that are the same each time."""
     boundary_tolerance: float = Field(default=0.0075, ge=0)
     """Greatest distance of matching outlines in the boundary F1, 0 or more: a share of the image's
     diagonal if below 1, else pixels; 0 leaves the metric out."""
@@ -288,3 +296,13 @@ class SegmentationConfig(JobConfig):
     """Evaluation and prediction."""
     evaluation: SegmentationEvaluationConfig = SegmentationEvaluationConfig()
     """Metrics."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> SegmentationConfig:
+        deciding, least = self.evaluation.deciding, self.evaluation.boundary_tolerance
+        if deciding == "boundary F1" and not least:
+            raise ValueError(
+                "evaluation.deciding is boundary F1, which evaluation.boundary_tolerance 0 leaves "
+                "out: set it above 0"
+            )
+        return self

@@ -140,13 +140,19 @@ def class_outline(sums: np.ndarray) -> np.ndarray:
 
 
 def metrics(
-    counts: Sequence[Counts], classes: Sequence[str], *, background: str | None, resamples: int
+    counts: Sequence[Counts],
+    classes: Sequence[str],
+    *,
+    background: str | None,
+    resamples: int,
+    first: str = "mIoU",
 ) -> list[Metric]:
-    """Computes all metrics, mIoU first, with intervals over resampled images.
+    """Computes all metrics with intervals over resampled images.
 
     Args:
         background: name of the class that the foreground IoU leaves out.
         resamples: number of bootstrap samples.
+        first: name of the metric that stands first.
     """
     sums = statistics(counts, len(classes))
     results = [
@@ -174,7 +180,7 @@ def metrics(
                 "boundary F1", outlines, lambda s: nanmean(class_outline(s)), resamples=resamples
             )
         )
-    return results
+    return sorted(results, key=lambda metric: metric.name != first)
 
 
 def image_iou(counts: Sequence[Counts], classes: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 
 from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures
-from ..core.errors import BadRow, Problem
+from ..core.errors import BadRow, InputErrors, Problem
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
 from ..core.rows import Column, Rows
@@ -172,6 +172,7 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         options: dict[str, Any] = {
             "background": self.config.data.background,
             "resamples": bootstrap,
+            "first": self.metric,
         }
         groups: dict[str, dict[str, list]] = {}
         for column in self.config.evaluation.groups:
@@ -246,11 +247,13 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         `<stem>_overlay.png`.
         """
         taken: Counter[str] = Counter()
+        bad = InputErrors()
         for name in inputs:
-            try:
+            image = None
+            with bad.guarded(f"{name}: "):
                 image = read_image(name)
-            except BadRow as error:
-                raise ValueError(f"{name}: {error}") from None
+            if image is None:
+                continue
             classes = self._predict_one(model, image)
             shares = np.bincount(classes.ravel(), minlength=len(self.classes)) / classes.size
             result: dict[str, Any] = {
@@ -269,6 +272,7 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
                 unique = stem if taken[stem] == 1 else f"{stem}_{taken[stem]}"
                 result |= self._write(out, unique, image, classes)
             yield result
+        bad.end()
 
     def _write(
         self, out: Path, stem: str, image: Image.Image, classes: np.ndarray

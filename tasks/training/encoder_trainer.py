@@ -8,8 +8,8 @@ batches are the same for any number of processes (`data.batches`); no file is ev
 from __future__ import annotations
 
 import math
-import warnings
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,11 @@ class EncoderTrainer(Trainer):
             restore_callback_states_from_checkpoint=True,
             dataloader_num_workers=readers(config),
             remove_unused_columns=False,
-            # A task does not use all parts of an encoder (poolers, other towers).
+            # A task does not use all parts of an encoder (poolers, other towers), and LayerDrop and
+            # AdapterDrop leave out other adapters in every step.
             ddp_find_unused_parameters=self.finds_unused
             or config.mode == "full"
+            or bool(self.task_model.active_in_training)
             or isinstance(config.adapter_drop, tuple),
             report_to=["wandb"] if config.wandb else [],
             run_name=self.name,
@@ -235,6 +237,10 @@ class EncoderTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         better = super()._determine_best_metric(metrics, trial)
+        if not better and self.metric is not None:
+            # Of equal models the latest has learned most: a metric may stand still at its worst
+            # value while the model improves.
+            better = metrics[f"eval_{self.metric}"] == self.state.best_metric
         if better:
             # transformers sets this only if a checkpoint is saved at the same step.
             self.state.best_global_step = self.state.global_step

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..config.schema import LOSS
 from ..core.capabilities import BatchGrouping, SecondPass, capability
 from ..core.device import autocast, processes, to_device
 from ..core.errors import Problem, refuse
+from ..core.metrics import Metric
 from ..core.model import TaskModel
 from ..core.results import Scores
-from ..core.rows import Column, Record, Rows
+from ..core.rows import Column, Example, Record, Rows
 from ..core.task import Task
 from ..data.batches import share_of
 from ..data.columns import MEDIA
@@ -110,6 +112,8 @@ def validated(
 ) -> Scores:
     """Returns a task's scores on validation rows without intervals, evaluated as its config says.
 
+    The loss is among them if it chooses the best checkpoint.
+
     Args:
         cached: the cached trunk states of these rows; None runs the whole encoder.
     """
@@ -125,7 +129,59 @@ def validated(
         precision=config.precision,
         cached=cached,
     )
-    return task.score(result.records, bootstrap=0)
+    scores = task.score(result.records, bootstrap=0)
+    if task.deciding == LOSS:
+        scores.metrics.append(mean_loss(task, model, rows))
+    return scores
+
+
+@torch.no_grad()
+def mean_loss(task: Task, model: TaskModel, rows: Rows) -> Metric:
+    """Returns the mean training loss over those rows that have one, in eval mode.
+
+    Random changes of an example that cannot be left out are the same each time. Every process runs
+    all rows, so that the batches are those of one process.
+
+    Raises:
+        DataError: no row has a loss.
+    """
+    config = task.config.trainer
+    loader: DataLoader = DataLoader(
+        _LossExamples(task, rows),
+        batch_size=config.eval_batch_size or config.batch_size,
+        collate_fn=Collate(task),
+        num_workers=readers(config),
+        generator=loader_generator(),
+    )
+    total, count, problems = 0.0, 0, []
+    was_training = model.training
+    model.eval()
+    try:
+        for loaded in loader:
+            problems += loaded.problems
+            if loaded.batch is not None:
+                batch = to_device(loaded.batch, model.device)
+                with autocast(config.precision, model.device):
+                    loss = float(model(**batch)["loss"])
+                total += loss * len(loaded.indices)
+                count += len(loaded.indices)
+    finally:
+        model.train(was_training)
+    refuse(problems, on_error="skip", rows=len(rows))
+    return Metric(LOSS, total / count, count=count, unit="", greater_is_better=False)
+
+
+class _LossExamples(Examples):
+    """The examples of rows as for training, without random changes where a task can leave them out.
+
+    A bad row gives a `Problem`.
+    """
+
+    def __init__(self, task: Task, rows: Rows) -> None:
+        super().__init__(task, rows, train=False)
+
+    def example(self, row: Mapping[str, Any]) -> Example:
+        return self.task.unchanging_example(row)
 
 
 def _gathered(result: Evaluation, world: int) -> Evaluation:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..config.schema import LOSS
 from ..core.capabilities import BatchGrouping, capability
 from ..core.device import processes
 from ..core.errors import refuse
@@ -69,8 +70,8 @@ class TaskTrainer(EncoderTrainer):
             seed=task.config.seed,
             settings=config,
             batches=None if streaming else task_batches(task, train),
-            metric=None if validation is None else task.metric,
-            greater_is_better=task.greater_is_better,
+            metric=None if validation is None else task.deciding,
+            greater_is_better=task.greater_is_better and task.deciding != LOSS,
             folder=folder,
             quiet=quiet,
         )
@@ -156,7 +157,13 @@ class TaskTrainer(EncoderTrainer):
         scores = validated(
             self.task, self.task_model, self.validation_rows, cached=self.cache.validation
         )
-        return {metric.name: metric.value for metric in scores.metrics}
+        metrics = {metric.name: metric.value for metric in scores.metrics}
+        if self.metric not in metrics:
+            raise ValueError(
+                f"evaluation.deciding is {self.metric}, which these validation rows do not have; "
+                f"they have {', '.join(metrics)}"
+            )
+        return metrics
 
 
 def task_batches(task: Task, rows: Rows) -> EpochBatches:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ..config.schema import DataConfig, JobConfig, Section
+from ..config.schema import DataConfig, EvaluationConfig, JobConfig, Section
 
 HeadKind = Literal["auto", "fusion", "bilinear", "coattention", "ranking", "generation"]
 
@@ -78,6 +78,12 @@ class VQADataConfig(DataConfig):
     reads."""
 
 
+class VQAEvaluationConfig(EvaluationConfig):
+    deciding: Literal["accuracy", "loss"] = "accuracy"
+    """The figure on the validation split by which the best checkpoint is chosen; of equal ones the
+    latest is kept. loss is the training loss."""
+
+
 class VQAConfig(JobConfig):
     task: Literal["vqa"] = "vqa"
     data: VQADataConfig
@@ -89,3 +95,5 @@ class VQAConfig(JobConfig):
     """The vocabulary of answers."""
     blip: BlipAnswersConfig = BlipAnswersConfig()
     """Training and answers of BLIP."""
+    evaluation: VQAEvaluationConfig = VQAEvaluationConfig()
+    """How answers are measured."""

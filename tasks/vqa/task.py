@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmadapters import AdapterModel
 
 from ..core.capabilities import BatchGrouping, CacheableInputs, DataChecks, ReportPictures, TowerRow
-from ..core.errors import BadRow, Problem
+from ..core.errors import BadRow, InputErrors, Problem
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
 from ..core.rows import Batch, Column, Example, Record, Rows
@@ -283,10 +283,17 @@ class VQATask(Task[VQAConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
     def predict(
         self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
     ) -> Iterator[dict[str, Any]]:
-        pairs = [_pair(text) for text in inputs]
-        for start in range(0, len(pairs), PREDICTED_AT_ONCE):
-            part = pairs[start : start + PREDICTED_AT_ONCE]
-            batch = self.collate([self._asked(*pair) for pair in part])
+        bad = InputErrors()
+        for start in range(0, len(inputs), PREDICTED_AT_ONCE):
+            part, examples = [], []
+            for text in inputs[start : start + PREDICTED_AT_ONCE]:
+                with bad.guarded():
+                    pair = _pair(text)
+                    examples.append(self._asked(*pair))
+                    part.append(pair)
+            if not part:
+                continue
+            batch = self.collate(examples)
             batch = {
                 k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()
             }
@@ -300,6 +307,7 @@ class VQATask(Task[VQAConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
                     "probability": best[0][1],
                     "best": [{"answer": answer, "probability": p} for answer, p in best],
                 }
+        bad.end()
 
     def _asked(self, image: str, question: str) -> Example:
         try:

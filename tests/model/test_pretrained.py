@@ -115,7 +115,7 @@ def test_a_new_classifier_reaches_the_encoder_is_trained_and_saved(
     model.eval()
     model.set_active_adapters("pets")
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"classifier.bias of shape \(5,\), and the encoder has \(3"):
+    with pytest.raises(ValueError, match=r"classifier.bias of shape \(5,\), and the enc"):
         AdapterModel.from_pretrained(tmp_path / "saved", copy.deepcopy(bare))
     other = copy.deepcopy(bare)
     other.classifier = nn.Linear(16, 5)

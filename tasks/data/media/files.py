@@ -15,6 +15,7 @@ import numpy as np
 from mmadapters.errors import first_line
 
 from ...core.errors import BadRow
+from ...core.files import open_file
 
 # The endings of the files that are taken for pictures and recordings, in lower case.
 IMAGE_SUFFIXES = (
@@ -78,13 +79,7 @@ def opened(value: Any, noun: str) -> Iterator[BinaryIO]:
     if "://" in str(value):
         yield _fetched(str(value))
         return
-    try:
-        file = open(value, "rb")  # noqa: SIM115 - closed below; only opening is guarded here
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        if not os.path.lexists(str(value).replace("\0", "")):
-            raise BadRow(f"no such file: {value}") from None
-        raise BadRow(f"cannot open {value}: {first_line(error)}") from None
-    with file:
+    with open_file(value) as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise BadRow(f"the {noun} file is empty (0 bytes)")
         yield file

@@ -158,7 +158,7 @@ def build_joint(
         encoder.set_active_adapters(name)
         models[name] = task.build(encoder)
         models[name].active_in_training = artifact.modules_active_in_training(
-            first.backbone, backbone
+            first.backbone, encoder
         )
     encoder.set_active_adapters(None)
     encoder.set_grad_checkpointing(first.trainer.gradient_checkpointing)

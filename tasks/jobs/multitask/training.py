@@ -209,6 +209,6 @@ class JointTrainer(EncoderTrainer):
             drop = blocks_dropped(task.config)
             with self.joint_model.encoder.using(name, drop=drop):
                 scores = validated(task, self.joint_model.models[name], self.validation_rows[name])
-            deciding.append(scores[task.metric])
+            deciding.append(scores[task.deciding])
             metrics |= {f"{name}/{metric.name}": metric.value for metric in scores.metrics}
         return {MEAN: mean_of(deciding), **metrics}
