@@ -57,7 +57,7 @@ def refuse(
 
 
 class BadInputs(ValueError):
-    """InputErrors of `predict` cannot be used; the message names each of them.
+    """Inputs of `predict` cannot be used; the message names each of them.
 
     Attributes:
         reasons: a sentence for each of them, with its name.

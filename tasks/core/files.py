@@ -23,7 +23,7 @@ def open_file(path: str | Path) -> BinaryIO:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise BadRow(f"{path} is a folder, where a file is needed")
+            raise BadRow(f"cannot open {path}: Is a directory, and a file is needed")
         if not stat.S_ISREG(mode):  # to open a pipe would wait for its other end
             raise BadRow(f"{path} is no regular file but a pipe, a socket or a device")
         return open(path, "rb")

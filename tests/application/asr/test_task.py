@@ -17,12 +17,16 @@ from families import speech
 from torch.utils.data import DataLoader
 
 import mmadapters
+from mmadapters.tasks.asr.decoding import Decoded
 from mmadapters.tasks.asr.head import own_head, own_vocabulary
-from mmadapters.tasks.asr.task import ASRTask
+from mmadapters.tasks.asr.metrics import counts
+from mmadapters.tasks.asr.task import ASRTask, _words
+from mmadapters.tasks.asr.text import Vocabulary
 from mmadapters.tasks.config.schema import BackboneConfig
 from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.training.evaluate import evaluate
+from mmadapters.tasks.training.trainer import TaskTrainer
 
 from .conftest import SPEECH, config, task_and_model
 
@@ -390,3 +394,99 @@ def test_the_task_goes_to_worker_processes() -> None:
     task = fitted(rows((9000, "abc")))
     copied = pickle.loads(pickle.dumps(task))
     assert copied.example(rows((9000, "cab"))[0], train=True)["labels"] == [4, 2, 3]
+
+
+def test_characters_decide_where_words_have_no_spaces_between_them() -> None:
+    chinese = fitted(rows((9000, "三五七"), (9000, "一，二"), (9000, "九")))
+    assert (chinese.metric, chinese.deciding, chinese.greater_is_better) == ("CER", "CER", False)
+    records = [{"counts": counts("三五七", "三五"), "reference": "三五七"}]
+    scores = chinese.score(records, bootstrap=0)
+    assert [metric.name for metric in scores.metrics[:2]] == ["CER", "WER"]
+    again = ASRTask(chinese.config, json.loads(json.dumps(chinese.state)))
+    assert again.metric == "CER"
+    assert fitted(rows((9000, "a cab"))).metric == "WER"
+    # An adapter that was saved before does not say.
+    assert ASRTask(config(), {"vocabulary": {"tokens": ["<pad>", "a"], "blank": 0}}).metric == "WER"
+
+
+@pytest.mark.parametrize(
+    ("asked", "metric", "deciding"),
+    [("WER", "WER", "WER"), ("CER", "CER", "CER"), ("loss", "CER", "loss"), (None, "CER", "CER")],
+)
+def test_the_config_chooses_what_decides(asked: str | None, metric: str, deciding: str) -> None:
+    task = fitted(rows((9000, "三五七")), evaluation={"deciding": asked})
+    assert (task.metric, task.deciding) == (metric, deciding)
+
+
+def test_no_other_figure_decides() -> None:
+    with pytest.raises(ValueError, match="'WER', 'CER' or 'loss'"):
+        config(evaluation={"deciding": "accuracy"})
+
+
+def test_the_checkpoint_with_the_better_characters_is_kept(tmp_path: Path) -> None:
+    """A head that learns no whole text: its WER is 1 throughout."""
+    table = rows(*((6000, text) for text in ("三五七九一二", "五五七九", "九二三五七", "七一一二")))
+    sections = {"trainer": {"max_steps": 6, "evaluate_every": 2, "batch_size": 4, "device": "cpu"}}
+    steps = {}
+    for deciding in ("CER", "WER", "loss"):
+        torch.manual_seed(0)
+        task = fitted(table, evaluation={"deciding": deciding, "bootstrap": 0}, **sections)
+        encoder = mmadapters.init(mmadapters.load_backbone("nano/wav2vec2"))
+        trainer = TaskTrainer(
+            task,
+            task.build(encoder),
+            train=table,
+            validation=table,
+            folder=tmp_path / deciding,
+            quiet=True,
+        )
+        trainer.fit(None)
+        logs = [log for log in trainer.state.log_history if "eval_WER" in log]
+        assert [log["eval_WER"] for log in logs] == [1.0, 1.0, 1.0]
+        values = [log[f"eval_{deciding}"] for log in logs]
+        best = max(place for place, value in enumerate(values) if value == min(values))
+        steps[deciding] = trainer.state.best_global_step
+        assert steps[deciding] == 2 * best + 2
+        assert ("eval_loss" in logs[0]) is (deciding == "loss")
+    assert steps["WER"] == 6
+    waves = task.collate([task.unchanging_example(row) for row in table])
+    with torch.no_grad():
+        loss = trainer.task_model.eval()(**waves)["loss"].item()
+    assert loss == pytest.approx(min(values), rel=1e-5)
+
+
+def test_rows_that_training_skips_add_no_characters() -> None:
+    broken = {"bytes": sound(9000)["bytes"][:400], "path": None}
+    table = rows(
+        (9000, "cab"), (300, "d"), (1040, "efefef"), (60_000, "g"), (9000, "?!"), (9000, "ba")
+    )
+    table.append({"audio": broken, "text": "hi"})
+    task = fitted(table, audio={"longest": 2.0})
+    assert task.vocabulary.tokens == ("<pad>", "|", "a", "b", "c")
+    with pytest.raises(ValueError, match=r"no row of the training split can be used \(row 0: "):
+        fitted(Table(table[1:3]))
+
+
+def test_phonemes_are_tokens_of_a_fresh_head() -> None:
+    task = fitted(rows((9000, "h ə l oʊ"), (9000, "tʃ oʊ")), text={"tokens": "words"})
+    assert task.vocabulary.tokens == ("<pad>", "h", "l", "oʊ", "tʃ", "ə")
+    assert task.metric == "WER"
+    example = task.example(rows((9000, "tʃ oʊ"))[0], train=True)
+    assert (example["text"], example["labels"]) == ("tʃ oʊ", [4, 3])
+
+
+def test_tokens_of_a_head_of_phonemes_are_no_punctuation() -> None:
+    vocabulary = Vocabulary(("<pad>", "i.5", "S", "tʼ", "|"), special=(0,), spaced=True)
+    task = ASRTask(config(), {"vocabulary": vocabulary.to_state()})
+    assert task.normal("i.5 S tʼ . A") == "i.5 S tʼ a"
+    decoded = Decoded([1, 3, 2], [0, 4, 9])
+    words = _words(decoded, vocabulary, seconds=0.02)
+    assert [word["word"] for word in words] == ["i.5", "tʼ", "S"]
+
+
+def test_a_language_model_needs_words(tmp_path: Path) -> None:
+    decoding = {"method": "beam", "language_model": str(tmp_path / "words.arpa")}
+    vocabulary = Vocabulary(("<pad>", "a"), special=(0,), spaced=True)
+    task = ASRTask(config(decoding=decoding), {"vocabulary": vocabulary.to_state()})
+    with pytest.raises(ValueError, match="no sign between words"):
+        task._decode(torch.zeros(1, 2, 2), torch.tensor([2]))

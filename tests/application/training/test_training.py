@@ -158,7 +158,7 @@ def test_the_best_validation_model_is_kept_not_the_last(tmp_path: Path) -> None:
         if "eval_accuracy" in log
     }
     best = max(logs.values())
-    assert trainer.state.best_global_step == min(s for s, value in logs.items() if value == best)
+    assert trainer.state.best_global_step == max(s for s, value in logs.items() if value == best)
     trainer.load_best()
     found = evaluate(trainer.task, trainer.task_model, Pictures(24, seed=1), batch_size=8)
     assert trainer.task.score(found.records, bootstrap=0)["accuracy"].value == best
