@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
 from ..core.rows import Column
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from datasets import ClassLabel, Dataset
 
 MEDIA = ("image", "mask", "audio")
+# A table with both of these columns names parts of recordings, in seconds (NeMo's manifests).
+PART = ("offset", "duration")
 _LONG_NAME = 40  # characters; a longer name of a column is a sentence
 
 
@@ -126,6 +129,8 @@ def to_roles(
             dataset = _media(dataset, role, kind, names[role], folder)
         elif kind == "text":
             dataset = _text(dataset, role)
+        if kind == "audio" and all(name in dataset.features for name in PART):
+            dataset = _with_parts(dataset, role)
     return _named_classes(dataset)
 
 
@@ -173,6 +178,33 @@ def _media(dataset: Dataset, role: str, kind: str, name: str, folder: Path | Non
         )
     feature = datasets.Audio if kind == "audio" else datasets.Image
     return _replace(dataset, role, column, feature(decode=False))
+
+
+def _with_parts(dataset: Dataset, role: str) -> Dataset:
+    """Adds the offset and the duration of each row to its recording, where they are seconds."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    audio = dataset.data.column(role)
+    if not pa.types.is_struct(audio.type) or audio.type.get_field_index("path") < 0:
+        return dataset
+    parts = []
+    for name in PART:
+        cells = dataset.data.column(name)
+        if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+            cells = pc.if_else(pc.equal(cells, ""), pa.scalar(None, cells.type), cells)
+        try:
+            parts.append(cells.cast(pa.float64()))
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"the column {name!r} holds values that are no seconds: {first_line(error)}; "
+                "rename it if it is not about parts of recordings"
+            ) from None
+    fields = [pc.struct_field(audio, name) for name in ("bytes", "path")]
+    arrays = [column.combine_chunks() for column in (*fields, *parts)]
+    flat = [a.chunk(0) if isinstance(a, pa.ChunkedArray) else a for a in arrays]
+    named = pa.StructArray.from_arrays(flat, ["bytes", "path", *PART])
+    return _replace(dataset, role, pa.chunked_array([named]))
 
 
 def _absolute(paths: pa.ChunkedArray, folder: Path | None) -> pa.ChunkedArray:

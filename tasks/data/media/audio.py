@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ...core.errors import BadRow
 from .files import ByteStream, opened
 
 if TYPE_CHECKING:
+    from soundfile import SoundFile
     from torchaudio.transforms import Resample
 
 # A WAV file that was written to a pipe announces the largest possible size.
@@ -23,6 +25,7 @@ UNKNOWN_SIZE = 0x7FFF0000
 # 3e5; 44,101 to 16,000 Hz would need gigabytes and is resampled in the spectrum instead.
 LARGEST_FILTERS = 1_000_000
 LOST = 0.01  # a recording that lacks more than this share of its announced length was cut off
+ROUNDED = 0.05  # seconds by which a table's times may pass the end of a recording
 _ANNOUNCED = re.compile(r"^\s*(?:data|SSND)\s*:\s*(\d+)\s*\(should be (\d+)\)", re.MULTILINE)
 
 
@@ -34,7 +37,8 @@ def read_audio(value: Any, rate: int) -> np.ndarray:
 
     Args:
         value: a path, `{"bytes", "path"}`, or `{"array", "sampling_rate"}` with (T,), (C, T) or
-            (T, C) samples.
+            (T, C) samples. Files may have an `offset` and a `duration` in seconds beside them: only
+            this part is read.
 
     Raises:
         BadRow: the recording cannot be read, was cut off, is empty, or holds NaN or infinity.
@@ -42,7 +46,7 @@ def read_audio(value: Any, rate: int) -> np.ndarray:
     if isinstance(value, dict) and value.get("array") is not None:
         samples, original = _audio_array(value)
     else:
-        samples, original = _audio_file(value)
+        samples, original = _audio_file(value, part_of(value))
     if samples.shape[0] == 0:
         raise BadRow("the recording is empty (no samples)")
     if not np.isfinite(samples).all():
@@ -59,6 +63,9 @@ def audio_samples(value: Any, rate: int) -> int:
     if isinstance(value, dict) and value.get("array") is not None:
         return round(len(value["array"]) * rate / value["sampling_rate"])
     try:
+        part = part_of(value)
+        if part is not None:
+            return round(part[1] * rate)
         with opened(value, "audio") as file:
             info = soundfile.info(file if isinstance(file, ByteStream) else file.name)
     except (BadRow, RuntimeError, OSError, TypeError):
@@ -66,8 +73,34 @@ def audio_samples(value: Any, rate: int) -> int:
     return round(info.frames * rate / info.samplerate)
 
 
-def _audio_file(value: Any) -> tuple[np.ndarray, int]:
-    """Returns (T, C) float32 samples and their rate in Hz."""
+def part_of(value: Any) -> tuple[float, float] | None:
+    """Returns (offset, duration) in seconds of the part of a recording that a row names, or None
+    for the whole of it.
+
+    Raises:
+        BadRow: they are no such numbers.
+    """
+    if not isinstance(value, dict) or value.get("duration") is None:
+        return None
+    offset, duration = value.get("offset") or 0.0, value["duration"]
+    try:
+        offset, duration = float(offset), float(duration)
+    except (TypeError, ValueError):
+        raise BadRow(f"offset {offset!r} and duration {duration!r} are no seconds") from None
+    if not (math.isfinite(offset) and math.isfinite(duration) and offset >= 0 and duration > 0):
+        raise BadRow(
+            f"offset {offset:g} s and duration {duration:g} s name no part of a recording: an "
+            "offset is 0 or more, a duration above 0"
+        )
+    return offset, duration
+
+
+def _audio_file(value: Any, part: tuple[float, float] | None) -> tuple[np.ndarray, int]:
+    """Returns (T, C) float32 samples and their rate in Hz.
+
+    Args:
+        part: the (offset, duration) in seconds that is read; None reads the whole.
+    """
     import soundfile
 
     with opened(value, "audio") as file:
@@ -75,8 +108,12 @@ def _audio_file(value: Any) -> tuple[np.ndarray, int]:
         source = file if isinstance(file, ByteStream) else file.name
         try:
             with soundfile.SoundFile(source) as sound:
-                samples = sound.read(dtype="float32", always_2d=True)
                 announced, info, rate = sound.frames, sound.extra_info, sound.samplerate
+                if part is not None:
+                    return _read_part(sound, *part), rate
+                samples = sound.read(dtype="float32", always_2d=True)
+        except BadRow:
+            raise
         except Exception as error:  # soundfile raises RuntimeError, TypeError and its own
             reason = first_line(error).removeprefix(f"Error opening {source!r}: ")
             reason = re.sub(r"^Error opening <.*?>: ", "", reason)
@@ -87,6 +124,20 @@ def _audio_file(value: Any) -> tuple[np.ndarray, int]:
     if there and there < (1 - LOST) * said:
         raise BadRow(f"the audio is cut off: {there / rate:.2f} s are there of {said / rate:.2f} s")
     return samples, rate
+
+
+def _read_part(sound: SoundFile, offset: float, duration: float) -> np.ndarray:
+    """Reads (T, C) samples from `offset` on, without those before it."""
+    rate = sound.samplerate
+    start, count = round(offset * rate), max(round(duration * rate), 1)
+    missing = start + count - sound.frames
+    if missing > max(LOST * count, ROUNDED * rate):
+        raise BadRow(
+            f"the part from {offset:g} to {offset + duration:g} s ends after the recording, which "
+            f"has {sound.frames / rate:.2f} s"
+        )
+    sound.seek(start)
+    return sound.read(count, dtype="float32", always_2d=True)
 
 
 def _audio_array(value: dict[str, Any]) -> tuple[np.ndarray, int]:
