@@ -9,6 +9,7 @@ library.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -24,11 +26,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..files import replacing_directory
-from ..sites.sitemap import Leaf, Tower
+from ..sites.sitemap import Tower
 
 FORMAT = 1
 WEIGHTS_FILE, JSON_FILE = "adapter.safetensors", "adapter.json"
 _HEAD = "head/"
+_SAMPLED = 256  # the least number of weights of a tower that its identity holds
+_HALVES = ("bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
@@ -190,24 +194,56 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
 
 
 def tower_identity(tower: Tower) -> dict[str, Any]:
-    """Returns the width, the depth and the SHA-256 of all weights of a tower.
+    """Returns the width and depth of a tower, the SHA-256 of all its weights, a sample of them in
+    float32, and the dtype in which the tower holds them.
 
     Biases are left out, as some libraries have zero biases where others have none.
     """
+    leaves = [
+        leaf
+        for block in tower.blocks
+        for sublayer in block.sublayers.values()
+        for leaf in sorted(sublayer.leaves.values(), key=lambda leaf: leaf.role)
+        if leaf.weight is not None
+    ]
     digest = hashlib.sha256()
-    for block in tower.blocks:
-        for sublayer in block.sublayers.values():
-            for leaf in sorted(sublayer.leaves.values(), key=lambda leaf: leaf.role):
-                _update(digest, leaf)
-    return {"width": tower.width, "depth": len(tower.blocks), "weights": digest.hexdigest()}
+    sample = []
+    each = -(-_SAMPLED // max(len(leaves), 1))
+    for leaf in leaves:
+        assert leaf.weight is not None
+        digest.update(leaf.name.encode())
+        weight = leaf.weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        digest.update(weight.numpy().data)
+        sample.append(weight.flatten()[:: max(weight.numel() // each, 1)][:each])
+    dtypes = {str(leaf.weight.dtype).removeprefix("torch.") for leaf in leaves}  # type: ignore[union-attr]
+    values = torch.cat(sample).numpy() if sample else np.zeros(0, np.float32)
+    return {
+        "width": tower.width,
+        "depth": len(tower.blocks),
+        "weights": digest.hexdigest(),
+        "sample": base64.b64encode(values.astype("<f4").tobytes()).decode(),
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "several",
+    }
 
 
-def _update(digest: Any, leaf: Leaf) -> None:
-    if leaf.weight is None:
-        return
-    digest.update(leaf.name.encode())
-    weight = leaf.weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    digest.update(weight.numpy().data)
+def _differ_by_rounding(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Returns whether two towers hold the same weights in float32 and in half precision.
+
+    Every value of the sample must be equal after it was rounded to the half precision.
+    """
+    dtypes = [str(tower.get("dtype")) for tower in (one, other)]
+    halves = [dtype for dtype in dtypes if dtype in _HALVES]
+    if len(halves) != 1 or "float32" not in dtypes:
+        return False
+    try:
+        samples = [
+            torch.from_numpy(np.frombuffer(base64.b64decode(tower["sample"]), "<f4").copy())
+            for tower in (one, other)
+        ]
+    except (KeyError, TypeError, ValueError):
+        return False
+    first, second = (sample.to(getattr(torch, halves[0])) for sample in samples)
+    return bool(len(first)) and torch.equal(first, second)
 
 
 def check_backbone(
@@ -219,6 +255,8 @@ def check_backbone(
         stored: the identity of the adapter's encoder, `{library, architecture, towers}`.
         present: the identity of this encoder, of the same form.
         allow_different_weights: compare width and depth alone.
+
+    The same weights in half precision are no other weights: what rounding changes is passed over.
 
     Raises:
         ValueError: a tower is missing, has another width or depth, or other weights.
@@ -234,8 +272,13 @@ def check_backbone(
                     f"{what} of {key} {tower.get(key)} in tower {name!r}; this "
                     f"{present['architecture']} has {here[key]}"
                 )
-        if tower.get("weights") != here["weights"] and not allow_different_weights:
-            raise ValueError(
-                f"{what} with other weights in tower {name!r}; load the same pretrained weights, "
-                "or pass allow_different_weights=True if the difference is meant"
-            )
+        if tower.get("weights") == here["weights"] or allow_different_weights:
+            continue
+        if _differ_by_rounding(tower, here):
+            continue
+        half = here.get("dtype") in _HALVES and "sample" not in tower
+        raise ValueError(
+            f"{what} with other weights in tower {name!r}; load the same pretrained weights"
+            + (f" in float32 (here they are in {here['dtype']})" if half else "")
+            + ", or pass allow_different_weights=True if the difference is meant"
+        )

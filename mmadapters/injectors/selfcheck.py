@@ -239,13 +239,25 @@ def _untouched(model: nn.Module, runtime: Runtime, modules: list[nn.Module]) -> 
 
 
 def _like_parameters(model: nn.Module, example: Any) -> Any:
-    """Returns the example with its half-precision tensors in float32 if the model is in float32."""
+    """Returns the example with its half-precision tensors in float32 if the module that reads them
+    is in float32."""
     if isinstance(example, Tensor):
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), example.dtype)
         half = example.is_floating_point() and example.dtype.itemsize < 4
-        return example.float() if half and dtype == torch.float32 else example
+        return example.float() if half and _read_in(model) == torch.float32 else example
     if isinstance(example, dict):
         return {key: _like_parameters(model, value) for key, value in example.items()}
     if isinstance(example, tuple):
         return tuple(_like_parameters(model, value) for value in example)
     return example
+
+
+def _read_in(model: nn.Module) -> torch.dtype | None:
+    """Returns the dtype of the module that reads floating-point inputs: the first convolution, or
+    else the first linear map. The parts of an encoder may have several dtypes."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    modules = list(model.modules())
+    for kinds in (convolutions, (nn.Linear,)):
+        for module in modules:
+            if isinstance(module, kinds) and module.weight.is_floating_point():
+                return module.weight.dtype
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
