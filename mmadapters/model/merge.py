@@ -14,6 +14,7 @@ from ..adapters.merging import (
 from ..composition import Stack
 from ..injectors.selfcheck import agrees
 from .store import AdapterStore
+from .widths import follow_widths
 
 
 def merge(store: AdapterStore, name: str) -> None:
@@ -40,6 +41,7 @@ def merge(store: AdapterStore, name: str) -> None:
     store.forget(name)
     if merged.widened:  # compiled code need not look at the shapes of parameters
         store.runtime.recompile()
+        follow_widths(store.backbone, store.sites)
 
 
 def reset(store: AdapterStore, name: str) -> None:
@@ -54,6 +56,7 @@ def reset(store: AdapterStore, name: str) -> None:
     merged.undo()
     if merged.widened:
         store.runtime.recompile()
+        follow_widths(store.backbone, store.sites)
 
 
 def _check_widening(store: AdapterStore, name: str, changes: Changes) -> None:

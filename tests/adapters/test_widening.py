@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,3 +255,42 @@ def test_adapters_of_before_act_as_ever_beside_merged_channels() -> None:
     model.merge_adapter("a")
     assert model.active_adapters == Stack("bottleneck")
     assert (output(model) - acting).abs().max() < 1e-5
+
+
+# The config of a transformers model
+
+
+@pytest.mark.parametrize("name", ["hf-vit", "hf-clip", "hf-wav2vec2", "hf-blip-vqa", "hf-bert"])
+def test_a_widened_model_is_saved_with_a_true_config(name: str, tmp_path: Path) -> None:
+    encoder = FAMILIES[name].build()
+    encoder.save_pretrained(tmp_path / "bare")  # which itself changes the config
+    before = encoder.config.to_dict()
+    model = adapted(encoder, beside())
+    wanted = outputs(model, name)
+    model.merge_adapter("a")
+    model.backbone.save_pretrained(tmp_path)
+    again = type(encoder).from_pretrained(tmp_path).eval()
+    assert difference(outputs(again, name), wanted) < 1e-4
+    model.reset_adapter("a")
+    assert encoder.config.to_dict() == before
+
+
+def test_widths_that_no_config_describes_are_not_saved(tmp_path: Path) -> None:
+    encoder = FAMILIES["hf-vit"].build()
+    before = encoder.config.to_dict()
+    model = adapted(encoder, beside(sites=["vision.blocks.0.*"]))
+    model.merge_adapter("a")
+    assert encoder.config.to_dict() == before
+    for saving in (encoder, copy.deepcopy(encoder)):
+        with pytest.raises(ValueError, match="several widths, and its config has one"):
+            saving.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    model.reset_adapter("a")
+    encoder.save_pretrained(tmp_path / "bare")
+    assert (
+        difference(
+            outputs(type(encoder).from_pretrained(tmp_path / "bare"), "hf-vit"),
+            outputs(encoder.eval(), "hf-vit"),
+        )
+        == 0
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from families import seeded
 from families.vision import images
@@ -162,6 +163,15 @@ def site_map(blocks: str = "layers", **options: Any) -> Architecture:
     ffn = {"output": "mlp", "residual": "norm", "leaves": {"up": "mlp"}, **options}
     tower = TowerSpec(name="text", blocks=blocks, sublayers={"ffn": SublayerSpec(**ffn)})
     return Architecture(towers=(tower,))
+
+
+def test_a_wrapper_around_a_known_encoder_names_what_is_inside() -> None:
+    wrapped = timm.create_model(
+        "vit_tiny_patch16_224", features_only=True, depth=2, embed_dim=32, num_heads=2, img_size=32
+    )
+    with pytest.raises(ValueError, match=r"wrapper around VisionTransformer.* init\(encoder.model"):
+        init(wrapped)
+    init(wrapped.model)
 
 
 def test_unknown_architecture_is_refused_with_the_way_out() -> None:

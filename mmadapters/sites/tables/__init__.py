@@ -55,6 +55,12 @@ def describe(
             raise ValueError(f"the given site map does not fit {name}: {error}") from None
     row = find_row(backbone)
     if row is None:
+        inner = getattr(backbone, "model", None)
+        if isinstance(inner, nn.Module) and find_row(inner) is not None:
+            raise ValueError(
+                f"{name} is a wrapper around {type(inner).__name__}, which mmadapters knows: adapt "
+                "its inner model, init(encoder.model)"
+            )
         raise ValueError(
             f"{name} is not a known encoder; describe where its blocks are with "
             "mmadapters.Architecture and pass it as init(backbone, sites=...)"
