@@ -167,7 +167,12 @@ def site_map(blocks: str = "layers", **options: Any) -> Architecture:
 
 def test_a_wrapper_around_a_known_encoder_names_what_is_inside() -> None:
     wrapped = timm.create_model(
-        "vit_tiny_patch16_224", features_only=True, depth=2, embed_dim=32, num_heads=2, img_size=32
+        "vit_tiny_patch16_224",
+        features_only=True,
+        out_indices=(0, 1),
+        depth=2,
+        embed_dim=32,
+        num_heads=2,
     )
     with pytest.raises(ValueError, match=r"wrapper around VisionTransformer.* init\(encoder.model"):
         init(wrapped)
