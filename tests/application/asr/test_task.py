@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from application.endings import until_error
 from families import speech
 from torch.utils.data import DataLoader
 
@@ -490,3 +491,16 @@ def test_a_language_model_needs_words(tmp_path: Path) -> None:
     task = ASRTask(config(decoding=decoding), {"vocabulary": vocabulary.to_state()})
     with pytest.raises(ValueError, match="no sign between words"):
         task._decode(torch.zeros(1, 2, 2), torch.tensor([2]))
+
+
+def test_a_bad_recording_does_not_end_the_others(tmp_path: Path) -> None:
+    task, model = task_and_model(SPEECH["hf-wav2vec2"])
+    for name in ("a.flac", "c.flac"):
+        (tmp_path / name).write_bytes(sound(3300)["bytes"])
+    (tmp_path / "b.wav").write_bytes(b"RIFF0000WAVE")
+    names = [str(tmp_path / name) for name in ("a.flac", "b.wav", "c.flac", "gone.wav")]
+    results, reasons = until_error(task.predict(model, names, out=None))
+    assert [Path(result["input"]).name for result in results] == ["a.flac", "c.flac"]
+    assert len(reasons) == 2
+    assert reasons[0].startswith(f"{names[1]}: the audio cannot be decoded")
+    assert reasons[1] == f"{names[3]}: no such file: {names[3]}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from application.endings import until_error
 from families import blip
 from PIL import Image
 
@@ -247,3 +248,20 @@ def test_a_config_of_blips_own_prompt_is_the_default() -> None:
     )
     assert config.data.prompt == "a picture of"
     assert (config.loss.label_smoothing, config.decoding.beams) == (0.1, 3)
+
+
+def test_a_bad_picture_does_not_end_the_others(
+    fluent: Fluent, one: SceneRows, tmp_path: Path
+) -> None:
+    task, model = fluent
+    good = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for path, image in zip(good, one["image"], strict=False):
+        image.save(path)
+    expected = list(task.predict(model, good, out=None))
+    bad = str(tmp_path / "bad.png")
+    Path(bad).write_bytes(b"no picture")
+    results, reasons = until_error(task.predict(model, [good[0], bad, good[1]], out=None))
+    assert [reason.partition(": ")[2] for reason in reasons] == [
+        "the image file is in no format that can be read"
+    ]
+    assert results == expected

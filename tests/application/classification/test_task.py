@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from application.endings import until_error
 from families import Family, families
 from families.small import randomise
 from PIL import Image
@@ -27,7 +28,7 @@ from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.core.results import Figure, Table
 from mmadapters.tasks.data.examples import Collate, Examples
 from mmadapters.tasks.data.synthetic import scenes
-from mmadapters.tasks.training.evaluate import evaluate
+from mmadapters.tasks.training.evaluate import evaluate, validated
 
 COLOURS = ("blue", "green", "red")
 
@@ -511,3 +512,53 @@ def test_a_job_says_what_its_parts_do_not_fit() -> None:
     assert config(metric="macro F1").deciding_metric == "macro F1"
     assert BackboneConfig(name="nano/vit").pretrained is False
     assert isinstance(fitted(config(), drawn(9))[1], Classifier)
+
+
+def test_a_bad_picture_does_not_end_the_others(tmp_path: Path) -> None:
+    rows = drawn(9)
+    task, model = fitted(config(), rows)
+    good = [tmp_path / f"{number}.png" for number in range(2)]
+    for path, row in zip(good, rows, strict=False):
+        path.write_bytes(row["image"]["bytes"])
+    expected = list(task.predict(model, [str(path) for path in good], out=None))
+    names = [str(tmp_path / "gone.png"), str(good[0]), str(tmp_path), str(good[1])]
+    results, reasons = until_error(task.predict(model, names, out=None))
+    assert [result["label"] for result in results] == [result["label"] for result in expected]
+    assert len(reasons) == 2
+    assert "no such file" in reasons[0]
+    assert "Is a directory" in reasons[1]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "balanced accuracy", "macro F1", "loss"])
+def test_the_config_chooses_what_decides(name: str) -> None:
+    task = ClassificationTask(config(evaluation={"deciding": name}))
+    assert task.deciding == name
+    assert task.metric == ("accuracy" if name == "loss" else name)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"evaluation": {"deciding": "WER"}}, "deciding"),
+        ({"evaluation": {"deciding": "mAP"}}, "'mAP' does not exist without data.multi_label"),
+        (
+            {"evaluation": {"deciding": "accuracy"}, "metric": "macro F1"},
+            "metric is macro F1 and evaluation.deciding is accuracy: keep one",
+        ),
+    ],
+)
+def test_no_other_figure_decides(sections: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config(**sections)
+
+
+def test_the_loss_of_validation_rows_is_that_of_pictures_as_they_are() -> None:
+    rows = drawn(10)
+    task, model = fitted(config(evaluation={"deciding": "loss"}, trainer={"batch_size": 4}), rows)
+    with torch.no_grad():
+        batch = task.collate([task.example(row, train=False) for row in rows])
+        expected = model.eval()(**batch)["loss"].item()
+    scores = validated(task, model, rows)
+    assert scores["loss"].value == pytest.approx(expected, rel=1e-4)
+    assert scores["loss"].count == 10
+    assert not scores["loss"].greater_is_better

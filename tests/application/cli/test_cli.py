@@ -244,3 +244,22 @@ def test_pictures_are_indexed_and_searched_by_words(folder: Path) -> None:
     result = call("search", "runs/finder", "nowhere", "a circle")
     assert result.exit_code == 1
     assert "nowhere" in result.output
+
+
+def test_predict_goes_on_after_a_bad_file_and_names_it_at_the_end() -> None:
+    folder = pictures("some_bad")
+    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "notes.wav").write_bytes(b"of another task")
+    (folder / ".hidden.png").write_bytes(b"hidden")
+    Path("empty").mkdir(exist_ok=True)
+    result = call("predict", "runs/shapes", "some_bad", "empty", "--out", "some_out")
+    assert result.exit_code == 1
+    lines = Path("some_out/predictions.jsonl").read_text().splitlines()
+    assert [Path(json.loads(line)["input"]).name for line in lines] == ["0.png", "2.png"]
+    told = " ".join(result.output.split())
+    assert all(line in result.output for line in lines)
+    assert "error: 2 inputs cannot be used:" in told
+    assert "the folder empty has no file that is read" in told
+    assert "1.png cannot be classified: the image file is in no format" in told
+    assert "notes" not in told
+    assert "hidden" not in told

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from application.endings import until_error
 
+from mmadapters.tasks.core.errors import BadInputs
 from mmadapters.tasks.retrieval.index import build_index, fingerprint, search_index
 from mmadapters.tasks.retrieval.model import RetrievalModel
 from mmadapters.tasks.retrieval.queries import Item, items
@@ -248,3 +250,18 @@ def test_without_faiss_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match=r"pip install 'mmadapters\[index\]'"):
         build_index(*zero_shot, [str(files[0])], tmp_path / "index")
+
+
+def test_a_bad_input_does_not_end_the_others(
+    zero_shot: Pair, files: list[Path], tmp_path: Path
+) -> None:
+    task, model = zero_shot
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    inputs = [str(broken), str(files[0]), "gone.png", "a star"]
+    results, reasons = until_error(task.predict(model, inputs, out=None))
+    assert results == predicted(zero_shot, [files[0], "a star"])
+    assert reasons[0] == "there is no file gone.png"
+    assert reasons[1].startswith(f"{broken}: the image file is in no format")
+    with pytest.raises(BadInputs, match=r"gone\.png"):
+        predicted(zero_shot, ["gone.png"])

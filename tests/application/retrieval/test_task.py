@@ -526,3 +526,12 @@ def test_unit_vectors_stay_unit_vectors(unseen: SceneRows) -> None:
     torch.testing.assert_close(
         F.normalize(torch.from_numpy(record["texts"]), dim=1), torch.from_numpy(record["texts"])
     )
+
+
+@pytest.mark.parametrize("name", ["image-to-text R@5", "loss"])
+def test_the_config_chooses_what_decides(name: str) -> None:
+    task = RetrievalTask(job(evaluation={"deciding": name}))
+    assert task.deciding == name
+    assert task.metric == ("mean R@1" if name == "loss" else name)
+    with pytest.raises(ValueError, match="deciding"):
+        job(evaluation={"deciding": "WER"})

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from application.endings import until_error
 from application.segmentation.scenes import CLASSES, Scenes, batch_of, job, made, miou, train
 from PIL import Image
 
@@ -23,6 +24,7 @@ from mmadapters.tasks.core.model import TaskModel
 from mmadapters.tasks.core.results import Figure
 from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.data.media import read_mask
+from mmadapters.tasks.segmentation.config import SegmentationConfig
 from mmadapters.tasks.segmentation.inference import resize_logits
 from mmadapters.tasks.segmentation.model import SegmentationModel
 from mmadapters.tasks.segmentation.task import SegmentationTask
@@ -347,3 +349,38 @@ def test_the_model_is_a_task_model() -> None:
     _, model = made(job(), Scenes(1))
     assert isinstance(model, TaskModel)
     assert not any(name.startswith(("tower", "loss")) for name, _ in model.named_parameters())
+
+
+def test_a_bad_picture_does_not_end_the_others(
+    trained: tuple[SegmentationTask, SegmentationModel], tmp_path: Path
+) -> None:
+    task, model = trained
+    good = tmp_path / "good.png"
+    good.write_bytes(Scenes(1, seed=7, sizes=((33, 57),)).rows[0]["image"]["bytes"])
+    results, reasons = until_error(
+        task.predict(model, [str(tmp_path / "gone.png"), str(good)], out=None)
+    )
+    assert "gone.png: no such file" in reasons[0]
+    assert [result["input"] for result in results] == [str(good)]
+
+
+def test_the_config_chooses_what_decides(
+    trained: tuple[SegmentationTask, SegmentationModel],
+) -> None:
+    job = trained[0].config.model_dump()
+    for name, metric in (("Dice", "Dice"), ("loss", "mIoU"), ("boundary F1", "boundary F1")):
+        task = SegmentationTask(
+            SegmentationConfig(**{**job, "evaluation": {"deciding": name}}), trained[0].state
+        )
+        assert (task.deciding, task.metric) == (name, metric)
+    rows = Scenes(3, seed=7, sizes=((33, 57),))
+    task = SegmentationTask(
+        SegmentationConfig(**{**job, "evaluation": {"deciding": "Dice"}}), trained[0].state
+    )
+    records = evaluate(task, trained[1], rows, batch_size=2).records
+    assert task.score(records, bootstrap=0).metrics[0].name == "Dice"
+    with pytest.raises(ValueError, match="deciding"):
+        SegmentationConfig(**{**job, "evaluation": {"deciding": "WER"}})
+    off = {"deciding": "boundary F1", "boundary_tolerance": 0}
+    with pytest.raises(ValueError, match="boundary_tolerance 0 leaves out"):
+        SegmentationConfig(**{**job, "evaluation": off})

@@ -19,7 +19,7 @@ from mmadapters.tasks.core.errors import DataError
 from mmadapters.tasks.data.batches import EpochBatches
 from mmadapters.tasks.training.checkpoint import last_checkpoint
 from mmadapters.tasks.training.encoder_trainer import parameter_groups, use_one_gpu
-from mmadapters.tasks.training.evaluate import evaluate
+from mmadapters.tasks.training.evaluate import evaluate, validated
 from mmadapters.tasks.training.trainer import TaskTrainer
 
 PROGRAM = Path(__file__).with_name("train_tints.py")
@@ -290,3 +290,42 @@ def test_a_process_trains_on_one_gpu_and_says_how_to_use_all(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match=r"one of 2 GPUs is used: .*torchrun --nproc-per-node 2"):
         use_one_gpu(arguments)
     assert arguments.n_gpu == 1
+
+
+def test_of_equal_models_the_latest_is_kept(tmp_path: Path) -> None:
+    trainer = train(tmp_path, epochs=1, evaluate_every=2, learning_rate=1e-12)
+    values = {log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log}
+    assert len(values) == 1
+    assert trainer.state.best_global_step == trainer.state.global_step == 8
+    assert [path.name for path in (tmp_path / "checkpoints").glob("best-*")] == [
+        "best-8.safetensors"
+    ]
+
+
+def test_the_loss_chooses_the_model_where_the_config_says_so(tmp_path: Path) -> None:
+    config = job(epochs=2, evaluate_every=2, learning_rate=0.1)
+    evaluation = config.evaluation.model_copy(update={"deciding": "loss"})
+    task, model = task_and_model(config.model_copy(update={"evaluation": evaluation}))
+    rows = Pictures(24, seed=1, broken=(3,))
+    trainer = TaskTrainer(
+        task, model, train=Pictures(64), validation=rows, folder=tmp_path, quiet=True
+    )
+    trainer.train()
+    logs = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert len(logs) == 8
+    assert trainer.state.best_global_step == min(logs, key=lambda step: (logs[step], -step))
+    trainer.load_best()
+    again = validated(task, model, rows)
+    assert again["loss"].value == pytest.approx(min(logs.values()))
+    assert again["loss"].count == 23
+
+
+def test_a_figure_that_is_not_measured_is_named(tmp_path: Path) -> None:
+    config = job(max_steps=2, evaluate_every=1)
+    evaluation = config.evaluation.model_copy(update={"deciding": "Dice"})
+    task, model = task_and_model(config.model_copy(update={"evaluation": evaluation}))
+    trainer = TaskTrainer(
+        task, model, train=Pictures(8), validation=Pictures(8), folder=tmp_path, quiet=True
+    )
+    with pytest.raises(ValueError, match=r"evaluation\.deciding is Dice, .* they have accuracy"):
+        trainer.train()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from application.endings import until_error
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -458,3 +459,25 @@ def test_blips_questions_are_padded_with_its_own_token(
     assert (tokens == task.state["text"]["pad"]).any()
     assert (tokens[:, 0] == 3).all()
     assert (batch["answers"][:, 0] == task.state["text"]["start"]).all()
+
+
+def test_a_bad_input_does_not_end_the_others(
+    fusion: tuple[VQATask, TaskModel], squares: Squares
+) -> None:
+    task, model = fusion
+    good = f"{squares['image'][0]}::{squares['question'][0]}"
+    results, reasons = until_error(
+        task.predict(model, ["a.png", good, "gone.png::what?"], out=None)
+    )
+    assert [result["image"] for result in results] == [squares["image"][0]]
+    assert "is no pair" in reasons[0]
+    assert reasons[1] == "gone.png::what?: no such file: gone.png"
+
+
+def test_accuracy_or_the_loss_decides() -> None:
+    from mmadapters.tasks.vqa.config import VQAEvaluationConfig
+
+    assert VQAEvaluationConfig().deciding == "accuracy"
+    assert VQAEvaluationConfig(deciding="loss").deciding == "loss"
+    with pytest.raises(ValueError, match="'accuracy' or 'loss'"):
+        VQAEvaluationConfig(deciding="within reach")
