@@ -21,6 +21,7 @@ from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
 from ..core.rows import Batch, Column, Example, Record, Rows
 from ..core.task import Task
+from ..data.columns import PART_ROLES
 from ..data.media import audio_samples, read_audio
 from ..encoders.speech import SpeechTower, conv_frames, normalises
 from . import pictures
@@ -50,6 +51,7 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
     greater_is_better = False
     columns: ClassVar = {
         "audio": Column("audio", description="a recording of any rate"),
+        **PART_ROLES,
         "text": Column("text", description="what is said in it"),
     }
     usage = "audio files, or folders of them"

@@ -32,6 +32,7 @@ from ..core.results import Figure, Scores, Table
 from ..core.rows import Batch, Column, Example, Record, Rows
 from ..core.task import Task
 from ..data import media
+from ..data.columns import PART_ROLES
 from ..encoders.speech import conv_frames
 from ..encoders.vision import image_preprocessing, to_tensor
 from . import few_shot, metrics, pictures
@@ -73,6 +74,8 @@ class ClassificationTask(
         super().__init__(config, state)
         # These are of this job; the class attributes are for all jobs of the task.
         columns = {role: self.columns[role] for role in (config.kind, "label")}
+        if config.kind == "audio":
+            columns |= PART_ROLES
         self.__dict__ |= {"metric": config.deciding_metric, "columns": columns}
 
     def fit(self, rows: Rows | None, backbone: nn.Module) -> None:

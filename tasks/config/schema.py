@@ -57,6 +57,9 @@ class DataConfig(Section):
     source: str
     """A hub name; a folder with metadata.csv or .jsonl; a .csv, .json(l) or .parquet file, or a
     glob of them; or builtin/NAME for data that is generated or that a package ships."""
+    root: str | None = None
+    """The folder from which relative paths in the tables start; by default the folder of the
+    table."""
     name: str | None = None
     """The configuration of a hub data set, where it has several."""
     revision: str | None = None
@@ -78,9 +81,9 @@ class DataConfig(Section):
     """The encoding of text files (cp1252); by default UTF-8, or UTF-16 where it is recognised."""
     split_column: str | None = None
     """The column that names the split of each row; a column "split" is recognised by its name."""
-    splits: dict[Split, str] = Field(default_factory=dict)
+    splits: dict[Split, str | tuple[str, ...]] = Field(default_factory=dict)
     """The source's names of the splits, where they are not train, validation and test
-    (validation: dev)."""
+    (validation: dev); a list of names puts several together (train: ["1", "2"])."""
     fractions: dict[Split, float] = Field(default_factory=dict)
     """Shares of the training rows, between 0 and 1, that become the validation and the test split
     where the source has none."""
@@ -96,6 +99,20 @@ class DataConfig(Section):
     """skip leaves out rows that cannot be used and counts them; refuse ends the run."""
     seed: int = 0
     """Seed of the random choice of rows for `fractions` and `limit`."""
+
+    @field_validator("splits")
+    @classmethod
+    def _splits(cls, value: dict[Split, Any]) -> dict[Split, Any]:
+        for split, names in value.items():
+            if isinstance(names, str):
+                continue
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"{split} needs a list of names without repetition")
+            for other, some in value.items():
+                twice = set(names) & ({some} if isinstance(some, str) else set(some))
+                if twice and other != split:
+                    raise ValueError(f"{min(twice)!r} is in {split} and in {other}")
+        return value
 
     @field_validator("fractions")
     @classmethod

@@ -28,8 +28,8 @@ class Column:
     """A column that a task reads.
 
     Attributes:
-        kind: the type of its values: "image", "mask", "segments", "audio", "text", "label" or
-            "texts". `mmadapters doctor` checks them accordingly.
+        kind: the type of its values: "image", "mask", "segments", "audio", "seconds", "text",
+            "label" or "texts". `mmadapters doctor` checks them accordingly.
         required: whether every data set of the task must have the column.
         description: what the column holds, in words for a user.
     """

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 MEDIA = ("image", "mask", "audio")
 # A table with both of these columns names parts of recordings, in seconds (NeMo's manifests).
 PART = ("offset", "duration")
+# The roles of such columns, which tasks with recordings have.
+PART_ROLES = {
+    "offset": Column("seconds", required=False, description="where its part starts, in seconds"),
+    "duration": Column("seconds", required=False, description="how long its part is, in seconds"),
+    "end": Column("seconds", required=False, description="where its part ends, in seconds"),
+}
 _LONG_NAME = 40  # characters; a longer name of a column is a sentence
 
 
@@ -129,8 +135,8 @@ def to_roles(
             dataset = _media(dataset, role, kind, names[role], folder)
         elif kind == "text":
             dataset = _text(dataset, role)
-        if kind == "audio" and all(name in dataset.features for name in PART):
-            dataset = _with_parts(dataset, role)
+        if kind == "audio" and _names_parts(dataset, names):
+            dataset = _with_parts(dataset, role, end="end" in names)
     return _named_classes(dataset)
 
 
@@ -180,8 +186,21 @@ def _media(dataset: Dataset, role: str, kind: str, name: str, folder: Path | Non
     return _replace(dataset, role, column, feature(decode=False))
 
 
-def _with_parts(dataset: Dataset, role: str) -> Dataset:
-    """Adds the offset and the duration of each row to its recording, where they are seconds."""
+def _names_parts(dataset: Dataset, names: Mapping[str, str]) -> bool:
+    """Returns whether the rows name parts of recordings. An `offset` beside an `onset` is an end,
+    unless data.columns says otherwise."""
+    if "duration" in names and names["duration"] != "duration":
+        return True
+    both = all(name in dataset.features for name in PART)
+    return both or ("offset" in names and "onset" not in dataset.features)
+
+
+def _with_parts(dataset: Dataset, role: str, *, end: bool) -> Dataset:
+    """Adds the offset and the duration of each row to its recording, where they are seconds.
+
+    Args:
+        end: whether a column `end` gives the end of each part, where there is no duration.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -189,7 +208,11 @@ def _with_parts(dataset: Dataset, role: str) -> Dataset:
     if not pa.types.is_struct(audio.type) or audio.type.get_field_index("path") < 0:
         return dataset
     parts = []
-    for name in PART:
+    last = "end" if end and "duration" not in dataset.features else "duration"
+    for name in ("offset", last):
+        if name not in dataset.features:
+            parts.append(pa.chunked_array([pa.nulls(len(dataset), pa.float64())]))
+            continue
         cells = dataset.data.column(name)
         if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
             cells = pc.if_else(pc.equal(cells, ""), pa.scalar(None, cells.type), cells)
@@ -200,6 +223,8 @@ def _with_parts(dataset: Dataset, role: str) -> Dataset:
                 f"the column {name!r} holds values that are no seconds: {first_line(error)}; "
                 "rename it if it is not about parts of recordings"
             ) from None
+    if last == "end":
+        parts[1] = pc.subtract(parts[1], pc.fill_null(parts[0], 0.0))
     fields = [pc.struct_field(audio, name) for name in ("bytes", "path")]
     arrays = [column.combine_chunks() for column in (*fields, *parts)]
     flat = [a.chunk(0) if isinstance(a, pa.ChunkedArray) else a for a in arrays]

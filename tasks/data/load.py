@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ..core.rows import Column, Rows
 from .columns import find_columns, to_roles
 from .hub import hub_parts, hub_streams
 from .layouts.find import local_parts
+from .layouts.roots import check_root
 from .parts import Parts, Piece
 from .rows import RowSelection, by_values, cut, keep, limit
 from .splits import find_splits
@@ -44,8 +46,8 @@ def load_splits(
     present = find_splits(config, source.names)
     shares = {s: share for s, share in config.fractions.items() if s not in present}
     selected: dict[Split, RowSelection] = {
-        split: _filtered(source.split(name), split, config)
-        for split, name in present.items()
+        split: _filtered(source.split(names), split, config)
+        for split, names in present.items()
         if split in splits or (split == "train" and shares)
     }
     if shares:
@@ -89,9 +91,12 @@ class _Source:
             self.whole = self._by_column(name or "train", self._read(pieces))
         self.names = list(self.whole or self.parts)
 
-    def split(self, name: str) -> RowSelection:
-        """Reads the split with this name in the source."""
-        return self.whole[name] if self.whole else self._read(self.parts[name])
+    def split(self, names: Sequence[str]) -> RowSelection:
+        """Reads the splits with these names in the source, one after the other."""
+        if not self.whole:
+            return self._read([piece for name in names for piece in self.parts[name]])
+        indices = np.sort(np.concatenate([self.whole[name].indices for name in names]))
+        return replace(self.whole[names[0]], indices=indices)
 
     def _by_column(self, name: str, whole: RowSelection) -> Mapping[str, RowSelection]:
         column = self.config.split_column
@@ -107,7 +112,10 @@ class _Source:
         parts = []
         for piece in pieces:
             dataset = piece.read()
-            names = find_columns(self.columns, self.config.columns, dataset.column_names)
+            known = {role: name for role, name in piece.columns.items() if role in self.columns}
+            mapping = {**known, **self.config.columns}
+            names = find_columns(self.columns, mapping, dataset.column_names)
+            check_root(dataset, names, self.columns, piece.folder)
             parts.append(to_roles(dataset, names, self.columns, piece.folder))
         whole = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         if not len(whole):
@@ -121,11 +129,13 @@ def _parts(wanted: Wanted) -> Parts:
         from .sources import builtin_parts
 
         _check_local(config)
+        _check_tables(config)
         return builtin_parts(config.source.removeprefix(BUILTIN), config.options)
     if config.options:
         raise ValueError(f"data.options are for builtin sources, and {config.source} is none")
     local = local_parts(wanted)
     if local is None:
+        _check_tables(config)
         return hub_parts(config)
     _check_local(config)
     return local
@@ -137,6 +147,11 @@ def _check_local(config: DataConfig) -> None:
             raise ValueError(
                 f"data.{setting} is for hub data sets, and {config.source} is on this machine"
             )
+
+
+def _check_tables(config: DataConfig) -> None:
+    if config.root is not None:
+        raise ValueError(f"data.root is for tables on this machine, and {config.source} is none")
 
 
 def _check_hub_only(wanted: Wanted) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,12 @@ class Piece:
     Attributes:
         read: reads them.
         folder: the folder from which their relative paths start; None where they have none.
+        columns: the column of each role that a known layout calls by another name.
     """
 
     read: Callable[[], Dataset]
     folder: Path | None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 # The pieces of each split by the source's own name of the split; "" where it names no split.

@@ -17,8 +17,9 @@ ALIASES: dict[Split, tuple[str, ...]] = {
 KNOWN = frozenset(alias for aliases in ALIASES.values() for alias in aliases)
 
 
-def find_splits(config: DataConfig, names: Sequence[str]) -> dict[Split, str]:
-    """Returns the source's name of each of our splits that it has.
+def find_splits(config: DataConfig, names: Sequence[str]) -> dict[Split, tuple[str, ...]]:
+    """Returns the source's names of each of our splits that it has; rows of several names are put
+    together.
 
     Args:
         names: the source's names of its splits.
@@ -28,17 +29,18 @@ def find_splits(config: DataConfig, names: Sequence[str]) -> dict[Split, str]:
             our splits; or a key of the config names a split that neither exists nor is cut by
             data.fractions, and would have no effect.
     """
-    for split, name in config.splits.items():
-        if name not in names:
+    known = {s: (some,) if isinstance(some, str) else some for s, some in config.splits.items()}
+    for split, some in known.items():
+        if missing := [name for name in some if name not in names]:
             raise ValueError(
-                f"data.splits: {split} is {name!r}, which the data does not have"
-                f"{nearest(name, names)}; its splits are {', '.join(names)}"
+                f"data.splits: {split} is {missing[0]!r}, which the data does not have"
+                f"{nearest(missing[0], names)}; its splits are {', '.join(names)}"
             )
-    by_lower = {n.lower(): n for n in reversed(names) if n not in config.splits.values()}
-    known = dict(config.splits)
+    given = {name for some in known.values() for name in some}
+    by_lower = {name.lower(): name for name in reversed(names) if name not in given}
     for split in SPLITS:
         if split not in known and (aliases := [a for a in ALIASES[split] if a in by_lower]):
-            known[split] = by_lower[aliases[0]]
+            known[split] = (by_lower[aliases[0]],)
     if not known:
         raise ValueError(
             f"data.source: none of its splits {', '.join(names)} is called train, validation or "

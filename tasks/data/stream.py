@@ -45,7 +45,7 @@ def read_streams(
         )
     rows: dict[Split, Any] = {}
     for split in (split for split in SPLITS if split in splits and split in present):
-        dataset = source[present[split]]
+        dataset = _joined([source[name] for name in present[split]])
         names = _names(dataset)
         by_role = find_columns(roles, config.columns, names)
         wanted = _filter(config, split, by_role, names)
@@ -172,6 +172,12 @@ class Stream:
         if self.roles[role].kind != "text" or isinstance(value, list | dict):
             return value
         return "" if value is None else str(value)
+
+
+def _joined(streams: Sequence[IterableDataset]) -> IterableDataset:
+    import datasets
+
+    return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(list(streams))
 
 
 def _names(dataset: IterableDataset) -> list[str]:

@@ -29,6 +29,19 @@ class Wanted:
         """The source as a local path, with ~ expanded."""
         return Path(self.config.source).expanduser()
 
+    def root(self, folder: Path) -> Path:
+        """Returns the folder from which relative paths start, by default `folder`.
+
+        Raises:
+            ValueError: there is no such folder.
+        """
+        if self.config.root is None:
+            return folder
+        root = Path(self.config.root).expanduser()
+        if not root.is_dir():
+            raise ValueError(f"data.root: there is no folder {self.config.root}")
+        return root
+
     def source_name(self, role: str) -> str:
         """Returns the source's column that fills a role, as far as the config says it."""
         return self.config.columns.get(role, role)

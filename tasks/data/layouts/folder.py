@@ -31,7 +31,8 @@ def folder_parts(wanted: Wanted, folder: Path) -> Parts:
         ValueError: nothing in it can be read.
     """
     if metadata := _metadata(folder):
-        return {"": table_pieces(wanted, [metadata])}
+        parts = known_parts(wanted, metadata)
+        return {"": table_pieces(wanted, [metadata])} if parts is None else parts
     parts = known_parts(wanted, folder)
     if parts is not None:
         return parts

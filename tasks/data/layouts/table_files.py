@@ -41,6 +41,9 @@ def table_pieces(wanted: Wanted, files: Sequence[Path]) -> list[Piece]:
     for file in files:
         by_folder.setdefault(file.parent, []).append(file)
     return [
-        Piece(lambda some=tuple(some): read_tables(wanted, some), folder)  # type: ignore[misc]
+        Piece(
+            lambda some=tuple(some): read_tables(wanted, some),  # type: ignore[misc]
+            wanted.root(folder),
+        )
         for folder, some in by_folder.items()
     ]

@@ -6,6 +6,7 @@ import functools
 import math
 import re
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from mmadapters.errors import first_line
 
 from ...core.errors import BadRow
-from .files import ByteStream, opened
+from .files import ByteStream, media_name, opened
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -26,6 +27,8 @@ UNKNOWN_SIZE = 0x7FFF0000
 LARGEST_FILTERS = 1_000_000
 LOST = 0.01  # a recording that lacks more than this share of its announced length was cut off
 ROUNDED = 0.05  # seconds by which a table's times may pass the end of a recording
+# Compressed formats that libsndfile does not read.
+UNREAD_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".amr", ".3gp", ".webm")
 _ANNOUNCED = re.compile(r"^\s*(?:data|SSND)\s*:\s*(\d+)\s*\(should be (\d+)\)", re.MULTILINE)
 
 
@@ -64,30 +67,37 @@ def audio_samples(value: Any, rate: int) -> int:
         return round(len(value["array"]) * rate / value["sampling_rate"])
     try:
         part = part_of(value)
-        if part is not None:
+        if part is not None and part[1] is not None:
             return round(part[1] * rate)
         with opened(value, "audio") as file:
             info = soundfile.info(file if isinstance(file, ByteStream) else file.name)
     except (BadRow, RuntimeError, OSError, TypeError):
         return 0
-    return round(info.frames * rate / info.samplerate)
+    samples = round(info.frames * rate / info.samplerate)
+    return samples if part is None else max(samples - round(part[0] * rate), 0)
 
 
-def part_of(value: Any) -> tuple[float, float] | None:
+def part_of(value: Any) -> tuple[float, float | None] | None:
     """Returns (offset, duration) in seconds of the part of a recording that a row names, or None
-    for the whole of it.
+    for the whole of it. A duration of None goes on to the end.
 
     Raises:
         BadRow: they are no such numbers.
     """
-    if not isinstance(value, dict) or value.get("duration") is None:
+    if not isinstance(value, dict):
         return None
-    offset, duration = value.get("offset") or 0.0, value["duration"]
+    offset, duration = value.get("offset"), value.get("duration")
+    if duration is None and not offset:
+        return None
     try:
-        offset, duration = float(offset), float(duration)
+        offset = float(offset or 0.0)
+        duration = None if duration is None else float(duration)
     except (TypeError, ValueError):
         raise BadRow(f"offset {offset!r} and duration {duration!r} are no seconds") from None
-    if not (math.isfinite(offset) and math.isfinite(duration) and offset >= 0 and duration > 0):
+    if duration is None:
+        if not (math.isfinite(offset) and offset >= 0):
+            raise BadRow(f"offset {offset:g} s names no part of a recording: it is 0 or more")
+    elif not (math.isfinite(offset) and math.isfinite(duration) and offset >= 0 and duration > 0):
         raise BadRow(
             f"offset {offset:g} s and duration {duration:g} s name no part of a recording: an "
             "offset is 0 or more, a duration above 0"
@@ -95,7 +105,7 @@ def part_of(value: Any) -> tuple[float, float] | None:
     return offset, duration
 
 
-def _audio_file(value: Any, part: tuple[float, float] | None) -> tuple[np.ndarray, int]:
+def _audio_file(value: Any, part: tuple[float, float | None] | None) -> tuple[np.ndarray, int]:
     """Returns (T, C) float32 samples and their rate in Hz.
 
     Args:
@@ -115,6 +125,8 @@ def _audio_file(value: Any, part: tuple[float, float] | None) -> tuple[np.ndarra
         except BadRow:
             raise
         except Exception as error:  # soundfile raises RuntimeError, TypeError and its own
+            if (remedy := _conversion(value)) is not None:
+                raise BadRow(remedy) from None
             reason = first_line(error).removeprefix(f"Error opening {source!r}: ")
             reason = re.sub(r"^Error opening <.*?>: ", "", reason)
             raise BadRow(f"the audio cannot be decoded: {reason}") from None
@@ -126,9 +138,28 @@ def _audio_file(value: Any, part: tuple[float, float] | None) -> tuple[np.ndarra
     return samples, rate
 
 
-def _read_part(sound: SoundFile, offset: float, duration: float) -> np.ndarray:
+def _conversion(value: Any) -> str | None:
+    """Returns the way to read a file of a format that libsndfile does not know, or None."""
+    name = media_name({**value, "offset": None} if isinstance(value, dict) else value)
+    if name is None or Path(name).suffix.lower() not in UNREAD_SUFFIXES:
+        return None
+    new = Path(name).with_suffix(".flac").name
+    return (
+        f"{Path(name).suffix.lower()} files are not read (libsndfile does not know them): convert "
+        f"it by ffmpeg -i {name} {new}, and name that file"
+    )
+
+
+def _read_part(sound: SoundFile, offset: float, duration: float | None) -> np.ndarray:
     """Reads (T, C) samples from `offset` on, without those before it."""
     rate = sound.samplerate
+    if duration is None:
+        duration = sound.frames / rate - offset
+        if duration <= 0:
+            raise BadRow(
+                f"the part from {offset:g} s on starts after the recording, which has "
+                f"{sound.frames / rate:.2f} s"
+            )
     start, count = round(offset * rate), max(round(duration * rate), 1)
     missing = start + count - sound.frames
     if missing > max(LOST * count, ROUNDED * rate):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -22,14 +23,21 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".ppm", ".pgm"),
 )
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
+AUDIO_SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd"),
+    *(".caf", ".w64", ".rf64", ".sph", ".nist", ".voc", ".ircam", ".avr", ".paf", ".pvf"),
+)
 MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *AUDIO_SUFFIXES))
 
 
 def media_name(value: Any) -> str | None:
-    """Returns the file name of a row's picture or recording, or None if it has none."""
+    """Returns the file name of a row's picture or recording, with the start of its part in seconds
+    if it is one, or None if it has no name."""
     path = value.get("path") if isinstance(value, dict) else value
-    return Path(path).name if isinstance(path, str | Path) and str(path) else None
+    if not isinstance(path, str | Path) or not str(path):
+        return None
+    offset = value.get("offset") if isinstance(value, dict) else None
+    return Path(path).name if offset is None else f"{Path(path).name} from {offset:g} s"
 
 
 def media_digest(value: Any) -> str | None:
@@ -44,9 +52,19 @@ def media_digest(value: Any) -> str | None:
         return hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
     try:
         with opened(value, "file") as file:
-            return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
-    except BadRow:
+            if isinstance(file, ByteStream):
+                return hashlib.blake2b(file.getbuffer(), digest_size=16).hexdigest()
+            status = os.fstat(file.fileno())
+            return _file_digest(file.name, status.st_size, status.st_mtime_ns)
+    except (BadRow, OSError):
         return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_digest(path: str, size: int, modified: int) -> str:
+    """Hashes a file once for all rows that name it, as parts of a long recording do."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 class ByteStream(io.BytesIO):
