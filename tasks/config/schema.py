@@ -65,6 +65,9 @@ class DataConfig(Section):
     """Options of a builtin source."""
     streaming: bool = False
     """Read the training split of a hub data set while it downloads; needs trainer.max_steps."""
+    root: str | None = None
+    """The folder from which relative paths in the tables start; by default the folder of the
+    table."""
     separator: str | None = Field(default=None, min_length=1, max_length=1)
     """The character between the cells of a CSV file; by default it is recognised: a comma, a tab, a
     semicolon or a bar."""

@@ -121,11 +121,13 @@ def _parts(wanted: Wanted) -> Parts:
         from .sources import builtin_parts
 
         _check_local(config)
+        _check_no_root(config)
         return builtin_parts(config.source.removeprefix(BUILTIN), config.options)
     if config.options:
         raise ValueError(f"data.options are for builtin sources, and {config.source} is none")
     local = local_parts(wanted)
     if local is None:
+        _check_no_root(config)
         return hub_parts(config)
     _check_local(config)
     return local
@@ -139,8 +141,16 @@ def _check_local(config: DataConfig) -> None:
             )
 
 
+def _check_no_root(config: DataConfig) -> None:
+    if config.root is not None:
+        raise ValueError(
+            f"data.root is for tables on this machine, and {config.source} is none: leave it out"
+        )
+
+
 def _check_hub_only(wanted: Wanted) -> None:
     config = wanted.config
+    _check_no_root(config)
     if config.source.startswith(BUILTIN) or local_parts(wanted) is not None:
         raise ValueError(
             f"data.streaming is for hub data sets, and {config.source} is on this machine"
