@@ -2,6 +2,7 @@
 
 | content of the folder                              | what is read                    |
 |----------------------------------------------------|---------------------------------|
+| what save_to_disk of `datasets` has written        | that data set                   |
 | metadata.csv, .jsonl or .parquet                   | that table                      |
 | a folder for each split with such a file in it     | those tables                    |
 | train.csv, test-0.parquet, … (also in data/)       | those tables                    |
@@ -19,6 +20,7 @@ from ..tables.read import TABLES
 from ..wanted import Wanted
 from .known import known_parts
 from .media_folders import media_parts
+from .saved import saved_parts
 from .table_files import split_of_file, table_parts, table_pieces
 
 METADATA = tuple(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet"))
@@ -30,6 +32,8 @@ def folder_parts(wanted: Wanted, folder: Path) -> Parts:
     Raises:
         ValueError: nothing in it can be read.
     """
+    if (saved := saved_parts(wanted, folder)) is not None:
+        return saved
     if metadata := _metadata(folder):
         parts = known_parts(wanted, metadata)
         return {"": table_pieces(wanted, [metadata])} if parts is None else parts
@@ -46,6 +50,10 @@ def folder_parts(wanted: Wanted, folder: Path) -> Parts:
         if named := [path for path in tables if split_of_file(path.name)]:
             return table_parts(wanted, named)
     if parts := media_parts(folder):
+        if wanted.config.root is not None:
+            raise ValueError(
+                f"data.root is for tables, and the folder {folder} has none: leave it out"
+            )
         return parts
     names = ", ".join(path.name for path in inside[:5]) or "nothing"
     raise ValueError(

@@ -36,7 +36,10 @@ def split_of_file(name: str) -> str | None:
 
 
 def table_pieces(wanted: Wanted, files: Sequence[Path]) -> list[Piece]:
-    """Returns the pieces of a split: the tables of each folder are read together."""
+    """Returns the pieces of a split: the tables of each folder are read together.
+
+    Their relative paths start in data.root, or else in that folder.
+    """
     by_folder: dict[Path, list[Path]] = {}
     for file in files:
         by_folder.setdefault(file.parent, []).append(file)

@@ -11,5 +11,16 @@ from pathlib import Path
 
 from ...parts import Parts
 from ...wanted import Wanted
+from .captions import coco_captions, karpathy
+from .flickr import flickr
+from .questions import llava, slake
+from .vqa_pairs import vqa_pairs
 
-LAYOUTS: tuple[Callable[[Wanted, Path], Parts | None], ...] = ()
+LAYOUTS: tuple[Callable[[Wanted, Path], Parts | None], ...] = (
+    karpathy,
+    coco_captions,
+    flickr,
+    vqa_pairs,
+    llava,
+    slake,
+)

@@ -1,0 +1,148 @@
+"""JSON files of captions and questions: recognises them by their first characters, reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmadapters.errors import first_line
+
+from ...splits import KNOWN
+from ...tables.encodings import read_text
+from ...wanted import Wanted
+
+_HEAD = 1 << 16  # characters
+_NAMES = {"validate": "validation", "restval": "train"}  # of SLAKE and of Karpathy's splits
+
+
+def reads(wanted: Wanted, *roles: str) -> bool:
+    """Returns whether the task reads one of these roles."""
+    return not wanted.columns.keys().isdisjoint(roles)
+
+
+def is_mapped(wanted: Wanted, *roles: str) -> bool:
+    """Returns whether data.columns fills one of these roles, so that the file is a plain table."""
+    return not wanted.config.columns.keys().isdisjoint(roles)
+
+
+def head(wanted: Wanted, file: Path) -> str:
+    """Returns the first characters of a text file; "" if it cannot be read, which is told later."""
+    try:
+        with file.open(encoding=wanted.config.encoding or "utf-8-sig", errors="replace") as stream:
+            return stream.read(_HEAD)
+    except (OSError, LookupError):
+        return ""
+
+
+def json_files(path: Path, *suffixes: str) -> list[Path]:
+    """Returns the file itself, or the files of a folder, if they end as JSON (or as `suffixes`)."""
+    suffixes = suffixes or (".json",)
+    several = [path] if path.is_file() else sorted(path.iterdir())
+    return [file for file in several if file.suffix.lower() in suffixes and file.is_file()]
+
+
+def document(wanted: Wanted, file: Path) -> Any:
+    """Returns the value of a JSON file, or the list of those of JSON lines.
+
+    Numbers with a fraction become texts, as they are written.
+
+    Raises:
+        ValueError: it is not valid JSON.
+    """
+    try:
+        text = read_text(file, wanted.config.encoding)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from None
+    try:
+        return json.loads(text, parse_float=str)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise _invalid(file, error, error.lineno) from None
+    values = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            values += [json.loads(line, parse_float=str)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise _invalid(file, error, number) from None
+    return values
+
+
+def _invalid(file: Path, error: json.JSONDecodeError, line: int) -> ValueError:
+    return ValueError(
+        f"{file} cannot be read: line {line}, column {error.colno} is not valid JSON: {error.msg}"
+    )
+
+
+def objects(file: Path, document: Any, key: str | None, *needed: str) -> list[dict[str, Any]]:
+    """Returns a list of objects out of a document.
+
+    Args:
+        key: where it stands; None if the document is the list.
+        needed: the keys of each object.
+
+    Raises:
+        ValueError: there is no such list, or an object lacks a key.
+    """
+    values = document if key is None else document.get(key)
+    where = f"{key} " if key else "row "
+    if not isinstance(values, list):
+        raise ValueError(f"{file} has no list {key!r}" if key else f"{file} holds no list of rows")
+    for number, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}: {where}{number} is {_short(value)}, and no object with keys")
+        if missing := [name for name in needed if name not in value]:
+            raise ValueError(f"{file}: {where}{number} has no {missing[0]!r}: {_short(value)}")
+    return values
+
+
+def as_text(value: Any) -> str:
+    """Returns a value of JSON as text; "" for null."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def split_name(name: str) -> str:
+    """Returns the usual name of a split that has another name in these data sets."""
+    return _NAMES.get(name.lower(), name)
+
+
+def split_in(stem: str) -> str:
+    """Returns the split that is a word of a file's name (captions_val2014), or ""."""
+    words = [split_name(word) for word in re.split(r"[^a-z]+", stem.lower())]
+    return next((word for word in words if word in KNOWN), "")
+
+
+def by_split(files: Sequence[Path]) -> dict[str, Path]:
+    """Returns the files by the splits in their names; a single file has the split "".
+
+    Raises:
+        ValueError: several files have the same split, or one has none.
+    """
+    if len(files) == 1:
+        return {"": files[0]}
+    splits: dict[str, Path] = {}
+    for file in files:
+        split = split_in(file.stem)
+        if not split or split in splits:
+            other = splits.get(split, next(some for some in files if some != file))
+            raise ValueError(
+                f"data.source: {other} and {file.name} are not a file for each split: give one of "
+                "them as data.source, or name them train, validation and test"
+            )
+        splits[split] = file
+    return splits
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows with the keys of all of them."""
+    names: Iterable[str] = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:60] + "…"
