@@ -156,7 +156,7 @@ def _check_tables(config: DataConfig) -> None:
 
 def _check_hub_only(wanted: Wanted) -> None:
     config = wanted.config
-    _check_no_root(config)
+    _check_tables(config)
     if config.source.startswith(BUILTIN) or local_parts(wanted) is not None:
         raise ValueError(
             f"data.streaming is for hub data sets, and {config.source} is on this machine"

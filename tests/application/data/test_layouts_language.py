@@ -73,7 +73,7 @@ def test_relative_paths_start_in_the_root(tmp_path: Path) -> None:
 
 def test_a_root_without_effect_is_refused(tmp_path: Path) -> None:
     table = written(tmp_path / "a.csv", "image,caption\na.png,one\n")
-    refused("data.root: no folder is at /nowhere", table, CAPTIONS, root="/nowhere")
+    refused("data.root: there is no folder /nowhere", table, CAPTIONS, root="/nowhere")
     pictures(tmp_path / "classes", "cat/a.png", "dog/b.png")
     roles = {"image": Column("image"), "label": Column("text")}
     refused("data.root is for tables", tmp_path / "classes", roles, root=str(tmp_path))
