@@ -53,6 +53,7 @@ def load(
     allow_different_weights: bool,
 ) -> storage.Stored:
     """See `AdapterModel.load_adapter`."""
+    _check_language(store, directory)
     stored = storage.read(directory)
     method = stored.config.get("method") if isinstance(stored.config, dict) else None
     if method == FusionConfig.method:
@@ -69,3 +70,19 @@ def load(
     config = methods.from_dict(stored.config)
     store.insert(name, store.filled(name, config, tensors=stored.tensors, source=directory))
     return stored
+
+
+def _check_language(store: AdapterStore, directory: str | os.PathLike) -> None:
+    """Says what a language of MMS is taken for: transformers' method of this name loads languages.
+
+    Raises:
+        FileNotFoundError: the name is no directory, and the encoder has a method for languages.
+    """
+    name = os.fspath(directory)
+    languages = getattr(getattr(store.backbone, "config", None), "adapter_attn_dim", None)
+    if languages is None or os.path.exists(name) or not isinstance(name, str) or os.sep in name:
+        return
+    raise FileNotFoundError(
+        f"{name!r} is taken for an adapter directory, and there is none; to load this language of "
+        f"MMS call load_adapter({name!r}) of the encoder itself, before init or after detach()"
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from families import seeded
 from families.vision import images
 from timm.models.vision_transformer import VisionTransformer
@@ -224,3 +225,25 @@ def test_what_is_no_module_is_refused() -> None:
     for wrong in (None, "timm/vit_small_patch16_224", 3):
         with pytest.raises(ValueError, match=r"init takes a torch\.nn\.Module, not "):
             init(wrong)  # type: ignore[arg-type]
+
+
+def test_a_language_of_mms_says_what_it_is_taken_for() -> None:
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(16,),
+        conv_kernel=(10,),
+        conv_stride=(5,),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        do_stable_layer_norm=True,
+        adapter_attn_dim=4,
+        vocab_size=12,
+    )
+    model = init(transformers.Wav2Vec2ForCTC(config))
+    with pytest.raises(FileNotFoundError, match=r"'eng' is taken for an adapter directory.*MMS"):
+        model.load_adapter("eng")
+    with pytest.raises(FileNotFoundError, match="no/such is not an adapter directory"):
+        model.load_adapter("no/such")
