@@ -434,3 +434,15 @@ def test_a_source_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert files(load(Path("captions_train2017.json"), CAPTIONS)["train"])
     monkeypatch.chdir(tmp_path)
     assert files(load(Path("."), CAPTIONS)["train"])
+
+
+def test_a_table_for_each_split_comes_first(tmp_path: Path) -> None:
+    pictures(tmp_path, "b.png")
+    written(tmp_path / "train.csv", "image,caption,question,answer\nb.png,x,q,a\n")
+    written(tmp_path / "captions.txt", LINES["captions.txt"])
+    written(tmp_path / "annotations" / "captions_train2017.json", coco(1))
+    written(tmp_path / "dataset_coco.json", {"images": [{"sentences": []}]})
+    vqa(tmp_path)
+    written(tmp_path / "llava.json", [{"id": "x", "image": "b.png", "conversations": TALK}])
+    assert load(tmp_path, CAPTIONS)["train"]["caption"][:] == ["x"]
+    assert load(tmp_path, QUESTIONS)["train"]["answer"][:] == ["a"]

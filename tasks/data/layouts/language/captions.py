@@ -13,6 +13,7 @@ from .documents import (
     as_text,
     by_split,
     document,
+    has_tables,
     head,
     is_mapped,
     json_files,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def coco_captions(wanted: Wanted, path: Path) -> Parts | None:
     """Returns the splits of captions_*.json, in a folder or in its folder annotations, or those of
     one such file of any name: a row for each picture with all its `captions`."""
-    if not reads(wanted, "caption", "captions"):
+    if not reads(wanted, "caption", "captions") or has_tables(path):
         return None
     if path.is_dir():
         for place in (path / "annotations", path):
@@ -80,7 +81,11 @@ def _coco(wanted: Wanted, file: Path) -> Dataset:
 
 def karpathy(wanted: Wanted, path: Path) -> Parts | None:
     """Returns the rows of Karpathy's dataset_*.json, which names the split of each picture."""
-    if not reads(wanted, "caption", "captions") or is_mapped(wanted, "captions"):
+    if (
+        not reads(wanted, "caption", "captions")
+        or is_mapped(wanted, "captions")
+        or has_tables(path)
+    ):
         return None
     files = json_files(path)
     if path.is_dir():

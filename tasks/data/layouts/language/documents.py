@@ -13,7 +13,9 @@ from mmadapters.errors import first_line
 from ...splits import KNOWN
 from ...tables.encodings import read_text
 from ...wanted import Wanted
+from ..table_files import split_of_file
 
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _HEAD = 1 << 16  # characters
 _NAMES = {"validate": "validation", "restval": "train"}  # of SLAKE and of Karpathy's splits
 
@@ -26,6 +28,17 @@ def reads(wanted: Wanted, *roles: str) -> bool:
 def is_mapped(wanted: Wanted, *roles: str) -> bool:
     """Returns whether data.columns fills one of these roles, so that the file is a plain table."""
     return not wanted.config.columns.keys().isdisjoint(roles)
+
+
+def has_tables(path: Path, suffixes: Sequence[str] = _TABLES) -> bool:
+    """Returns whether a path is a folder with a table for each split, which comes before files of
+    captions that lie beside it."""
+    places = [place for place in (path, path / "data") if place.is_dir()]
+    return any(
+        file.suffix.lower() in suffixes and split_of_file(file.name)
+        for place in places
+        for file in place.iterdir()
+    )
 
 
 def head(wanted: Wanted, file: Path) -> str:

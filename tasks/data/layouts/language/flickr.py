@@ -19,7 +19,7 @@ from ...parts import Parts, Piece
 from ...tables.encodings import read_text
 from ...wanted import FILE, Wanted
 from ..media_folders import from_rows
-from .documents import head, is_mapped, reads
+from .documents import has_tables, head, is_mapped, reads
 from .image_folders import image_paths
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def flickr(wanted: Wanted, path: Path) -> Parts | None:
     if not reads(wanted, "caption", "captions") or is_mapped(
         wanted, "image", "caption", "captions"
     ):
+        return None
+    if has_tables(path):
         return None
     file = path if path.is_file() else _inside(path)
     if file is None or file.suffix.lower() not in _SUFFIXES or not _is_flickr(wanted, file):

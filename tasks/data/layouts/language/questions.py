@@ -12,6 +12,7 @@ from .documents import (
     as_text,
     by_split,
     document,
+    has_tables,
     head,
     is_mapped,
     json_files,
@@ -31,7 +32,7 @@ _PICTURE = "<image>"  # where LLaVA puts the picture into the text
 
 def llava(wanted: Wanted, path: Path) -> Parts | None:
     """Returns the splits of lists of conversations: a row for each question and its answer."""
-    if not _asked(wanted):
+    if not _asked(wanted, path):
         return None
     files = [f for f in json_files(path, ".json", ".jsonl") if _is_llava(head(wanted, f))]
     if not files:
@@ -44,7 +45,7 @@ def llava(wanted: Wanted, path: Path) -> Parts | None:
 
 def slake(wanted: Wanted, path: Path) -> Parts | None:
     """Returns the splits of SLAKE: train.json, validate.json and test.json beside imgs/."""
-    if not _asked(wanted):
+    if not _asked(wanted, path):
         return None
     files = [f for f in json_files(path) if _is_slake(head(wanted, f))]
     if not files:
@@ -55,7 +56,9 @@ def slake(wanted: Wanted, path: Path) -> Parts | None:
     }
 
 
-def _asked(wanted: Wanted) -> bool:
+def _asked(wanted: Wanted, path: Path) -> bool:
+    if has_tables(path, (".csv", ".tsv", ".parquet")):
+        return False
     return reads(wanted, "question") and not is_mapped(
         wanted, "image", "question", "answer", "answers"
     )

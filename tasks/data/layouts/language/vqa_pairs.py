@@ -14,6 +14,7 @@ from .documents import (
     as_text,
     by_split,
     document,
+    has_tables,
     head,
     json_files,
     objects,
@@ -40,7 +41,7 @@ def vqa_pairs(wanted: Wanted, path: Path) -> Parts | None:
     Raises:
         ValueError: a file has no partner.
     """
-    if not reads(wanted, "question"):
+    if not reads(wanted, "question") or has_tables(path):
         return None
     if path.is_dir():
         places = [path, *(path / name for name in _FOLDERS if (path / name).is_dir())]
