@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +135,7 @@ def to_roles(
             dataset = _media(dataset, role, kind, names[role], folder)
         elif kind == "text":
             dataset = _text(dataset, role)
-        if kind == "audio" and _names_parts(dataset, names):
+        if kind == "audio" and names_parts(dataset.column_names, names):
             dataset = _with_parts(dataset, role, end="end" in names)
     return _named_classes(dataset)
 
@@ -186,13 +186,34 @@ def _media(dataset: Dataset, role: str, kind: str, name: str, folder: Path | Non
     return _replace(dataset, role, column, feature(decode=False))
 
 
-def _names_parts(dataset: Dataset, names: Mapping[str, str]) -> bool:
+def names_parts(columns: Collection[str], names: Mapping[str, str]) -> bool:
     """Returns whether the rows name parts of recordings. An `offset` beside an `onset` is an end,
-    unless data.columns says otherwise."""
+    unless data.columns says otherwise.
+
+    Args:
+        columns: the columns after renaming.
+        names: the source's column of each role.
+    """
     if "duration" in names and names["duration"] != "duration":
         return True
-    both = all(name in dataset.features for name in PART)
-    return both or ("offset" in names and "onset" not in dataset.features)
+    both = all(name in columns for name in PART)
+    return both or ("offset" in names and "onset" not in columns)
+
+
+def with_part(value: Any, row: Mapping[str, Any], *, end: bool) -> Any:
+    """Returns the recording of a row, `{"bytes", "path"}`, with the offset and the duration that
+    the row gives it.
+
+    Args:
+        row: the values by role.
+        end: whether `end` gives the end of the part, where the row has no duration.
+    """
+    if not isinstance(value, Mapping) or "path" not in value:
+        return value
+    offset, duration = (None if row.get(name) == "" else row.get(name) for name in PART)
+    if end and "duration" not in row and row.get("end") not in (None, ""):
+        duration = float(row["end"]) - float(offset or 0)
+    return {**value, "offset": offset, "duration": duration}
 
 
 def _with_parts(dataset: Dataset, role: str, *, end: bool) -> Dataset:

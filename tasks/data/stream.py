@@ -11,7 +11,7 @@ from mmadapters.suggest import nearest
 
 from ..config.schema import SPLITS, DataConfig, Split
 from ..core.rows import Column, Rows
-from .columns import find_columns, to_roles
+from .columns import find_columns, names_parts, to_roles, with_part
 from .rows import plain
 from .splits import find_splits
 
@@ -117,10 +117,14 @@ class Stream:
         # As in `to_roles`, another column that has the name of a role is removed.
         kept = [name for name in _names(dataset) if name not in by_role.values()]
         self.column_names = [*by_role, *(name for name in kept if name not in by_role)]
+        self._parts = names_parts(self.column_names, by_role)
 
     def __iter__(self) -> Iterator[Row]:
         for row in self._source_rows():
             values = {role: self._value(role, row.get(n)) for role, n in self.by_role.items()}
+            if self._parts:
+                for role in (role for role in values if self.roles[role].kind == "audio"):
+                    values[role] = with_part(values[role], values, end="end" in values)
             yield {n: values[n] if n in values else row.get(n) for n in self.column_names}
 
     def _source_rows(self) -> Iterator[Row]:

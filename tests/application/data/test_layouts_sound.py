@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -19,7 +20,10 @@ from mmadapters.tasks.config.schema import DataConfig, Split
 from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.core.rows import Rows
 from mmadapters.tasks.data import media
+from mmadapters.tasks.data.doctor import examine
 from mmadapters.tasks.data.load import load_splits
+from mmadapters.tasks.data.stream import Stream
+from mmadapters.tasks.training.cache.identity import rows_identity
 
 RATE = 8000
 LABELLED = {role: column for role, column in ClassificationTask.columns.items() if role != "image"}
@@ -228,6 +232,37 @@ def test_starts_and_ends_of_a_table(kaldi: Path) -> None:
     for row, message in ((rows[1], "starts after the recording"), (rows[2], "0 or more")):
         with pytest.raises(BadRow, match=message):
             media.read_audio(row["audio"], RATE)
+
+
+def test_parts_count_in_doctor_and_in_the_identity_of_kept_states(kaldi: Path) -> None:
+    files = {
+        name: lines(kaldi / f"{name}.csv", "audio,text,offset,duration", *rows)
+        for name, rows in {
+            "train": ("long.wav,a b,0,1", "long.wav,a b,1,1"),
+            "test": ("long.wav,a b,2,1",),
+            "other": ("long.wav,a b,0,1", "long.wav,a b,1,0.75"),
+        }.items()
+    }
+    rows = {name: speech(file)["train"] for name, file in files.items()}
+    task = ASRTask(
+        ASRConfig(backbone={"name": "nano/wav2vec2"}, data={"source": str(files["train"])})
+    )
+    task.fit(rows["train"], mmadapters.load_backbone("nano/wav2vec2"))
+    assert rows_identity(task, rows["train"]) != rows_identity(task, rows["other"])
+    report = examine(task, {"train": rows["train"], "test": rows["test"]}, workers=0)
+    assert [split.usable for split in report.splits] == [2, 1]
+    assert any("1 of 1 rows of test have the same audio" in text for text in report.warnings)
+
+
+def test_parts_of_a_stream(kaldi: Path) -> None:
+    recording = {"bytes": (kaldi / "long.wav").read_bytes(), "path": "long.wav"}
+    cells: dict[str, list[Any]] = {"audio": [recording], "text": ["x"], "start": [1], "end": [1.5]}
+    dataset = datasets.Dataset.from_dict(cells).to_iterable_dataset()
+    by_role = {"audio": "audio", "text": "text", "offset": "start", "end": "end"}
+    stream = Stream(dataset, by_role, ASRTask.columns)
+    (row,) = stream
+    assert level(row) == level(stream.head(1)[0]) == 0.2
+    assert len(media.read_audio(row["audio"], RATE)) == RATE // 2
 
 
 def test_reading_a_part_seeks_within_the_file(tmp_path: Path) -> None:
