@@ -68,6 +68,9 @@ def find_columns(
             by_role[role] = mapping[role]
             continue
         free = [name for name in names if name not in mapping.values()]
+        if column.kind == "seconds" and "onset" in free:
+            # An offset beside an onset is an end.
+            free = [name for name in free if name != "offset"]
         if candidates := [name for name in (role, *_file_names(role, column)) if name in free]:
             by_role[role] = candidates[0]
         elif column.required:
@@ -187,8 +190,7 @@ def _media(dataset: Dataset, role: str, kind: str, name: str, folder: Path | Non
 
 
 def names_parts(columns: Collection[str], names: Mapping[str, str]) -> bool:
-    """Returns whether the rows name parts of recordings. An `offset` beside an `onset` is an end,
-    unless data.columns says otherwise.
+    """Returns whether the rows name parts of recordings.
 
     Args:
         columns: the columns after renaming.
@@ -196,8 +198,7 @@ def names_parts(columns: Collection[str], names: Mapping[str, str]) -> bool:
     """
     if "duration" in names and names["duration"] != "duration":
         return True
-    both = all(name in columns for name in PART)
-    return both or ("offset" in names and "onset" not in columns)
+    return "offset" in names or all(name in columns for name in PART)
 
 
 def with_part(value: Any, row: Mapping[str, Any], *, end: bool) -> Any:

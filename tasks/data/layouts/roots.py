@@ -1,4 +1,4 @@
-"""Checks that the paths in a table start from the right folder."""
+"""Checks what a table says of its files: the folder of their paths, and parts of recordings."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 SIBLINGS = (
     *("clips", "wavs", "wav", "audio", "audios", "flac", "recordings"),
     *("images", "image", "imgs", "img", "pictures", "train_images", "media", "data", "files"),
+)
+# Columns of the starts and ends of parts of recordings, in the data sets that have them.
+STARTS = (
+    *(("start", "end"), ("start_time", "end_time"), ("begin_time", "end_time")),
+    *(("start_seconds", "end_seconds"), ("onset", "offset"), ("begin", "end")),
 )
 LOOKED_AT = 10  # paths of a column
 
@@ -49,6 +54,40 @@ def check_root(
                     f"data.root: the column {name!r} names {paths[0]}, which is not in {folder} "
                     f"but in {other}: say data.root: {other}"
                 )
+
+
+def check_parts(dataset: Dataset, names: Mapping[str, str], roles: Mapping[str, Column]) -> None:
+    """Checks that starts and ends of recordings are not overlooked.
+
+    A recording that stands in several rows with different starts is cut by them. Files that were
+    cut already stand in one row each.
+
+    Args:
+        names: the source's column of each role.
+
+    Raises:
+        ValueError: the table has such rows, and no role takes their columns.
+    """
+    import pyarrow as pa
+
+    audio = [name for role, name in names.items() if roles[role].kind == "audio"]
+    if not audio or "offset" not in roles or names.keys() & {"offset", "duration"}:
+        return
+    path = dataset.data.column(audio[0])
+    there = [(s, e) for s, e in STARTS if {s, e} <= {*dataset.column_names} - {*audio}]
+    if not there or not (pa.types.is_string(path.type) or pa.types.is_large_string(path.type)):
+        return
+    start, end = there[0]
+    if pa.types.is_nested(dataset.data.column(start).type):
+        return
+    pairs = pa.table({"path": path, "start": dataset.data.column(start).cast(pa.string())})
+    starts = pairs.group_by("path").aggregate([("start", "count_distinct")])
+    if max(starts.column("start_count_distinct").to_pylist(), default=0) > 1:
+        raise ValueError(
+            f"data.columns: rows name the same recording with different values of {start!r}, and "
+            f"would all read the whole of it: say data.columns: {{offset: {start}, end: {end}}}, "
+            "or give the columns other names if they are not about parts of recordings"
+        )
 
 
 def _nearby(folder: Path) -> Iterator[Path]:

@@ -223,9 +223,13 @@ def test_nemo_manifests(kaldi: Path) -> None:
 
 def test_starts_and_ends_of_a_table(kaldi: Path) -> None:
     file = lines(kaldi / "a.csv", "audio,text,start,end", "long.wav,x,1,1.5", "long.wav,y,2.5,3")
+    refused("would all read the whole of it: say data.columns: {offset: start, end: end}", file)
     rows = speech(file, columns={"offset": "start", "end": "end"})["train"]
     assert levels(rows) == [0.2, 0.3]
     assert [media.audio_samples(row["audio"], RATE) for row in rows] == [RATE // 2] * 2
+    lines(file, "audio,text,onset,offset", "long.wav,x,1,1.5", "long.wav,y,2.5,3")
+    refused("offset: onset, end: offset", file)
+    assert levels(speech(file, columns={"offset": "onset", "end": "offset"})["train"]) == [0.2, 0.3]
     lines(file, "audio,text,offset", "long.wav,x,3", "long.wav,y,4.5", "long.wav,z,-1")
     rows = speech(file)["train"]
     assert level(rows[0]) == 0.4
