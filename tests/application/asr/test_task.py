@@ -427,7 +427,15 @@ def test_no_other_figure_decides() -> None:
 def test_the_checkpoint_with_the_better_characters_is_kept(tmp_path: Path) -> None:
     """A head that learns no whole text: its WER is 1 throughout."""
     table = rows(*((6000, text) for text in ("三五七九一二", "五五七九", "九二三五七", "七一一二")))
-    sections = {"trainer": {"max_steps": 6, "evaluate_every": 2, "batch_size": 4, "device": "cpu"}}
+    sections = {
+        "trainer": {
+            "max_steps": 6,
+            "evaluate_every": 2,
+            "batch_size": 4,
+            "device": "cpu",
+            "workers": 0,
+        }
+    }
     steps = {}
     for deciding in ("CER", "WER", "loss"):
         torch.manual_seed(0)

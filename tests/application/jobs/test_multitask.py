@@ -258,7 +258,7 @@ def test_the_best_mean_of_the_validation_metrics_is_kept(tmp_path: Path) -> None
         assert log["eval_mean"] == pytest.approx(sum(both) / 2)
     best = max(log["eval_mean"] for log in logs.values())
     kept = training.state.best_global_step
-    assert kept == min(step for step, log in logs.items() if log["eval_mean"] == best)
+    assert kept == max(step for step, log in logs.items() if log["eval_mean"] == best)
     training.load_best()
     assert training.validate()["mean"] == best
 
