@@ -84,11 +84,13 @@ class Embedder:
         model: computes the embeddings.
         tokens: n texts -> (n, L) int64, in the sentence that they are put into.
         pixels: a picture -> (3, H, W) as the encoder reads it.
+        bits: the bits in use in pictures with 16 bits a channel; None for all 16.
     """
 
     model: RetrievalModel
     tokens: Callable[[Sequence[str]], Tensor]
     pixels: Callable[[Image.Image], Tensor]
+    bits: int | None = None
 
     @torch.no_grad()
     def embed(self, queries: Sequence[Item]) -> Tensor:
@@ -109,12 +111,12 @@ class Embedder:
         return self.model.texts(self.tokens(texts).to(self.model.device))
 
     def _images(self, paths: Sequence[str]) -> Tensor:
-        pixels = torch.stack([self.pixels(_picture(path)) for path in paths])
+        pixels = torch.stack([self.pixels(_picture(path, self.bits)) for path in paths])
         return self.model.images(pixels.to(self.model.device))
 
 
-def _picture(path: str) -> Image.Image:
+def _picture(path: str, bits: int | None) -> Image.Image:
     try:
-        return media.read_image(path)
+        return media.read_image(path, bits=bits)
     except BadRow as error:
         raise ValueError(f"{path}: {error}") from None
