@@ -56,7 +56,7 @@ def gallery(rows: Rows, images: Sequence[Image]) -> bytes:
 
 def _show(axis: Axes, rows: Rows, image: Image) -> None:
     try:
-        picture = np.asarray(media.read_image(rows[image.record["index"]]["image"]))
+        picture = np.asarray(media.picture_to_show(rows[image.record["index"]]["image"]))
     except BadRow:
         picture = np.full((8, 8, 3), 255, np.uint8)  # evaluation could still read it
     axis.imshow(picture, interpolation="nearest" if max(picture.shape) < 128 else "antialiased")

@@ -73,6 +73,7 @@ class CaptioningTask(Task[CaptioningConfig], CacheableInputs, DataChecks, Report
         preprocessing = image_preprocessing(self.config.backbone, backbone)
         resize = self.config.data.resize
         preprocessing |= {"resize": resize, "crop": 1.0} if resize != "shortest" else {}
+        preprocessing |= media.picture_bits(self.config.data, rows)
         self.state = {"preprocessing": preprocessing, "text": BlipTokens.of(backbone).to_dict()}
         if self.length < SHORTEST:
             raise ValueError(
@@ -115,7 +116,8 @@ class CaptioningTask(Task[CaptioningConfig], CacheableInputs, DataChecks, Report
         Raises:
             BadRow: the picture cannot be read.
         """
-        return to_tensor(media.read_image(image), self.state["preprocessing"])
+        how = self.state["preprocessing"]
+        return to_tensor(media.read_image(image, bits=how.get("bits")), how)
 
     def tokens(self, captions: Sequence[str]) -> list[Tensor]:
         """Returns the ids (T,) of each caption: [DEC] prompt caption [SEP]."""

@@ -81,7 +81,7 @@ class Answers:
         for axis, record in zip(axes, records, strict=False):
             truth, prediction = told(record, self.names, self.threshold)
             try:
-                axis.imshow(media.read_image(rows[record["index"]]["image"]))
+                axis.imshow(media.picture_to_show(rows[record["index"]]["image"]))
             except BadRow:
                 continue  # evaluation could read it; the report does without it
             colour = RIGHT if is_right(record, self.threshold) else WRONG

@@ -26,6 +26,7 @@ from ..core.capabilities import (
 )
 from ..core.device import to_device
 from ..core.errors import BadRow, InputErrors
+from ..core.findings import Finding
 from ..core.metrics import Metric
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
@@ -38,6 +39,7 @@ from ..encoders.vision import image_preprocessing, to_tensor
 from . import few_shot, metrics, pictures
 from .audio import audio_preprocessing
 from .augment import ImageAugmenter, augment_audio, cut
+from .checks import label_findings
 from .config import ClassificationConfig
 from .embedding_heads import ALPHA, BETA, TipAdapterHead
 from .embeddings import EmbeddingClassifier, spoken
@@ -110,6 +112,7 @@ class ClassificationTask(
             if config.data.size is not None:
                 height, width = _pair(config.data.size)
                 preprocessing |= {"height": height, "width": width}
+            preprocessing |= media.picture_bits(config.data, rows)
             self.state["preprocessing"] = preprocessing
         else:
             self.state["preprocessing"] = audio_preprocessing(config.backbone, backbone)
@@ -244,7 +247,7 @@ class ClassificationTask(
         if value is None:
             raise BadRow(f"it has no {self.kind}")
         if self.kind == "image":
-            image = media.read_image(value)
+            image = media.read_image(value, bits=how.get("bits"))
             return {"pixels": self._augmenter(image) if train else to_tensor(image, how)}
         samples = torch.from_numpy(media.read_audio(value, how["rate"]))
         config, bound = self.config.data, self._longest()
@@ -363,6 +366,9 @@ class ClassificationTask(
             except BadRow:
                 continue  # doctor names such rows
         return [shares(classes, self.labels.names, len(rows))]
+
+    def findings(self, splits: Mapping[Split, Rows], *, whole: bool) -> list[Finding]:
+        return label_findings(self.labels, self.state["counts"], splits)
 
     def illustrate(
         self, model: TaskModel, rows: Rows, records: Sequence[Record], *, count: int

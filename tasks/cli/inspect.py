@@ -57,7 +57,8 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 def doctor(config: ConfigName, overrides: Overrides = None) -> None:
     """Read all data of a config and list its problems, before any training.
 
-    Exits with 1 if a row cannot be used.
+    The verdict is fine, suspicious (exit code 0; training names it again) or unusable (exit code
+    1: a row cannot be used, or nothing can be learned).
     """
     from ..config.file import read_config
 
@@ -68,7 +69,7 @@ def doctor(config: ConfigName, overrides: Overrides = None) -> None:
 
     report = examine_data(read)
     print_report(report, Console())
-    if not report.ok:
+    if report.verdict == "unusable":
         raise typer.Exit(1)
 
 

@@ -95,6 +95,10 @@ class DataConfig(Section):
     """By split and column: leave out rows whose value in the column is one of these."""
     limit: dict[Split, int] = Field(default_factory=dict)
     """The largest number of rows of a split; they are drawn with `seed`."""
+    bits: int | None = Field(default=None, ge=1, le=16)
+    """Number of bits in use, 1 to 16, in pictures that have 16 bits a channel (12 for most cameras
+    of microscopes and X-ray detectors). null: 8, 10 or 12 if a sample of the training pictures has
+    no value above, else 16. Pictures of 8 bits are not changed."""
     on_error: Literal["skip", "refuse"] = "skip"
     """skip leaves out rows that cannot be used and counts them; refuse ends the run."""
     seed: int = 0

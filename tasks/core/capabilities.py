@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ..config.schema import Split
 from .errors import Problem
+from .findings import Finding
 from .model import TaskModel
 from .results import Figure, Table
 from .rows import Example, Record, Rows
@@ -128,7 +129,7 @@ class SecondPass:
 
 
 class DataChecks:
-    """`mmadapters doctor` tells more of a split than whether its rows can be read."""
+    """`mmadapters doctor` tells more of the data than whether its rows can be read."""
 
     def check(self, rows: Rows) -> list[Problem]:
         """Returns problems of rows that can be used (a caption that will be cut, for example).
@@ -139,6 +140,19 @@ class DataChecks:
 
     def survey(self, rows: Rows) -> list[Table]:
         """Returns tables about the split as a whole (how often each class is there)."""
+        return []
+
+    def findings(self, splits: Mapping[Split, Rows], *, whole: bool) -> list[Finding]:
+        """Returns what is suspicious about the splits, or makes them unusable (a class that never
+        occurs).
+
+        Training asks it before the first step, with a sample of each split that is small enough to
+        be read in a second.
+
+        Args:
+            splits: the rows of each split.
+            whole: whether they are all rows, and not a sample.
+        """
         return []
 
 

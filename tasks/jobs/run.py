@@ -31,6 +31,7 @@ from ..training.checkpoint import CHECKPOINTS
 from ..training.evaluate import Evaluation, evaluate
 from ..training.trainer import TaskTrainer
 from .folder import METRICS, REPORT, RunFolder, run_folder
+from .look import look_at_data
 from .metrics import metrics_of
 from .model import adapter_config, make_model, rows_to_fit, sizes
 
@@ -111,6 +112,7 @@ def train_model(
     run = Run(folder or Path(config.output), task, model, facts=sizes(model, config.name))
     model.to(device_of(config))
     splits = chosen(task, splits)
+    look_at_data(run, splits)
     if config.evaluation.before:
         name, rows = measured_split(splits)
         with _untrained(run):

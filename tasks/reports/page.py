@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mmadapters.files import write_text
 
 from ..core.errors import Problem
+from ..core.findings import Finding
 from ..core.metrics import Metric
 from ..core.results import Figure, Scores, Table
 from .charts import learning_curves
@@ -46,6 +47,7 @@ class RunReport:
         history: transformers' `log_history`: step, loss, learning_rate, eval_….
         best_step: the step whose checkpoint was kept.
         problems: by split, the rows that could not be used.
+        findings: what is suspicious about the data.
         environment: machine and versions; a mapping in it is shown as a list.
         config: the resolved config as YAML.
         created: the time on the page; now by default.
@@ -62,6 +64,7 @@ class RunReport:
     history: Sequence[Mapping[str, Any]] = ()
     best_step: int | None = None
     problems: Mapping[str, Sequence[Problem]] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
     created: datetime | None = None

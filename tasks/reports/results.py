@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Problem
+from ..core.findings import Finding
 from ..core.metrics import Metric
 from ..core.model import TaskModel
 from ..core.results import Scores
@@ -27,6 +28,7 @@ class Run:
         problems: by split, the rows that could not be used.
         history: transformers' `log_history`.
         facts: figures of the model and of the training, JSON-ready.
+        findings: what is suspicious about the data, as seen at the start.
         attention: by fusion and site, the mean weight (0 to 1) of each member on the split that
             was measured last.
     """
@@ -39,6 +41,7 @@ class Run:
     problems: dict[str, list[Problem]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
     attention: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @property

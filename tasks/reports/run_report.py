@@ -64,6 +64,7 @@ def write_run_report(
         history=run.history,
         best_step=run.facts.get("best_step"),
         problems=run.problems,
+        findings=run.findings,
         environment=environment,
         config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     )

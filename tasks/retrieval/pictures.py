@@ -149,7 +149,7 @@ def _show(axis: Axes, picture: np.ndarray, *, framed: bool) -> None:
 def _picture(gallery: Gallery, rows: Rows, records: Sequence[Record], image: int) -> np.ndarray:
     """Returns the picture of an image's first record, (H, W, 3) uint8."""
     row = rows[records[gallery.first[image]]["index"]]
-    return np.asarray(media.read_image(row["image"]))
+    return np.asarray(media.picture_to_show(row["image"]))
 
 
 def _png(figure: Any) -> bytes:

@@ -94,11 +94,13 @@ class Embedder:
         model: computes the embeddings.
         tokens: n texts -> (n, L) int64, in the sentence that they are put into.
         pixels: a picture -> (3, H, W) as the encoder reads it.
+        bits: the bits in use in pictures with 16 bits a channel; None for all 16.
     """
 
     model: RetrievalModel
     tokens: Callable[[Sequence[str]], Tensor]
     pixels: Callable[[Image.Image], Tensor]
+    bits: int | None = None
 
     @torch.no_grad()
     def embed(self, queries: Sequence[Item], *, unread: dict[int, str] | None = None) -> Tensor:
@@ -121,7 +123,7 @@ class Embedder:
             pictures: dict[int, Tensor] = {}
             for number in part:
                 try:
-                    pictures[number] = self.pixels(_picture(queries[number].value))
+                    pictures[number] = self.pixels(_picture(queries[number].value, self.bits))
                 except ValueError as error:
                     if unread is None:
                         raise
@@ -141,8 +143,8 @@ def _parts(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
         yield numbers[start : start + AT_A_TIME]
 
 
-def _picture(path: str) -> Image.Image:
+def _picture(path: str, bits: int | None) -> Image.Image:
     try:
-        return media.read_image(path)
+        return media.read_image(path, bits=bits)
     except BadRow as error:
         raise ValueError(f"{path}: {error}") from None

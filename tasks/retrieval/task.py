@@ -68,7 +68,10 @@ class RetrievalTask(Task[RetrievalConfig], CacheableInputs, SecondPass, DataChec
             )
         blip = is_blip(backbone)
         self.state = {
-            "preprocessing": image_preprocessing(self.config.backbone, backbone),
+            "preprocessing": {
+                **image_preprocessing(self.config.backbone, backbone),
+                **media.picture_bits(self.config.data, rows),
+            },
             "blip": blip,
             "text": BlipTokens.of(backbone).to_dict() if blip else text_limits(backbone),
         }
@@ -97,7 +100,7 @@ class RetrievalTask(Task[RetrievalConfig], CacheableInputs, SecondPass, DataChec
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> Example:
         captions = captions_of(row)
-        image = media.read_image(row["image"])
+        image = media.read_image(row["image"], bits=self.state["preprocessing"].get("bits"))
         if train:
             captions = [random.choice(captions)]
             image = _cropped(image, self.config.data.random_crop)
@@ -170,7 +173,9 @@ class RetrievalTask(Task[RetrievalConfig], CacheableInputs, SecondPass, DataChec
 
     def embedder(self, model: RetrievalModel) -> Embedder:
         """Returns the model with all that turns queries into its inputs."""
-        return Embedder(model, self.tokens, self.pixels)
+        return Embedder(
+            model, self.tokens, self.pixels, bits=self.state["preprocessing"].get("bits")
+        )
 
     def score(self, records: Sequence[Record], *, bootstrap: int) -> Scores:
         gallery = Gallery.of(records)

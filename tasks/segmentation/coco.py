@@ -221,3 +221,29 @@ def _listed(segments: Any) -> Iterator[Mapping[str, Any]]:
     if not isinstance(segments, Sequence) or not all(isinstance(s, Mapping) for s in segments):
         raise BadRow("segments are a list of annotations with category_id and segmentation")
     yield from segments
+
+
+def segments_extent(segments: Any) -> tuple[tuple[int, int] | None, tuple[float, float]]:
+    """Returns the (H, W) that run-length encodings state (None if there are none), and the greatest
+    y and x of all corners of polygons.
+
+    Raises:
+        BadRow: the segments cannot be read.
+    """
+    stated: tuple[int, int] | None = None
+    low, right = 0.0, 0.0
+    for segment in _listed(segments):
+        shape = segment.get("segmentation")
+        try:
+            if isinstance(shape, Mapping):
+                height, width = shape["size"]
+                stated = int(height), int(width)
+                continue
+            for polygon in shape or ():
+                corners = np.asarray(polygon, dtype=np.float64)
+                if corners.ndim == 1 and corners.size >= 2:
+                    right = max(right, float(corners[::2].max()))
+                    low = max(low, float(corners[1::2].max()))
+        except (KeyError, TypeError, ValueError):
+            continue  # drawing says what is wrong
+    return stated, (low, right)

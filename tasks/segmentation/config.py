@@ -39,6 +39,11 @@ class SegmentationDataConfig(DataConfig):
     unsegmented: int = Field(default=0, ge=0)
     """Id of pixels outside all segments, 0 or more, for data with COCO segments in place of
     masks."""
+    drawn_on: Literal["auto", "stored", "upright"] = "auto"
+    """The pixels that masks and segments were drawn on, for pictures that are turned by their EXIF
+    data. stored: those in the file, so masks are turned with the picture. upright: those of the
+    turned picture. auto: stored where only this fits the size of the mask (or `height` and `width`
+    of a row with segments), else upright. A mask with EXIF data of its own is turned by these."""
     background: str | None = "background"
     """Name of the class that is no object; the foreground IoU leaves it out. A name that is no
     class has no effect."""

@@ -11,9 +11,10 @@ from mmadapters.suggest import nearest
 
 from ..core.errors import BadRow
 from ..core.rows import Rows
-from ..data.media import read_mask
+from ..data.media import image_size, read_mask
 from .coco import category_ids, draw_segments
 from .config import IGNORE, SegmentationDataConfig
+from .orientation import Drawn, drawn_mask, drawn_segments
 
 SHOWN = 5  # most unknown ids that a message names
 
@@ -72,7 +73,7 @@ class Labels:
         """Reads the class of each pixel from a row's mask or COCO segments.
 
         Args:
-            size: (H, W) of the row's image.
+            size: (H, W) of the row's image, upright.
 
         Returns:
             (H, W) in `dtype`.
@@ -83,18 +84,38 @@ class Labels:
         """
         if row.get("mask") is not None:
             values = read_mask(row["mask"])
+            shape = (values.shape[0], values.shape[1])
+            values = drawn_mask(row, shape, size, self.config.drawn_on).upright(values)
             if values.shape[:2] != tuple(size):
                 raise BadRow(
                     f"the mask has {values.shape[0]}×{values.shape[1]} pixels, the image "
                     f"{size[0]}×{size[1]} (height × width)"
                 )
         elif row.get("segments") is not None:
+            drawn = drawn_segments(row, size, self.config.drawn_on)
             values = draw_segments(
-                row["segments"], size, unsegmented=self.config.unsegmented, crowd=self.ignore
+                row["segments"],
+                drawn.size,
+                unsegmented=self.config.unsegmented,
+                crowd=self.ignore,
             )
+            values = drawn.upright(values)
         else:
             raise BadRow("there is neither a mask nor segments")
         return self.map(values)
+
+    def drawn(self, row: Mapping[str, Any], size: tuple[int, int], *, guesses: bool) -> Drawn:
+        """Returns how a row's mask or segments were drawn; see `orientation`.
+
+        Raises:
+            BadRow: they cannot be read.
+        """
+        if row.get("mask") is None:
+            return drawn_segments(row, size, self.config.drawn_on, guesses=guesses)
+        shape = image_size(row["mask"])
+        if shape is None:  # an array
+            shape = read_mask(row["mask"]).shape[:2]
+        return drawn_mask(row, shape, size, self.config.drawn_on, guesses=guesses)
 
     def map(self, values: np.ndarray) -> np.ndarray:
         """Maps the ids (H, W) or colours (H, W, 3) uint8 of a file to classes (H, W).

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from mmadapters import AdapterModel
 
+from ..config.schema import Split
 from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures
 from ..core.errors import BadRow, InputErrors, Problem
+from ..core.findings import Finding
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
 from ..core.rows import Column, Rows
 from ..core.task import Task
-from ..data.media import image_size, read_image
+from ..data.media import image_size, picture_bits, read_image
 from ..encoders.vision import image_preprocessing
 from . import metrics, pictures
+from .checks import mask_findings
 from .coco import lines_among
 from .config import SegmentationConfig
 from .inference import predict_classes
@@ -58,11 +61,19 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
             )
         self.state = {
             "classes": class_names(self.config.data, rows),
-            "preprocessing": image_preprocessing(self.config.backbone, backbone),
+            "preprocessing": {
+                **image_preprocessing(self.config.backbone, backbone),
+                **picture_bits(self.config.data, rows),
+            },
         }
 
     def build(self, encoder: AdapterModel) -> TaskModel:
         return SegmentationModel(encoder, self.config, self.classes)
+
+    @property
+    def bits(self) -> int | None:
+        """Returns the bits in use in pictures with 16 bits a channel; None for all 16."""
+        return self.state["preprocessing"].get("bits")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -127,7 +138,7 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         )
 
     def example(self, row: Mapping[str, Any], *, train: bool) -> dict[str, Any]:
-        image = read_image(row["image"])
+        image = read_image(row["image"], bits=self.bits)
         mask = self.labels.read(row, (image.height, image.width))
         if train:
             pixels, cut = self.augment(image, mask)
@@ -209,7 +220,7 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
 
     def _figure(self, model: TaskModel, rows: Rows, index: int, kind: str, score: float) -> Figure:
         row = rows[index]
-        image = read_image(row["image"])
+        image = read_image(row["image"], bits=self.bits)
         truth = self.labels.read(row, (image.height, image.width)).astype(np.int64)
         prediction = self._predict_one(model, image)
         panels = {
@@ -251,7 +262,7 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         for name in inputs:
             image = None
             with bad.guarded(f"{name}: "):
-                image = read_image(name)
+                image = read_image(name, bits=self.bits)
             if image is None:
                 continue
             classes = self._predict_one(model, image)
@@ -323,12 +334,15 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         columns = ["class", "pixels", "% of pixels", "images"]
         return [Table("Classes in the masks", columns, body, f"{seen} masks that can be used.")]
 
+    def findings(self, splits: Mapping[Split, Rows], *, whole: bool) -> list[Finding]:
+        return mask_findings(self.config.data, self.labels, splits, whole=whole)
+
     def _masks(self, rows: Rows) -> Iterator[tuple[int, np.ndarray]]:
         """Yields the index and the classes of every row that can be used."""
         for index in range(len(rows)):
             row = rows[index]
             try:
-                image = read_image(row["image"])
+                image = read_image(row["image"], bits=self.bits)
                 yield index, self.labels.read(row, (image.height, image.width))
             except BadRow:
                 continue

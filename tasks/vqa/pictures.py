@@ -78,7 +78,7 @@ def gallery(rows: Rows, records: Sequence[Record]) -> bytes:
 
 def _show(axis: Axes, rows: Rows, record: Record) -> None:
     try:
-        picture = np.asarray(media.read_image(rows[record["index"]]["image"]))
+        picture = np.asarray(media.picture_to_show(rows[record["index"]]["image"]))
     except BadRow:
         picture = np.full((8, 8, 3), 255, np.uint8)  # evaluation could still read it
     axis.imshow(picture, interpolation="nearest" if max(picture.shape) < 128 else "antialiased")

@@ -67,6 +67,7 @@ class VQATask(Task[VQAConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
         preprocessing = image_preprocessing(self.config.backbone, backbone)
         resize = self.config.data.resize
         preprocessing |= {"resize": resize, "crop": 1.0} if resize != "shortest" else {}
+        preprocessing |= media.picture_bits(self.config.data, rows)
         self.state = {
             "preprocessing": preprocessing,
             "head": _head_kind(self.config.head.kind, blip=blip),
@@ -195,7 +196,8 @@ class VQATask(Task[VQAConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
         """
         last = self.__dict__.get("_last")
         if last is None or last[0] != key:
-            last = (key, to_tensor(media.read_image(image), self.state["preprocessing"]))
+            how = self.state["preprocessing"]
+            last = (key, to_tensor(media.read_image(image, bits=how.get("bits")), how))
             self.__dict__["_last"] = last
         return last[1]
 

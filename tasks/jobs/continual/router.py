@@ -73,6 +73,7 @@ class FrozenFeatures:
     def __init__(self, encoder: AdapterModel, task: Task) -> None:
         self.encoder, self.tower = encoder, ImageTower(encoder)
         self.preprocessing = image_preprocessing(task.config.backbone, encoder.backbone)
+        self.bits = task.state.get("preprocessing", {}).get("bits")
 
     def __call__(self, rows: Any) -> Iterator[tuple[list[int], Tensor]]:
         """Yields row numbers and features (N, D) by batch, without rows whose picture is bad."""
@@ -80,7 +81,8 @@ class FrozenFeatures:
         pixels: list[Tensor] = []
         for number in range(len(rows)):
             try:
-                pixels.append(to_tensor(read_image(rows[number]["image"]), self.preprocessing))
+                image = read_image(rows[number]["image"], bits=self.bits)
+                pixels.append(to_tensor(image, self.preprocessing))
             except BadRow:
                 continue
             numbers.append(number)

@@ -30,6 +30,7 @@ from ...registry import task_class
 from ...reports.results import Run
 from ...training.checkpoint import CHECKPOINTS
 from ..folder import METRICS, RunFolder, make_folder, run_folder
+from ..look import look_at_data
 from ..metrics import environment, figures
 from ..model import make_encoder, sizes
 from ..run import (
@@ -106,6 +107,7 @@ def _learn(
         if task.config.evaluation.before:
             _measure_before(done.runs[name], splits[name])
     for name, run in done.runs.items():
+        look_at_data(run, splits[name])
         with model.encoder.using(name):
             calibration = capability(run.task, Calibration)
             calibration.prepare(run.model, without_test(splits[name]))

@@ -26,7 +26,7 @@ from mmadapters.tasks.core.results import Figure, Scores, Table
 from mmadapters.tasks.core.rows import Column, Rows
 from mmadapters.tasks.core.task import Task
 from mmadapters.tasks.data import doctor, media
-from mmadapters.tasks.data.doctor import RowPlace, examine, print_report
+from mmadapters.tasks.data.doctor import RowPlace, examination, examine, print_report
 from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.data.stream import Stream
 
@@ -176,7 +176,7 @@ def printed(report: doctor.DataReport) -> str:
 def test_every_bad_row_is_found_and_named(
     sick: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "FEW", 0)
+    monkeypatch.setattr(examination, "FEW", 0)
     report = examine(Masks(), load(sick, Masks()), workers=workers)
     train, validation, test = report.splits
     assert (train.name, train.rows, train.usable) == ("train", 8, 2)
@@ -273,7 +273,7 @@ def test_recordings_and_transcripts(tmp_path: Path) -> None:
 def test_faults_of_a_task_are_named_problems(
     workers: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "FEW", 0)
+    monkeypatch.setattr(examination, "FEW", 0)
     rows = datasets.Dataset(pa.table({"text": ["a", "divide", "lines", "divide"]}))
     report = examine(Faulty(), {"train": rows}, workers=workers)
     found = {group.reason: group.count for group in report.splits[0].problems}
@@ -287,7 +287,7 @@ def test_faults_of_a_task_are_named_problems(
 def test_a_worker_that_is_killed_is_told(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "FEW", 0)
+    monkeypatch.setattr(examination, "FEW", 0)
     rows = datasets.Dataset(pa.table({"text": ["a"] * 100 + ["die"] + ["a"] * 100}))
     report = examine(Faulty(), {"train": rows}, workers=1)
     (error,) = report.splits[0].errors

@@ -122,6 +122,72 @@ def test_16_bit_image_is_scaled_not_clipped(tmp_path: Path) -> None:
     assert np.asarray(media.read_image(wide))[0, :, 1].tolist() == expected
 
 
+def test_the_bits_in_use_scale_a_16_bit_image(tmp_path: Path) -> None:
+    values = np.array([[0, 1024, 2048, 4095]], dtype=np.uint16)
+    for data in (encoded(Image.fromarray(values)), values, Image.fromarray(values)):
+        assert np.asarray(media.read_image(data))[0, 3, 0] == 16
+        seen = np.asarray(media.read_image(data, bits=12))[0, :, 0]
+        assert seen.tolist() == [0, 64, 128, 255]
+        with pytest.raises(BadRow, match=r"holds 4095, above 1023.* 10 bits: .*data\.bits"):
+            media.read_image(data, bits=10)
+    grey = np.array([[0, 100, 255]], dtype=np.uint8)
+    assert np.asarray(media.read_image(grey, bits=12))[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_colours_of_16_bits_keep_their_bits() -> None:
+    """PIL keeps the upper byte alone, which is black for 12 bits."""
+    values = np.array([[[4095, 2048, 0], [16, 32, 4095]]])
+    data = deep_png(values, 2)
+    assert np.asarray(media.read_image(data, bits=12))[0].tolist() == [[255, 128, 0], [1, 2, 255]]
+    assert media.highest_value(data) == 4095
+    assert np.asarray(media.read_image(deep_png(values * 16, 2)))[0, 0].tolist() == [255, 128, 0]
+    clear = np.dstack([values, np.array([[0, 65535]])])
+    shown = np.asarray(media.read_image(deep_png(clear * 16, 6)))
+    assert shown[0, 0].tolist() == [255, 255, 255]
+    keyed = deep_png(values, 2, key=(16, 32, 4095))
+    assert np.asarray(media.read_image(keyed, bits=12))[0].tolist() == [[255, 128, 0], [255] * 3]
+
+
+def deep_png(values: np.ndarray, kind: int, *, key: tuple[int, ...] = ()) -> bytes:
+    """A PNG of 16 bits a channel; `kind` is the colour type of its header."""
+    height, width, _ = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    chunks = [(b"IHDR", header)]
+    chunks += [(b"tRNS", struct.pack(f">{len(key)}H", *key))] if key else []
+    chunks += [(b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "I;16"])
+def test_a_transparent_colour_lies_on_white(mode: str) -> None:
+    """A tRNS chunk names one colour that is not seen."""
+    key: int | tuple[int, ...] = {"RGB": (9, 9, 9), "L": 9, "1": 0, "I;16": 9}[mode]
+    if mode == "I;16":
+        data = deep_png(np.array([[[9], [0x8000]]]), 0, key=(9,))
+    else:
+        picture = Image.new(mode, (2, 1), key)
+        picture.putpixel((1, 0), {"RGB": (200, 0, 0), "L": 128, "1": 1}[mode])
+        data = encoded(picture, transparency=key)
+    seen = np.asarray(media.read_image(data))[0].tolist()
+    other = {"RGB": [200, 0, 0], "L": [128] * 3, "1": [255] * 3, "I;16": [128] * 3}
+    assert seen == [[255] * 3, other[mode]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_stored_pixels_are_turned_as_their_picture(picture: np.ndarray, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(picture), exif=exif)
+    upright = media.read_image(data)
+    np.testing.assert_array_equal(media.turned(picture, orientation), np.asarray(upright))
+    assert media.exif_orientation(data) == orientation
+    assert media.upright_size(data) == (upright.height, upright.width)
+
+
 def test_float_tiff_is_scaled_by_its_range() -> None:
     for values in (np.array([[0, 0.5, 1]]), np.array([[0, 127.5, 255]])):
         data = encoded(Image.fromarray(values.astype(np.float32)), "TIFF")

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mmadapters.tasks.core.errors import BadRow
+from mmadapters.tasks.data.media import read_image
 from mmadapters.tasks.segmentation.config import SegmentationDataConfig
 from mmadapters.tasks.segmentation.labels import Labels, class_names
 
@@ -190,3 +191,61 @@ def test_masks_of_the_real_data_are_read(shared_dir: Path) -> None:
         size = (image.height, image.width)
     mask = real.read({"mask": str(folder / "masks" / "0000.png")}, size)
     assert set(np.unique(mask)) == {0, 1}
+
+
+# Pictures that are turned by their EXIF data
+
+
+def turned_picture(orientation: int, size: tuple[int, int]) -> tuple[dict[str, bytes], np.ndarray]:
+    """A picture as a file, and its stored pixels: a class in each corner."""
+    ids = np.zeros(size, dtype=np.uint8)
+    ids[0, 0], ids[0, -1], ids[-1, 0] = 1, 2, 3
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(ids).save(buffer, "PNG", exif=exif)
+    return {"bytes": buffer.getvalue()}, ids
+
+
+def upright(picture: dict[str, bytes]) -> np.ndarray:
+    return np.asarray(read_image(picture))[:, :, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_of_stored_pixels_are_turned_with_the_picture(orientation: int) -> None:
+    picture, ids = turned_picture(orientation, (4, 6))
+    truth = upright(picture)
+    stored = {"image": picture, "mask": png(ids, mode="L")}
+    drawn = {"image": picture, "mask": png(truth, mode="L")}
+    itself = {"image": picture, "mask": picture}
+    names = ("a", "b", "c", "d")
+    auto, after, before = (labels(*names, drawn_on=how) for how in ("auto", "upright", "stored"))
+    for reader, row in ((before, stored), (auto, drawn), (after, drawn), (before, itself)):
+        np.testing.assert_array_equal(reader.read(row, truth.shape), truth)
+    np.testing.assert_array_equal(auto.read(itself, truth.shape), truth)
+    if orientation >= 5:  # the sides are exchanged, so sizes tell
+        np.testing.assert_array_equal(auto.read(stored, truth.shape), truth)
+        with pytest.raises(BadRow, match="the mask has 4×6 pixels, the image 6×4"):
+            after.read(stored, truth.shape)
+
+
+def test_segments_of_stored_pixels_are_turned_with_the_picture() -> None:
+    picture, _ = turned_picture(6, (4, 6))
+    box = [[0, 0, 6, 0, 6, 1, 0, 1]]  # the upper line of the stored picture, right when upright
+    counts = [0, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3]
+    rle = {"size": [4, 6], "counts": counts}
+    expected = np.zeros((6, 4), np.uint8)
+    expected[:, 3] = 1
+    auto, before = labels("a", "b"), labels("a", "b", drawn_on="stored")
+    for shape, reader, more in (
+        (box, auto, {}),  # too wide for the upright picture
+        (box, auto, {"height": 4, "width": 6}),
+        (rle, auto, {}),
+        (box, before, {}),
+    ):
+        segments = [{"category_id": 1, "segmentation": shape}]
+        row = {"image": picture, "segments": segments, **more}
+        np.testing.assert_array_equal(reader.read(row, (6, 4)), expected)
+    row = {"image": picture, "segments": [{"category_id": 1, "segmentation": box}]}
+    stated = {**row, "height": 6, "width": 4}
+    assert auto.read(stated, (6, 4))[0].tolist() == [1, 1, 1, 1]

@@ -1,4 +1,4 @@
-"""Finds the problems of a data set by reading all of it before anything is trained on it."""
+"""Reads all of a data set before anything is trained on it, and collects its problems."""
 
 from __future__ import annotations
 
@@ -11,99 +11,32 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.text import Text
 from torch.utils.data import DataLoader
 
 from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
-from ..config.schema import SPLITS, Split
-from ..core.capabilities import DataChecks, capability
-from ..core.errors import BadRow, Problem
-from ..core.results import Figure, Table
-from ..core.rows import Rows
-from ..core.task import Task
-from .examples import seeded_example
-from .media import media_digest, media_name
-from .stream import Stream
-from .workers import MOST
+from ...config.schema import SPLITS, Split
+from ...core.capabilities import DataChecks, capability
+from ...core.errors import BadRow, Problem
+from ...core.findings import Finding
+from ...core.rows import Rows
+from ...core.task import Task
+from ..examples import seeded_example
+from ..media import media_name
+from ..stream import Stream
+from ..workers import MOST
+from .checks import RowFacts, facts_of, findings_of
+from .repeats import shared_findings
+from .results import DataReport, Group, RowPlace, SplitReport
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
 
 SHOWN = 5  # rows named for each reason
-SHOWN_LINES = 20  # lines shown of a task's own tables
 STREAMED = 1000  # rows of a stream that are read
 FEW = 64  # so few rows are read without worker processes
 READ_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class RowPlace:
-    """A row: its number in its split and the name of its file, or None."""
-
-    index: int
-    name: str | None
-
-    def __str__(self) -> str:
-        return f"{self.index}" if self.name is None else f"{self.index} ({self.name})"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows with the same problem.
-
-    Attributes:
-        reason: the reason of the first row, with its numbers and names.
-        count: number of rows.
-        places: the first few rows.
-    """
-
-    reason: str
-    count: int
-    places: tuple[RowPlace, ...]
-
-
-@dataclass
-class SplitReport:
-    """The result for one split.
-
-    Attributes:
-        rows: number of rows.
-        usable: number of rows that can be used.
-        problems: rows that cannot be used.
-        notes: rows that can be used but that the task remarks on.
-        errors: problems of the split as a whole.
-        tables: the task's own tables about the split.
-        partial: whether only the first rows of a stream were read.
-    """
-
-    name: Split
-    rows: int
-    usable: int = 0
-    problems: list[Group] = field(default_factory=list)
-    notes: list[Group] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    partial: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether every row of the split can be used."""
-        return not self.errors and not self.problems
-
-
-@dataclass
-class DataReport:
-    """The results for all splits, and warnings about the data set as a whole."""
-
-    splits: list[SplitReport]
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every row of every split can be used; warnings and notes are ignored."""
-        return bool(self.splits) and all(split.ok for split in self.splits)
 
 
 def examine(
@@ -126,39 +59,57 @@ def examine(
     if workers is None:
         workers = min(os.cpu_count() or 1, MOST)
     report = DataReport([])
-    digests: dict[Split, _Digests] = {}
+    facts: dict[Split, RowFacts] = {}
     readable: dict[Split, Rows] = {
         split: rows.head(STREAMED) if isinstance(rows, Stream) else rows
         for split, rows in data.items()
     }
     with _progress(console, sum(len(rows) for rows in readable.values())) as advance:
         for name in (split for split in SPLITS if split in readable):
-            split, digests[name] = _split(task, name, readable[name], workers, advance)
+            split, facts[name] = _split(task, name, readable[name], workers, advance)
             split.partial = isinstance(data[name], Stream)
             report.splits.append(split)
-    if "train" not in data:
-        report.warnings.append("there is no training split: name it in data.splits")
-    elif "validation" not in data:
-        report.warnings.append(
-            "there is no validation split to choose the best checkpoint by: give its share in "
-            "data.fractions"
-        )
-    report.warnings += _leaks(digests)
+    report.findings += _missing_splits(data)
+    report.findings += shared_findings({name: some.keys for name, some in facts.items()})
+    for split in report.splits:
+        report.findings += findings_of(task, split.name, readable[split.name], facts[split.name])
+    _add_findings(task, readable, report)
     return report
+
+
+def _missing_splits(data: Mapping[Split, Rows]) -> list[Finding]:
+    if "train" not in data:
+        return [Finding("there is no training split: name it in data.splits")]
+    if "validation" not in data:
+        return [
+            Finding(
+                "there is no validation split to choose the best checkpoint by: give its share in "
+                "data.fractions"
+            )
+        ]
+    return []
+
+
+def _add_findings(task: Task, readable: Mapping[Split, Rows], report: DataReport) -> None:
+    """Adds the findings of the task itself about the splits of which it can use a row."""
+    splits = {split.name: readable[split.name] for split in report.splits if split.usable}
+    whole = not any(split.partial for split in report.splits)
+    try:
+        report.findings += capability(task, DataChecks).findings(splits, whole=whole)
+    except Exception as error:  # a fault of the task, perhaps caused by the data
+        for split in report.splits[:1]:
+            split.errors.append(
+                f"the task's own check of it failed: {type(error).__name__}: {first_line(error)}"
+            )
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A row that was read: why it cannot be used (None if it can), and a hash of each of its
-    pictures and recordings by role."""
+    """A row that was read: why it cannot be used (None if it can), and what is seen in it."""
 
     place: RowPlace
     reason: str | None
-    digests: dict[str, str]
-
-
-# By role: the hash of every picture or recording of a split, and its row.
-_Digests = dict[str, list[tuple[str, RowPlace]]]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class _Reader(torch.utils.data.Dataset):
@@ -183,24 +134,22 @@ class _Reader(torch.utils.data.Dataset):
             reason = first_line(error)
         except Exception as error:  # a fault of the task, but no reason to stop
             reason = f"{type(error).__name__}: {first_line(error)}"
-        values = {role: row.get(role) for role in self.media}
-        hashes = {role: media_digest(value) for role, value in values.items()}
-        name = next((n for value in values.values() if (n := media_name(value))), None)
-        digests = {role: digest for role, digest in hashes.items() if digest is not None}
-        return _Seen(RowPlace(index, name), reason, digests)
+        values = [row.get(role) for role in self.media]
+        name = next((n for value in values if (n := media_name(value))), None)
+        return _Seen(RowPlace(index, name), reason, facts_of(self.task, row))
 
 
 def _split(
     task: Task, name: Split, rows: Rows, workers: int, advance: Callable[[int], None]
-) -> tuple[SplitReport, _Digests]:
+) -> tuple[SplitReport, RowFacts]:
     report = SplitReport(name, len(rows))
-    digests: _Digests = {}
+    facts = RowFacts(rows=len(rows))
     if not len(rows):
         report.errors.append("it has no rows")
-        return report, digests
+        return report, facts
     report.errors += _missing_columns(task, name, rows)
     if report.errors:
-        return report, digests
+        return report, facts
     bad: list[tuple[RowPlace, str]] = []
     places: dict[int, RowPlace] = {}
     try:
@@ -209,8 +158,7 @@ def _split(
             places[seen.place.index] = seen.place
             if seen.reason is not None:
                 bad.append((seen.place, seen.reason))
-            for role, digest in seen.digests.items():
-                digests.setdefault(role, []).append((digest, seen.place))
+            facts.add(seen.place, seen.facts)
     except RuntimeError as error:
         # The loader raises this when a worker was killed: a decoder crashed, or memory ran out.
         first = len(places)
@@ -238,7 +186,7 @@ def _split(
             report.errors.append(
                 f"the task's own check of it failed: {type(error).__name__}: {first_line(error)}"
             )
-    return report, digests
+    return report, facts
 
 
 def _place(places: Mapping[int, RowPlace], problem: Problem) -> RowPlace:
@@ -299,26 +247,6 @@ def _pattern(reason: str) -> str:
     return re.sub(r"\d+([.,]\d+)*", "#", reason)
 
 
-def _leaks(digests: Mapping[Split, _Digests]) -> list[str]:
-    """Returns a warning for each two splits that share pictures or recordings: figures on them are
-    too good."""
-    leaks = []
-    names = list(digests)
-    for i, later in enumerate(names):
-        for earlier in names[:i]:
-            for role in digests[later]:
-                known = dict(reversed(digests[earlier].get(role, ())))
-                hits = [(p, known[d]) for d, p in digests[later][role] if d in known]
-                if not hits:
-                    continue
-                some = "; ".join(f"{place} = {other}" for place, other in hits[:SHOWN])
-                leaks.append(
-                    f"{len(hits)} of {len(digests[later][role])} rows of {later} have the same "
-                    f"{role} as a row of {earlier}: {some}" + ("; …" if len(hits) > SHOWN else "")
-                )
-    return leaks
-
-
 @contextmanager
 def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
@@ -330,59 +258,3 @@ def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], N
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         bar = progress.add_task("", total=total)
         yield lambda rows: progress.advance(bar, rows)
-
-
-def print_report(report: DataReport, console: Console) -> None:
-    """Prints a table for each split: every reason with its first rows."""
-    for split in report.splits:
-        for part in _split_parts(split):
-            console.print(part)
-        console.print()
-    for warning in report.warnings:
-        console.print(Text.assemble(("warning: ", "yellow"), warning))
-    if report.ok:
-        verdict = Text("Every row can be used.", style="green")
-    elif not report.splits:
-        verdict = Text("There is no split at all.", style="red")
-    else:
-        lost = sum(split.rows - split.usable for split in report.splits)
-        verdict = Text(f"{_counted(lost)} cannot be used.", style="red")
-    console.print(verdict)
-
-
-def _split_parts(split: SplitReport) -> Iterator[RenderableType]:
-    from rich import box
-    from rich.table import Table as Grid
-
-    rows = f"the first {_counted(split.rows)}" if split.partial else _counted(split.rows)
-    title = f"{split.name}: {rows}, {split.usable:,} usable"
-    yield Text(title, style="bold green" if split.ok else "bold red")
-    for error in split.errors:
-        yield Text.assemble(("  error: ", "red"), error)
-    if split.problems or split.notes:
-        grid = Grid("", "what", "rows", "which (first is 0)", box=box.SIMPLE_HEAD)
-        for kind, groups in (("[red]bad[/]", split.problems), ("[yellow]note[/]", split.notes)):
-            for group in groups:
-                places = ", ".join(map(str, group.places))
-                places += ", …" if group.count > len(group.places) else ""
-                grid.add_row(kind, Text(group.reason), f"{group.count:,}", Text(places))
-        yield grid
-    for table in split.tables:
-        grid = Grid(title=Text(table.title), box=box.SIMPLE_HEAD)
-        for name in table.columns:
-            grid.add_column(Text(name))
-        for cells in table.rows[:SHOWN_LINES]:
-            grid.add_row(*(Text(_cell(cell)) for cell in cells))
-        yield grid
-        if (more := len(table.rows) - SHOWN_LINES) > 0:
-            yield Text(f"  and {more:,} more lines")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, Figure):
-        return value.title
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _counted(rows: int) -> str:
-    return f"{rows:,} row" if rows == 1 else f"{rows:,} rows"

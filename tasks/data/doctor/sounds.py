@@ -1,0 +1,197 @@
+"""Listens to recordings for what no decoder complains about: silence, clipping, wrong ranges.
+
+It also compares a column of durations with the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...core.errors import BadRow
+from ...core.findings import Finding, named_rows
+from ..media import audio_samples
+from ..media.files import ByteStream, opened
+
+SECONDS = 60  # of a long recording, so many are listened to
+SILENT = 1e-3  # of full scale (−60 dB): speech and noise of any use are louder
+FULL_SCALE = 0.98  # of full scale: a recording whose peak is below was not clipped
+CLIPPED = 0.005  # share of samples on flat tops; loud but whole recordings have far fewer
+INT16 = 256.0  # floats above this were integers
+DURATIONS = ("duration", "durations", "duration_s", "duration_seconds", "duration[ms]", "seconds")
+UNITS = {1.0: "s", 1e3: "ms", 1e6: "µs", 8e3: "samples", 16e3: "samples", 22_050.0: "samples"}
+UNITS |= {44.1e3: "samples", 48e3: "samples"}
+TOLERANCE, LEAST = 0.05, 0.15  # share of the duration, and seconds, by which files may differ
+
+
+@dataclass(frozen=True)
+class SoundFacts:
+    """Facts about a recording.
+
+    Attributes:
+        silent: whether nothing is heard.
+        clipped: the share of samples that were cut off at full scale, 0 to 1.
+        range: the greatest absolute value of a recording that is stored as floats; None for all
+            others. Floats of a recording lie between −1 and 1.
+    """
+
+    silent: bool
+    clipped: float
+    range: float | None
+
+
+def sound_facts(value: Any) -> SoundFacts:
+    """Decodes the first minute of a recording and returns what is heard in it.
+
+    Raises:
+        BadRow: it cannot be read.
+    """
+    samples, floats = _samples(value)
+    if not samples.size or not np.isfinite(samples).all():
+        raise BadRow("the recording has no samples, or such as are not finite")
+    peak = float(np.abs(samples).max())
+    # A constant offset is not heard.
+    heard = float(np.abs(samples - samples.mean(axis=0)).max())
+    return SoundFacts(heard < SILENT, _clipped(samples, peak), peak if floats else None)
+
+
+def _samples(value: Any) -> tuple[np.ndarray, bool]:
+    """Returns (T, C) samples, integers scaled to [−1, 1], and whether they are stored as floats."""
+    import soundfile
+
+    if isinstance(value, dict) and value.get("array") is not None:
+        try:
+            samples = np.asarray(value["array"])
+        except ValueError:
+            raise BadRow("the samples are no array") from None
+        if samples.ndim not in (1, 2) or samples.dtype.kind not in "if":
+            raise BadRow("the samples are no recording")
+        if samples.dtype.kind == "i":
+            return _by_time(samples / -float(np.iinfo(samples.dtype).min)), False
+        return _by_time(samples.astype(np.float64)), True
+    with opened(value, "audio") as file:
+        source = file if isinstance(file, ByteStream) else file.name
+        try:
+            with soundfile.SoundFile(source) as sound:
+                floats = sound.subtype in ("FLOAT", "DOUBLE")
+                return sound.read(SECONDS * sound.samplerate, always_2d=True), floats
+        except Exception:  # soundfile raises RuntimeError, TypeError and its own
+            raise BadRow("the audio cannot be decoded") from None
+
+
+def _by_time(samples: np.ndarray) -> np.ndarray:
+    if samples.ndim == 1:
+        return samples[:, None]
+    return samples.T if samples.shape[0] < samples.shape[1] else samples
+
+
+def _clipped(samples: np.ndarray, peak: float) -> float:
+    """Returns the share of samples that stay at the peak from one to the next."""
+    if peak < FULL_SCALE:
+        return 0.0
+    top = np.abs(samples) >= peak * (1 - 1e-4)
+    same = np.sign(samples[1:]) == np.sign(samples[:-1])
+    return float((top[1:] & top[:-1] & same).mean()) if len(samples) > 1 else 0.0
+
+
+def sound_findings(facts: Sequence[tuple[Any, SoundFacts]], *, where: str) -> list[Finding]:
+    """Returns what is suspicious about recordings.
+
+    Args:
+        facts: each with the place of its row.
+        where: the words for the rows that were listened to ("of the 40 recordings of train").
+    """
+    results = []
+
+    def add(places: Sequence[Any], words: str, remedy: str) -> None:
+        if places:
+            be = "is" if len(places) == 1 else "are"
+            text = f"{len(places):,} {where} {words.format(be=be)} ({named_rows(places)})"
+            results.append(Finding(text, remedy))
+
+    add(
+        [place for place, fact in facts if fact.silent],
+        "{be} silent",
+        "listen to them, and leave out those that hold nothing",
+    )
+    add(
+        [place for place, fact in facts if fact.clipped > CLIPPED],
+        "{be} clipped: many samples stand at the greatest value",
+        "record them at a lower level, or leave them out",
+    )
+    loud = [(place, fact.range) for place, fact in facts if (fact.range or 0) > 1]
+    if loud:
+        highest = max(peak for _, peak in loud if peak is not None)
+        remedy = "scale them into −1 to 1"
+        if highest > INT16:
+            remedy = "they were 16-bit integers: divide them by 32768, or save them as integers"
+        add(
+            [place for place, _ in loud],
+            f"{{be}} stored as floats that go up to {highest:,.4g} and not to 1",
+            remedy,
+        )
+    return results
+
+
+def duration_column(names: Sequence[str]) -> str | None:
+    """Returns the column that states durations, or None."""
+    return next((name for name in names if name.lower() in DURATIONS), None)
+
+
+def seconds_of(value: Any) -> float:
+    """Returns the seconds of a recording from its header; 0 if it cannot be read."""
+    return audio_samples(value, 1000) / 1000
+
+
+def duration_findings(
+    stated: Mapping[Any, Any], measured: Mapping[Any, float], *, column: str, where: str
+) -> list[Finding]:
+    """Compares a column of durations, in any usual unit, with the files.
+
+    Args:
+        stated: the value of the column by the place of the row.
+        measured: the seconds of the files by the place of the row; 0 for unknown ones.
+        column: its name.
+        where: the words for the rows ("of the 40 recordings of train").
+    """
+    pairs = {
+        place: (float(stated[place]), seconds)
+        for place, seconds in measured.items()
+        if seconds > 0 and _is_number(stated.get(place))
+    }
+    if not pairs:
+        return []
+    unit = _unit([said / seconds for said, seconds in pairs.values()])
+    off = [
+        place
+        for place, (said, seconds) in pairs.items()
+        if abs(said / unit - seconds) > max(TOLERANCE * seconds, LEAST)
+    ]
+    if not off:
+        return []
+    said, seconds = pairs[off[0]]
+    return [
+        Finding(
+            f"{len(off):,} {where} have another duration than the column {column!r} says: "
+            f"{said / unit:.2f} s are stated and {seconds:.2f} s are there ({named_rows(off)})",
+            "the files were cut or exchanged, or the column is of other files: mend the column, or "
+            "the files",
+        )
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return float(value) > 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _unit(ratios: Sequence[float]) -> float:
+    """Returns the unit of the column in parts of a second: the usual one next to most ratios."""
+    middle = float(np.median(ratios))
+    unit = min(UNITS, key=lambda unit: abs(np.log(middle / unit)))
+    return unit if abs(middle / unit - 1) <= TOLERANCE else 1.0
