@@ -31,9 +31,9 @@ from ..training.checkpoint import CHECKPOINTS
 from ..training.evaluate import Evaluation, evaluate
 from ..training.trainer import TaskTrainer
 from .folder import METRICS, REPORT, RunFolder, run_folder
-from .look import look_at_data
 from .metrics import metrics_of
 from .model import adapter_config, make_model, rows_to_fit, sizes
+from .preview import look_at_data
 
 
 def train(

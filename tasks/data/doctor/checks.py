@@ -13,7 +13,7 @@ from ...core.rows import Rows
 from ...core.task import Task
 from ..media import media_digest
 from .pictures import PictureFacts, picture_facts, picture_findings
-from .repeats import Keys, answer_role, conflict_findings, part_of_file
+from .repeats import Answer, Keys, answer_role, conflict_findings, part_of_file
 from .results import RowPlace
 from .sounds import (
     SoundFacts,
@@ -41,7 +41,7 @@ class RowFacts:
         sounds: by role, the facts of each recording.
         seconds: of each recording, by row.
         stated: the durations that a column states, by row.
-        answers: the label, transcript or mask of each row.
+        answers: the label, transcript or mask of each row, with the part of its file.
         places: each row with the name of its file.
     """
 
@@ -52,7 +52,7 @@ class RowFacts:
     sounds: dict[str, list[tuple[RowPlace, SoundFacts]]] = field(default_factory=dict)
     seconds: dict[RowPlace, float] = field(default_factory=dict)
     stated: dict[RowPlace, Any] = field(default_factory=dict)
-    answers: dict[int, str] = field(default_factory=dict)
+    answers: dict[int, Answer] = field(default_factory=dict)
     places: dict[int, RowPlace] = field(default_factory=dict)
 
     def add(self, place: RowPlace, facts: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class RowFacts:
         if "seconds" in facts:
             self.seconds[place], self.stated[place] = facts["seconds"], facts["stated"]
         if facts.get("answer") is not None:
-            self.answers[place.index] = facts["answer"]
+            self.answers[place.index] = Answer(facts["answer"], facts.get("part", ""))
 
     def where(self, noun: str, split: Split) -> str:
         """Returns the words for the rows that were looked at ("of the 40 pictures of train")."""
@@ -92,8 +92,8 @@ def facts_of(task: Task, row: Mapping[str, Any], *, keys: bool = True) -> dict[s
         if column.kind not in ("image", "audio") or value is None:
             continue
         if keys and (digest := media_digest(value)) is not None:
-            part = part_of_file(row, value)
-            facts["keys"][role] = f"{digest} {part}" if part else digest
+            facts["keys"][role] = digest
+            facts["part"] = part_of_file(row, value)
         try:
             see = picture_facts if column.kind == "image" else sound_facts
             facts["media"][role] = see(value)
@@ -136,7 +136,9 @@ def media_findings(task: Task, split: Split, rows: Rows, facts: RowFacts) -> lis
     return results
 
 
-def conflicts_of(task: Task, split: Split, keys: Keys, answers: Mapping[int, str]) -> list[Finding]:
+def conflicts_of(
+    task: Task, split: Split, keys: Keys, answers: Mapping[int, Answer]
+) -> list[Finding]:
     """Returns what is suspicious about rows of the same picture or recording."""
     role = answer_role(task.columns)
     if role is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...config.schema import Split
@@ -15,6 +16,19 @@ SHOWN = 5  # pairs of rows that a sentence names
 Keys = dict[str, list[tuple[str, RowPlace]]]
 # Columns that say which part of a file a row is about.
 _PARTS = ("offset", "start", "begin", "start_time", "segment_start")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The label, transcript or mask of a row.
+
+    Attributes:
+        text: equal for equal ones.
+        part: words for the part of its file that the row is about; "" for the whole file.
+    """
+
+    text: str
+    part: str = ""
 
 
 def shared_findings(keys: Mapping[Split, Keys]) -> list[Finding]:
@@ -40,23 +54,24 @@ def shared_findings(keys: Mapping[Split, Keys]) -> list[Finding]:
 
 
 def conflict_findings(
-    keys: Keys, answers: Mapping[int, str], *, split: Split, noun: str
+    keys: Keys, answers: Mapping[int, Answer], *, split: Split, noun: str
 ) -> list[Finding]:
     """Returns a finding for equal pictures or recordings of a split with different answers.
 
     Args:
-        answers: the label, transcript or mask by row.
+        answers: of the rows.
         noun: the word for them ("label").
     """
     results = []
     for role, rows in keys.items():
-        first: dict[str, RowPlace] = {}
+        first: dict[tuple[str, str], RowPlace] = {}
         pairs = []
         for key, place in rows:
-            other = first.setdefault(key, place)
-            one, two = answers.get(other.index), answers.get(place.index)
-            if one is not None and two is not None and one != two:
-                pairs.append((place, other, two, one))
+            if (answer := answers.get(place.index)) is None:
+                continue
+            other = first.setdefault((key, answer.part), place)
+            if answers[other.index].text != answer.text:
+                pairs.append((place, other, answer.text, answers[other.index].text))
         if pairs:
             some = "; ".join(_pair(*pair) for pair in pairs[:SHOWN])
             results.append(
@@ -94,28 +109,32 @@ def part_of_file(row: Mapping[str, Any], value: Any) -> str:
     parts = [str(row[name]) for name in _PARTS if row.get(name) is not None]
     if isinstance(value, Mapping):
         known = ("bytes", "path", "array", "sampling_rate")
-        parts += [f"{k}={v}" for k, v in sorted(value.items()) if k not in known]
+        more = {k: v for k, v in value.items() if k not in known and v is not None}
+        parts += [f"{key}={more[key]}" for key in sorted(more)]
     return " ".join(parts)
+
+
+def about_parts(rows: Rows) -> bool:
+    """Returns whether rows are about parts of files, as a column says."""
+    return bool(set(_PARTS) & set(rows.column_names))
 
 
 def paths_of(rows: Rows, role: str) -> Sequence[str | None]:
     """Returns the paths of the media of a column, without reading bytes that are in the rows.
 
-    It is empty for rows that are no table of files, and where rows are about parts of files.
+    It is empty for rows that are no table of files.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     data = getattr(rows, "data", None)
-    if data is None or role not in rows.column_names or set(_PARTS) & set(rows.column_names):
+    if data is None or role not in rows.column_names:
         return ()
     column = data.column(role)
-    names = (
-        {column.type.field(i).name for i in range(column.type.num_fields)}
-        if pa.types.is_struct(column.type)
-        else set()
-    )
-    if names != {"bytes", "path"}:
+    if not pa.types.is_struct(column.type):
+        return ()
+    fields = {column.type.field(i).name for i in range(column.type.num_fields)}
+    if not {"bytes", "path"} <= fields:
         return ()
     if pc.struct_field(column, "bytes").null_count < len(column):
         return ()

@@ -21,7 +21,7 @@ from ...core.task import Task
 from ..media import media_name, spread
 from ..stream import Stream
 from .checks import RowFacts, answer_of, conflicts_of, facts_of, media_findings, texts_of
-from .repeats import Keys, answer_role, paths_of, shared_findings
+from .repeats import Answer, Keys, about_parts, answer_role, paths_of, shared_findings
 from .results import RowPlace
 
 SECONDS = 1.0  # in which media are decoded; the task's own look takes about as long
@@ -77,9 +77,11 @@ def _of_columns(task: Task, splits: Splits) -> list[Finding]:
         places = {place.index: place for of_role in keys[split].values() for _, place in of_role}
         results += texts_of(task, split, rows, places)
         kind = "" if role is None else task.columns[role].kind
-        if role is not None and kind != "mask" and keys[split] and role in rows.column_names:
+        if role is None or kind == "mask" or about_parts(rows):
+            continue
+        if keys[split] and role in rows.column_names:
             values = ((index, answer_of(value, kind)) for index, value in enumerate(rows[role]))
-            answers = {index: answer for index, answer in values if answer is not None}
+            answers = {index: Answer(text) for index, text in values if text is not None}
             results += conflicts_of(task, split, keys[split], answers)
     return results
 

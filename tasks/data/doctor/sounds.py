@@ -46,6 +46,8 @@ class SoundFacts:
 def sound_facts(value: Any) -> SoundFacts:
     """Decodes the first minute of a recording and returns what is heard in it.
 
+    If the row is about a part of the file, it is the first minute of this part.
+
     Raises:
         BadRow: it cannot be read.
     """
@@ -77,9 +79,20 @@ def _samples(value: Any) -> tuple[np.ndarray, bool]:
         try:
             with soundfile.SoundFile(source) as sound:
                 floats = sound.subtype in ("FLOAT", "DOUBLE")
-                return sound.read(SECONDS * sound.samplerate, always_2d=True), floats
+                start, seconds = _part(value)
+                sound.seek(min(round(start * sound.samplerate), sound.frames))
+                frames = round(seconds * sound.samplerate)
+                return sound.read(frames, always_2d=True), floats
         except Exception:  # soundfile raises RuntimeError, TypeError and its own
             raise BadRow("the audio cannot be decoded") from None
+
+
+def _part(value: Any) -> tuple[float, float]:
+    """Returns the start and the length in seconds of the part of a file that is listened to."""
+    start, length = 0.0, None
+    if isinstance(value, Mapping):
+        start, length = float(value.get("offset") or 0.0), value.get("duration")
+    return start, min(float(length or SECONDS), SECONDS)
 
 
 def _by_time(samples: np.ndarray) -> np.ndarray:

@@ -30,9 +30,9 @@ from ...registry import task_class
 from ...reports.results import Run
 from ...training.checkpoint import CHECKPOINTS
 from ..folder import METRICS, RunFolder, make_folder, run_folder
-from ..look import look_at_data
 from ..metrics import environment, figures
 from ..model import make_encoder, sizes
+from ..preview import look_at_data
 from ..run import (
     begin,
     chosen,
