@@ -70,7 +70,7 @@ def test_spoken_digits_of_people_that_the_encoder_never_heard(
 
 def test_emoji_by_name(shared_dir: Path, tmp_path: Path) -> None:
     source = f"data.source={shared_dir}/data/emoji"
-    run = job("retrieve_emoji", tmp_path / "run", source, "trainer.max_steps=5")
+    run = job("retrieve_emoji", tmp_path / "run", source, "trainer.epochs=1")
     assert run.before is not None
     name = "text-to-image R@10"
     assert run.scores["test"][name].value > 1.5 * run.before[name].value
