@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,15 +140,6 @@ def _stripped(table: pa.Table) -> pa.Table:
 
     columns = [pc.utf8_trim_whitespace(column) for column in table.columns]
     return type(table).from_arrays(columns, names=table.column_names)
-
-
-def lines_with_breaks(cells: Sequence[str | None]) -> Iterator[tuple[int, str]]:
-    """Yields (row, "a line break" or "a tab") for each cell that holds one."""
-    for row, cell in enumerate(cells):
-        if cell and ("\n" in cell or "\r" in cell):
-            yield row, "a line break"
-        elif cell and "\t" in cell:
-            yield row, "a tab"
 
 
 def whole_numbers(table: pa.Table) -> pa.Table:
