@@ -74,12 +74,9 @@ def load(
         tensors = _below(stored.tensors, f"{_ADAPTERS}{name}/")
         adapter = store.filled(name, methods.from_dict(config), tensors=tensors, source=directory)
         built.append((name, adapter))
-    added: list[str] = []
-    loaded: list[str] = []
-    try:
+    with store.all_or_nothing():
         for name, adapter in built:
             store.insert(name, adapter)
-            added.append(name)
         for name, description in stored.config["fusions"].items():
             members = from_data(description["composition"])
             if not isinstance(members, Fuse):
@@ -87,13 +84,6 @@ def load(
             fusion = fusions.build(store, members, fusions.config_of(description))
             fusion.load(_below(stored.tensors, f"{_FUSIONS}{name}/"), directory)
             store.insert_fusion(fusion)
-            loaded.append(name)
-    except BaseException:
-        for name in loaded:
-            store.remove_fusion(name)
-        for name in added:
-            store.remove(name)
-        raise
     return composition, stored
 
 

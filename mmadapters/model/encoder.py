@@ -16,12 +16,14 @@ from ..injectors.installer import is_adapted
 from ..injectors.state import ImageTokens
 from ..sites.sitemap import SiteMap
 from ..sites.spec import Architecture
+from .refusal import RefusedMethod
 from .store import AdapterStore
 
 if TYPE_CHECKING:
     from typing import Self
 
 
+# Attributes that belong to the wrapper, also if the encoder has one of the same name.
 WRAPPER = ("backbone", "adapters", "fusions", "store", "train_trunk")
 # Methods of the encoder that would treat it as if it had no adapters, and what to call instead.
 INSTEAD = {
@@ -32,16 +34,6 @@ INSTEAD = {
     "disable_adapters": "call set_active_adapters(None)",
     "get_adapter_state_dict": "call save_adapter, or adapter(NAME).tensors()",
 }
-
-
-class _Refusal:
-    """Stands for a method of the encoder that an adapted encoder does not have."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(f"{self.name} is not for an adapted encoder: {INSTEAD[self.name]}")
 
 
 class AdaptedEncoder(nn.Module):
@@ -115,7 +107,7 @@ class AdaptedEncoder(nn.Module):
             if name == "backbone" or name.startswith("__"):
                 raise
             if name in INSTEAD:
-                return _Refusal(name)
+                return RefusedMethod(f"{name} is not for an adapted encoder: {INSTEAD[name]}")
             return getattr(super().__getattr__("backbone"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -76,26 +76,17 @@ def load(
     modules = _read_modules(folder)
     _check_modules(store.backbone, modules, folder)
     composition = None if index["active"] is None else parse(from_data(index["active"]))
-    added: list[str] = []
-    fused: list[str] = []
-    try:
+    with store.all_or_nothing():
         for name in index["adapters"]:
             saving.load(
                 store, folder / name, name=name, allow_different_weights=allow_different_weights
             )
-            added.append(name)
         for number in range(len(index["fusions"])):
-            fused.append(fusions.load(store, folder / _FUSIONS / str(number)))
+            fusions.load(store, folder / _FUSIONS / str(number))
         store.activate(composition, 0)
-    except BaseException:
-        for name in fused:
-            store.remove_fusion(name)
-        for name in added:
-            store.remove(name)
-        raise
-    tensors = {**dict(store.backbone.named_parameters()), **dict(store.backbone.named_buffers())}
+    parameters = dict(store.backbone.named_parameters())
     for name, tensor in modules.items():
-        tensors[name].data.copy_(tensor)
+        parameters[name].data.copy_(tensor)
 
 
 def trained_modules(backbone: nn.Module) -> dict[str, Tensor]:

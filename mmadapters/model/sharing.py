@@ -60,15 +60,9 @@ def add(
     kind = _kind_of_group(store, sharing, share_with)
     fresh = {name: store.build(name, its_config) for name, its_config in configs.items()}
     tie({**group, **fresh}, kind)
-    added: list[str] = []
-    try:
+    with store.all_or_nothing():
         for name, adapter in fresh.items():
             store.insert(name, adapter)
-            added.append(name)
-    except BaseException:
-        for name in added:
-            store.remove(name)
-        raise
 
 
 def _configs(

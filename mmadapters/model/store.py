@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -231,6 +232,19 @@ class AdapterStore:
         except BaseException:
             del self.fusions._modules[name]
             self.sync()
+            raise
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Removes the adapters and fusions that the block has added, if it raises."""
+        adapters, fusions = self.adapter_names, self.fusion_names
+        try:
+            yield
+        except BaseException:
+            for name in self.fusion_names[len(fusions) :]:
+                self.remove_fusion(name)
+            for name in self.adapter_names[len(adapters) :]:
+                self.remove(name)
             raise
 
     def remove(self, name: str) -> None:

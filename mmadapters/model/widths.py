@@ -14,20 +14,15 @@ import torch
 from torch import nn
 
 from ..sites.sitemap import SiteMap
+from .refusal import RefusedMethod
 
 # The names that transformers gives to the width of feed-forward parts.
 KEYS = ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "d_ff", "n_inner")
-
-
-class RefusedSaving:
-    """Stands for `save_pretrained` of a model whose config cannot describe its weights."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "the merged encoder cannot be saved by save_pretrained: its layers have feed-forward "
-            "parts of several widths, and its config has one; call reset_adapter first, or merge "
-            "an adapter that acts on all layers"
-        )
+_SEVERAL = (
+    "the merged encoder cannot be saved by save_pretrained: its layers have feed-forward parts of "
+    "several widths, and its config has one; call reset_adapter first, or merge an adapter that "
+    "acts on all layers"
+)
 
 
 def follow_widths(backbone: nn.Module, sites: SiteMap) -> None:
@@ -56,7 +51,7 @@ def follow_widths(backbone: nn.Module, sites: SiteMap) -> None:
     if wrong:
         for part, key, old in before:
             setattr(part, key, old)
-        backbone.__dict__["save_pretrained"] = RefusedSaving()
+        backbone.__dict__["save_pretrained"] = RefusedMethod(_SEVERAL)
 
 
 def _places(config: Any) -> Iterator[tuple[Any, str]]:
