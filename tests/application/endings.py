@@ -1,4 +1,4 @@
-"""What `predict` gives before the error that names the inputs which cannot be used."""
+"""Collects the results of `predict` before the error that names the inputs it cannot use."""
 
 from __future__ import annotations
 

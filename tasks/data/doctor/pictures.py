@@ -10,13 +10,14 @@ import numpy as np
 
 from ...core.findings import Finding, named_rows
 from ..media import bits_in_use, highest_value, picture_to_show
+from ..media.files import opened
+from ..media.images import DEEP
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SPREAD = 2  # of 255: values of a blank picture that was saved as JPEG differ by as much
 SIDE = 64  # pixels to which JPEG files may be reduced while they are decoded
-FULL = 16
 DARK = 14  # pictures that use so many bits of 16 have a quarter of the brightness
 
 
@@ -48,8 +49,6 @@ def picture_facts(value: Any) -> PictureFacts:
 def _reduced_jpeg(value: Any) -> Image.Image | None:
     """Decodes a JPEG file at an eighth of its size or so, which takes a fraction of the time."""
     from PIL import Image
-
-    from ..media.files import opened
 
     if isinstance(value, np.ndarray | Image.Image):
         return None
@@ -97,7 +96,7 @@ def picture_findings(
 def _low_range(pictures: int, highest: int, where: str) -> Finding | None:
     used = bits_in_use(highest)
     said = f"{pictures:,} {where} have 16 bits a channel, and no value above {highest:,}"
-    if used < FULL:
+    if used < DEEP:
         return Finding(
             f"{said}: they are scaled from {2**used - 1:,}, the range of {used} bits",
             f"write data.bits: {used} if that is right, or data.bits: 16 if they are meant to be "

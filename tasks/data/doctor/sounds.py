@@ -14,6 +14,7 @@ import numpy as np
 from ...core.errors import BadRow
 from ...core.findings import Finding, named_rows
 from ..media import audio_samples
+from ..media.audio import part_of
 from ..media.files import ByteStream, opened
 
 SECONDS = 60  # of a long recording, so many are listened to
@@ -79,20 +80,12 @@ def _samples(value: Any) -> tuple[np.ndarray, bool]:
         try:
             with soundfile.SoundFile(source) as sound:
                 floats = sound.subtype in ("FLOAT", "DOUBLE")
-                start, seconds = _part(value)
+                start, length = part_of(value) or (0.0, None)
                 sound.seek(min(round(start * sound.samplerate), sound.frames))
-                frames = round(seconds * sound.samplerate)
+                frames = round(min(length or SECONDS, SECONDS) * sound.samplerate)
                 return sound.read(frames, always_2d=True), floats
         except Exception:  # soundfile raises RuntimeError, TypeError and its own
             raise BadRow("the audio cannot be decoded") from None
-
-
-def _part(value: Any) -> tuple[float, float]:
-    """Returns the start and the length in seconds of the part of a file that is listened to."""
-    start, length = 0.0, None
-    if isinstance(value, Mapping):
-        start, length = float(value.get("offset") or 0.0), value.get("duration")
-    return start, min(float(length or SECONDS), SECONDS)
 
 
 def _by_time(samples: np.ndarray) -> np.ndarray:

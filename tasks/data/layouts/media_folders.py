@@ -45,7 +45,9 @@ def media_files(folder: Path) -> Iterator[str]:
 
 
 def from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Returns a data set of rows; its columns are the keys of all of them."""
     import datasets
     import pyarrow as pa
 
-    return datasets.Dataset(pa.Table.from_pylist(rows))
+    names = dict.fromkeys(name for row in rows for name in row)
+    return datasets.Dataset(pa.table({name: [row.get(name) for row in rows] for name in names}))

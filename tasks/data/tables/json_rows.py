@@ -97,13 +97,13 @@ def _rows(text: str, columns: set[str]) -> Iterator[tuple[int | None, dict[str, 
             if line.strip():
                 row = _loaded(line, number)
                 if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is {_short(row)}, and no object with keys")
+                    raise ValueError(f"line {number} is {short_json(row)}, and no object with keys")
                 yield number, row
         return
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(
-                f"its list holds values that are not objects: value {number} is {_short(row)}"
+                f"its list holds values that are not objects: value {number} is {short_json(row)}"
             )
         yield None, row
 
@@ -148,12 +148,19 @@ def _loaded(text: str, line: int | None = None) -> Any:
     try:
         return json.loads(text, parse_float=_Fraction)
     except json.JSONDecodeError as error:
-        number = error.lineno if line is None else line
-        raise ValueError(
-            f"line {number}, column {error.colno} is not valid JSON: {error.msg}"
-        ) from None
+        raise ValueError(invalid_json(error, line)) from None
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+
+
+def invalid_json(error: json.JSONDecodeError, line: int | None = None) -> str:
+    """Returns the words for a text that is no JSON.
+
+    Args:
+        line: the number of the line in the file; None if the text is the whole file.
+    """
+    number = error.lineno if line is None else line
+    return f"line {number}, column {error.colno} is not valid JSON: {error.msg}"
 
 
 def _table(rows: list[dict[str, Any]], lines: list[int | None], texts: Collection[str]) -> pa.Table:
@@ -174,7 +181,7 @@ def _column(name: str, values: list[Any], lines: list[int | None], *, text: bool
         row = next(i for i, value in enumerate(values) if type(value) in nested)
         where = f"row {row}" if lines[row] is None else f"line {lines[row]}"
         raise ValueError(
-            f"{where} has {_short(values[row])} under {name!r}, where other rows have a text: "
+            f"{where} has {short_json(values[row])} under {name!r}, where other rows have a text: "
             "write a text there"
         )
     if not (text and not nested) and (not nested or len(kinds) == 1):
@@ -182,16 +189,17 @@ def _column(name: str, values: list[Any], lines: list[int | None], *, text: bool
             return pa.array(values)
         except (pa.ArrowException, OverflowError):
             pass  # the kinds differ, here or further inside
-    return pa.array([_as_text(value) for value in values], type=pa.string())
+    return pa.array([written(value) for value in values], type=pa.string())
 
 
-def _as_text(value: Any) -> str | None:
+def written(value: Any) -> str | None:
     """Returns a value as it is written in JSON, without the quotes of a text."""
     if value is None or isinstance(value, str):
         return value
     return value.text if isinstance(value, _Fraction) else json.dumps(value, ensure_ascii=False)
 
 
-def _short(value: Any) -> str:
+def short_json(value: Any) -> str:
+    """Returns the start of a value in JSON, for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -1,4 +1,4 @@
-"""What is said of files that cannot be opened is true."""
+"""Files that cannot be opened are refused with a true sentence."""
 
 from __future__ import annotations
 

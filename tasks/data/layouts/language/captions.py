@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ from ...wanted import FILE, Wanted
 from ..media_folders import from_rows
 from .documents import (
     as_text,
-    by_split,
     document,
+    file_parts,
     has_tables,
     head,
     is_mapped,
@@ -41,10 +42,7 @@ def coco_captions(wanted: Wanted, path: Path) -> Parts | None:
         files = [file for file in json_files(path) if _is_coco(wanted, file)]
     if not files:
         return None
-    return {
-        split: [Piece(lambda file=file: _coco(wanted, file), file.parent)]  # type: ignore[misc]
-        for split, file in by_split(files).items()
-    }
+    return file_parts(files, partial(_coco, wanted))
 
 
 def _is_coco(wanted: Wanted, file: Path) -> bool:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmadapters.errors import first_line
 
+from ...parts import Parts, Piece
 from ...splits import KNOWN
 from ...tables.encodings import read_text
+from ...tables.json_rows import invalid_json, short_json, written
 from ...wanted import Wanted
 from ..table_files import split_of_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _HEAD = 1 << 16  # characters
@@ -73,20 +79,14 @@ def document(wanted: Wanted, file: Path) -> Any:
         return json.loads(text, parse_float=str)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
-            raise _invalid(file, error, error.lineno) from None
+            raise ValueError(f"{file} cannot be read: {invalid_json(error)}") from None
     values = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
             values += [json.loads(line, parse_float=str)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise _invalid(file, error, number) from None
+            raise ValueError(f"{file} cannot be read: {invalid_json(error, number)}") from None
     return values
-
-
-def _invalid(file: Path, error: json.JSONDecodeError, line: int) -> ValueError:
-    return ValueError(
-        f"{file} cannot be read: line {line}, column {error.colno} is not valid JSON: {error.msg}"
-    )
 
 
 def objects(file: Path, document: Any, key: str | None, *needed: str) -> list[dict[str, Any]]:
@@ -105,17 +105,17 @@ def objects(file: Path, document: Any, key: str | None, *needed: str) -> list[di
         raise ValueError(f"{file} has no list {key!r}" if key else f"{file} holds no list of rows")
     for number, value in enumerate(values):
         if not isinstance(value, dict):
-            raise ValueError(f"{file}: {where}{number} is {_short(value)}, and no object with keys")
+            raise ValueError(
+                f"{file}: {where}{number} is {short_json(value)}, and no object with keys"
+            )
         if missing := [name for name in needed if name not in value]:
-            raise ValueError(f"{file}: {where}{number} has no {missing[0]!r}: {_short(value)}")
+            raise ValueError(f"{file}: {where}{number} has no {missing[0]!r}: {short_json(value)}")
     return values
 
 
 def as_text(value: Any) -> str:
     """Returns a value of JSON as text; "" for null."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    return json.dumps(value, ensure_ascii=False)
+    return written(value) or ""
 
 
 def split_name(name: str) -> str:
@@ -127,6 +127,18 @@ def split_in(stem: str) -> str:
     """Returns the split that is a word of a file's name (captions_val2014), or ""."""
     words = [split_name(word) for word in re.split(r"[^a-z]+", stem.lower())]
     return next((word for word in words if word in KNOWN), "")
+
+
+def file_parts(files: Sequence[Path], read: Callable[[Path], Dataset]) -> Parts:
+    """Returns the splits of files, each read by `read`; relative paths start from its folder.
+
+    Raises:
+        ValueError: see `by_split`.
+    """
+    return {
+        split: [Piece(functools.partial(read, file), file.parent)]
+        for split, file in by_split(files).items()
+    }
 
 
 def by_split(files: Sequence[Path]) -> dict[str, Path]:
@@ -148,14 +160,3 @@ def by_split(files: Sequence[Path]) -> dict[str, Path]:
             )
         splits[split] = file
     return splits
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows with the keys of all of them."""
-    names: Iterable[str] = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in names} for row in rows]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:60] + "…"

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...parts import Parts, Piece
+from ...parts import Parts
 from ...wanted import FILE, Wanted
 from ..media_folders import from_rows
 from .documents import (
     as_text,
-    by_split,
     document,
+    file_parts,
     has_tables,
     head,
     is_mapped,
     json_files,
     objects,
     reads,
-    table,
 )
 from .image_folders import image_paths
 
@@ -37,10 +37,7 @@ def llava(wanted: Wanted, path: Path) -> Parts | None:
     files = [f for f in json_files(path, ".json", ".jsonl") if _is_llava(head(wanted, f))]
     if not files:
         return None
-    return {
-        split: [Piece(lambda file=file: _llava(wanted, file), file.parent)]  # type: ignore[misc]
-        for split, file in by_split(files).items()
-    }
+    return file_parts(files, partial(_llava, wanted))
 
 
 def slake(wanted: Wanted, path: Path) -> Parts | None:
@@ -50,10 +47,7 @@ def slake(wanted: Wanted, path: Path) -> Parts | None:
     files = [f for f in json_files(path) if _is_slake(head(wanted, f))]
     if not files:
         return None
-    return {
-        split: [Piece(lambda file=file: _slake(wanted, file), file.parent)]  # type: ignore[misc]
-        for split, file in by_split(files).items()
-    }
+    return file_parts(files, partial(_slake, wanted))
 
 
 def _asked(wanted: Wanted, path: Path) -> bool:
@@ -132,4 +126,4 @@ def _slake(wanted: Wanted, file: Path) -> Dataset:
         plain = {n: as_text(v) for n, v in entry.items() if not isinstance(v, list | dict)}
         image = as_text(entry.get("img_id", entry["img_name"]))
         rows.append({**plain, FILE: path, "image_id": image})
-    return from_rows(table(rows))
+    return from_rows(rows)

@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...parts import Parts, Piece
+from ...parts import Parts
 from ...wanted import FILE, Wanted
 from ..media_folders import from_rows
 from .documents import (
     as_text,
-    by_split,
     document,
+    file_parts,
     has_tables,
     head,
     json_files,
     objects,
     reads,
     split_in,
-    table,
 )
 from .image_folders import image_paths
 
@@ -70,10 +69,7 @@ def vqa_pairs(wanted: Wanted, path: Path) -> Parts | None:
         pairs[file if is_question else others[0]] = others[0] if is_question else file
     if not pairs:
         raise ValueError(f"data.source: {questions[0]} has the questions of a test without answers")
-    return {
-        split: [Piece(lambda q=q: _read(wanted, q, pairs[q]), q.parent)]  # type: ignore[misc]
-        for split, q in by_split(list(pairs)).items()
-    }
+    return file_parts(list(pairs), lambda file: _read(wanted, file, pairs[file]))
 
 
 def _kind(start: str) -> str | None:
@@ -127,7 +123,7 @@ def _read(wanted: Wanted, file: Path, annotations: Path) -> Dataset:
         row["image_id"] = as_text(question["image_id"])
         row["question_id"] = as_text(question["question_id"])
         rows.append(row | {n: note[n] for n in ("question_type", "answer_type") if n in note})
-    return from_rows(table(rows))
+    return from_rows(rows)
 
 
 def _answers(file: Path, note: dict[str, Any]) -> list[str]:
