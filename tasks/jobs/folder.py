@@ -143,10 +143,12 @@ def _decide(
         kept = there in (RunState.UNFINISHED, RunState.FINISHED)
         return RunFolder(path, beside if kept else path, None, config, goes_on=False)
     if resume:
-        place = beside if next_one is RunState.UNFINISHED else path
-        if state_of(place, result) in (RunState.UNFINISHED, RunState.FINISHED):
+        place, state = path, there
+        if next_one is RunState.UNFINISHED:
+            place, state = beside, next_one
+        if state in (RunState.UNFINISHED, RunState.FINISHED):
             _check_config(place, config)
-            if state_of(place, result) is RunState.FINISHED and not again:
+            if state is RunState.FINISHED and not again:
                 raise AlreadyFinished(
                     f"{path} holds a finished run: nothing is left to do; --overwrite trains it "
                     "anew"
