@@ -117,9 +117,10 @@ class AdaptedEncoder(nn.Module):
         except AttributeError:
             if name == "backbone" or name.startswith("__"):
                 raise
+            value = getattr(super().__getattr__("backbone"), name)
             if name in INSTEAD:
                 return RefusedMethod(f"{name} is not for an adapted encoder: {INSTEAD[name]}")
-            return getattr(super().__getattr__("backbone"), name)
+            return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute of the encoder if it has one of that name (a classifier, a config).
