@@ -43,7 +43,7 @@ class Encoder:
     def make(self) -> nn.Module:
         """Builds the encoder with the same random weights at every call."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             return load_backbone(self.name, **self.options)
 
 
@@ -159,7 +159,7 @@ def make_inputs(encoder: nn.Module, batch: int, *, seconds: float) -> Inputs:
     if example is None:
         raise ValueError(f"the inputs of {type(encoder).__name__} are not known")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         args, kwargs = example(encoder)
     generator = torch.Generator().manual_seed(0)
 

@@ -88,11 +88,15 @@ def seeded_example(task: Task, row: Mapping[str, Any], seed: int, *, train: bool
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global random states of torch and `random`, and restores both after the block."""
+    """Seeds the random states of torch on the CPU and of `random`, and restores both afterwards.
+
+    `torch.manual_seed` would also seed accelerators, whose states are not restored here. Where
+    none is in use it keeps a record of every call.
+    """
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             random.seed(seed)
             yield
     finally:

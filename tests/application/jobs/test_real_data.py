@@ -58,7 +58,7 @@ def test_spoken_digits_of_people_that_the_encoder_never_heard(
     shared_dir: Path, tmp_path: Path
 ) -> None:
     source = f"data.source={shared_dir}/data/spoken_digits"
-    short = ["trainer.max_steps=120", "trainer.batch_size=16"]
+    short = ["trainer.max_steps=100", "trainer.batch_size=12"]
     run = job("asr_digits", tmp_path / "run", source, *short)
     assert run.before is not None
     assert run.before["WER"].value > 0.8
