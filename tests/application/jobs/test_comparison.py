@@ -29,8 +29,8 @@ CONFIG: dict[str, Any] = {
     "name": "small",
     "job": "classify_scenes",
     "overrides": {
-        "data.options": {"train": 32, "validation": 16, "test": 24, "vocabulary": "unseen"},
-        "trainer": {"epochs": 1, "batch_size": 16},
+        "data.options": {"train": 16, "validation": 8, "test": 12, "vocabulary": "unseen"},
+        "trainer": {"epochs": 1, "batch_size": 8},
         "evaluation.bootstrap": 100,
         "head.pooling": "mean",
     },

@@ -26,7 +26,7 @@ def nuclei(shared_dir: Path, folder: Path, *changes: str) -> tuple[Run, Run]:
     short = [
         f"data.source={shared_dir}/data/nuclei",
         f"backbone.weights={shared_dir}/weights/vit_small_patch14_focus.safetensors",
-        *("data.limit.validation=8", "trainer.epochs=1", "trainer.batch_size=8"),
+        *("data.limit.validation=4", "trainer.epochs=1", "trainer.batch_size=8"),
         *("trainer.learning_rate=2e-3", *changes),
     ]
     adapter = job("segment_nuclei", folder / "adapter", *short)
@@ -70,7 +70,8 @@ def test_spoken_digits_of_people_that_the_encoder_never_heard(
 
 def test_emoji_by_name(shared_dir: Path, tmp_path: Path) -> None:
     source = f"data.source={shared_dir}/data/emoji"
-    run = job("retrieve_emoji", tmp_path / "run", source, "trainer.epochs=1")
+    short = ["trainer.epochs=1", "adapter.dropout=0", "data.limit.validation=32"]
+    run = job("retrieve_emoji", tmp_path / "run", source, *short)
     assert run.before is not None
     name = "text-to-image R@10"
     assert run.scores["test"][name].value > 1.5 * run.before[name].value
