@@ -18,6 +18,7 @@ from torch import nn
 import mmadapters
 from mmadapters import AdapterModel
 from mmadapters.adapters import storage
+from mmadapters.adapters.identity import check_backbone
 from mmadapters.composition import parse
 from mmadapters.model import bundles
 
@@ -193,7 +194,7 @@ def open_directory(
         encoder.load_adapter(directory)
         encoder.set_active_adapters(stored.name, drop=drop)
     else:
-        storage.check_backbone(stored.backbone, encoder.identity(), allow_different_weights=False)
+        check_backbone(stored.backbone, encoder.identity(), allow_different_weights=False)
     if metadata["mode"] == "full":
         _restore(encoder, stored, directory)
     model = task.build(encoder)

@@ -2,14 +2,11 @@
 
 The JSON holds the format, the adapter's name, the method's config, the encoder's identity, the
 checksum of the weights, and the metadata that a task adds (label map, vocabulary, preprocessing,
-metrics). The identity describes each tower that the adapter acts on by its width, its depth and a
-hash of its weights in float32 under canonical names. So it is the same for the same weights in any
-library.
+metrics). `identity` says what the identity of an encoder holds.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -18,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -26,13 +22,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..files import replacing_directory
-from ..sites.sitemap import Tower
 
 FORMAT = 1
 WEIGHTS_FILE, JSON_FILE = "adapter.safetensors", "adapter.json"
 _HEAD = "head/"
-_SAMPLED = 256  # the least number of weights of a tower that its identity holds
-_HALVES = ("bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
@@ -191,94 +184,3 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
             )
     if not isinstance(description.get("metadata", {}), dict):
         raise ValueError(f"{path}: metadata is not a mapping: it was changed by hand")
-
-
-def tower_identity(tower: Tower) -> dict[str, Any]:
-    """Returns the width and depth of a tower, the SHA-256 of all its weights, a sample of them in
-    float32, and the dtype in which the tower holds them.
-
-    Biases are left out, as some libraries have zero biases where others have none.
-    """
-    leaves = [
-        leaf
-        for block in tower.blocks
-        for sublayer in block.sublayers.values()
-        for leaf in sorted(sublayer.leaves.values(), key=lambda leaf: leaf.role)
-        if leaf.weight is not None
-    ]
-    digest = hashlib.sha256()
-    sample = []
-    each = -(-_SAMPLED // max(len(leaves), 1))
-    for leaf in leaves:
-        assert leaf.weight is not None
-        digest.update(leaf.name.encode())
-        weight = leaf.weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        digest.update(weight.numpy().data)
-        sample.append(weight.flatten()[:: max(weight.numel() // each, 1)][:each])
-    dtypes = {str(leaf.weight.dtype).removeprefix("torch.") for leaf in leaves}  # type: ignore[union-attr]
-    values = torch.cat(sample).numpy() if sample else np.zeros(0, np.float32)
-    return {
-        "width": tower.width,
-        "depth": len(tower.blocks),
-        "weights": digest.hexdigest(),
-        "sample": base64.b64encode(values.astype("<f4").tobytes()).decode(),
-        "dtype": dtypes.pop() if len(dtypes) == 1 else "several",
-    }
-
-
-def _differ_by_rounding(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Returns whether two towers hold the same weights in float32 and in half precision.
-
-    Every value of the sample must be equal after it was rounded to the half precision.
-    """
-    dtypes = [str(tower.get("dtype")) for tower in (one, other)]
-    halves = [dtype for dtype in dtypes if dtype in _HALVES]
-    if len(halves) != 1 or "float32" not in dtypes:
-        return False
-    try:
-        samples = [
-            torch.from_numpy(np.frombuffer(base64.b64decode(tower["sample"]), "<f4").copy())
-            for tower in (one, other)
-        ]
-    except (KeyError, TypeError, ValueError):
-        return False
-    first, second = (sample.to(getattr(torch, halves[0])) for sample in samples)
-    return bool(len(first)) and torch.equal(first, second)
-
-
-def check_backbone(
-    stored: Mapping[str, Any], present: Mapping[str, Any], *, allow_different_weights: bool
-) -> None:
-    """Checks that an adapter was made for an encoder like this one.
-
-    Args:
-        stored: the identity of the adapter's encoder, `{library, architecture, towers}`.
-        present: the identity of this encoder, of the same form.
-        allow_different_weights: compare width and depth alone.
-
-    The same weights in half precision are no other weights: what rounding changes is passed over.
-
-    Raises:
-        ValueError: a tower is missing, has another width or depth, or other weights.
-    """
-    for name, tower in stored.get("towers", {}).items():
-        here = present["towers"].get(name)
-        what = f"this adapter was made for {stored.get('architecture')} ({stored.get('library')})"
-        if here is None:
-            raise ValueError(f"{what}, tower {name!r}, which {present['architecture']} lacks")
-        for key in ("width", "depth"):
-            if tower.get(key) != here[key]:
-                raise ValueError(
-                    f"{what} of {key} {tower.get(key)} in tower {name!r}; this "
-                    f"{present['architecture']} has {here[key]}"
-                )
-        if tower.get("weights") == here["weights"] or allow_different_weights:
-            continue
-        if _differ_by_rounding(tower, here):
-            continue
-        half = here.get("dtype") in _HALVES and "sample" not in tower
-        raise ValueError(
-            f"{what} with other weights in tower {name!r}; load the same pretrained weights"
-            + (f" in float32 (here they are in {here['dtype']})" if half else "")
-            + ", or pass allow_different_weights=True if the difference is meant"
-        )

@@ -48,7 +48,7 @@ def check(model: nn.Module, runtime: Runtime, plan: Plan, example: tuple[tuple, 
 
     def output(with_plan: Plan) -> list[Tensor]:
         runtime.local.plan = with_plan
-        args, kwargs = _like_parameters(model, example)
+        args, kwargs = like_parameters(model, example)
         tensors = tensors_in(model(*args, **kwargs))
         return [tensor for tensor in tensors if tensor.is_floating_point()]
 
@@ -143,7 +143,7 @@ def agrees(
 
         def output(with_plan: Plan) -> list[Tensor]:
             runtime.local.plan = with_plan
-            args, kwargs = _like_parameters(model, example)
+            args, kwargs = like_parameters(model, example)
             outputs: list[Tensor] = []
             # They run after the runtime's hooks, and so see their changes.
             hooks = [
@@ -238,16 +238,16 @@ def _untouched(model: nn.Module, runtime: Runtime, modules: list[nn.Module]) -> 
             parameter.requires_grad_(requires_grad).grad = grad
 
 
-def _like_parameters(model: nn.Module, example: Any) -> Any:
+def like_parameters(model: nn.Module, example: Any) -> Any:
     """Returns the example with its half-precision tensors in float32 if the module that reads them
     is in float32."""
     if isinstance(example, Tensor):
         half = example.is_floating_point() and example.dtype.itemsize < 4
         return example.float() if half and _read_in(model) == torch.float32 else example
     if isinstance(example, dict):
-        return {key: _like_parameters(model, value) for key, value in example.items()}
+        return {key: like_parameters(model, value) for key, value in example.items()}
     if isinstance(example, tuple):
-        return tuple(_like_parameters(model, value) for value in example)
+        return tuple(like_parameters(model, value) for value in example)
     return example
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..adapters import storage
+from ..adapters.identity import check_backbone
 from ..composition import Composition, Fuse, Setup, from_data, parse
 from . import fusion as fusions
 from .store import AdapterStore
@@ -64,7 +65,7 @@ def load(
     stored = storage.read(directory)
     if stored.config.get("method") != METHOD:
         raise ValueError(f"{directory} holds no composition: use load_adapter")
-    storage.check_backbone(
+    check_backbone(
         stored.backbone, store.identity(), allow_different_weights=allow_different_weights
     )
     composition = parse(from_data(stored.config["composition"]))

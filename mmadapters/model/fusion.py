@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..adapters import storage
 from ..adapters.adapter import Adapter, Fusion, kind_of
+from ..adapters.identity import check_backbone
 from ..composition import Composition, Fuse, from_data
 from ..methods import FusionConfig
 from ..methods.fusion import FusionAttention
@@ -143,7 +144,7 @@ def load(store: AdapterStore, directory: str | os.PathLike) -> str:
     config = stored.config
     if config.get("method") != FusionConfig.method:
         raise ValueError(f"{directory} holds an adapter, not an AdapterFusion: use load_adapter")
-    storage.check_backbone(stored.backbone, store.identity(), allow_different_weights=False)
+    check_backbone(stored.backbone, store.identity(), allow_different_weights=False)
     members = from_data(config["composition"])
     if not isinstance(members, Fuse) or not isinstance(config.get("members"), dict):
         raise ValueError(f"{directory} names no members to fuse: it was changed by hand")

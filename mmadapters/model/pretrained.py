@@ -11,9 +11,10 @@ The encoder itself is not written: it is frozen, and its library has it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def load(
     modules = _read_modules(folder)
     _check_modules(store.backbone, modules, folder)
     composition = None if index["active"] is None else parse(from_data(index["active"]))
-    with store.all_or_nothing():
+    with _given(store, modules), store.all_or_nothing():
         for name in index["adapters"]:
             saving.load(
                 store, folder / name, name=name, allow_different_weights=allow_different_weights
@@ -92,11 +93,31 @@ def load(
         for number in range(len(index["fusions"])):
             fusions.load(store, folder / _FUSIONS / str(number))
         store.activate(composition, 0)
-    tensors = tensors_of(store.backbone)
-    with torch.no_grad():
-        for name, tensor in modules.items():
-            tensors[name].copy_(tensor)
     model.training_state.changed(modules)
+
+
+@contextlib.contextmanager
+def _given(store: AdapterStore, modules: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gives the encoder values, which its adapters may depend on, and takes them back on an error.
+
+    The identity of the encoder is that with these values.
+    """
+    tensors = tensors_of(store.backbone)
+    before = {name: tensors[name].detach().clone() for name in modules}
+
+    def give(values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                tensors[name].copy_(value)
+        if values:
+            store.identity(anew=True)
+
+    give(modules)
+    try:
+        yield
+    except BaseException:
+        give(before)
+        raise
 
 
 def is_saved(directory: str | os.PathLike) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import methods
 from ..adapters import storage
+from ..adapters.identity import check_backbone
 from ..methods import FusionConfig
 from . import bundles
 from .store import AdapterStore
@@ -63,7 +64,7 @@ def load(
         )
     if method == bundles.METHOD:
         raise ValueError(f"{directory} holds a composition: load it with load_composition")
-    storage.check_backbone(
+    check_backbone(
         stored.backbone, store.identity(), allow_different_weights=allow_different_weights
     )
     name = stored.name if name is None else name

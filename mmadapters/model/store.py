@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import storage
 from ..adapters.adapter import Adapter, Fusion
+from ..adapters.dependence import tensors_behind
+from ..adapters.identity import encoder_identity
 from ..adapters.merging import MergedAdapter
 from ..composition import BASE, Composition, Fuse
 from ..injectors import checkpointing
 from ..injectors.installer import Runtime
 from ..injectors.plan import NOTHING, Plan
-from ..injectors.selfcheck import check
+from ..injectors.selfcheck import check, like_parameters
 from ..methods import AdapterModule, MethodConfig
 from ..methods.init import skip_init
 from ..plans.build import plan_of
@@ -394,21 +395,25 @@ class AdapterStore:
                 f"reset_adapter({name!r}) first"
             )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, *, anew: bool = False) -> dict[str, Any]:
         """Returns the encoder's identity, `{library, architecture, towers}`.
 
-        It is computed at the first call, which comes before anything is merged into the encoder.
+        It is computed before anything is merged, and `anew` after the encoder got other values.
         """
-        if self._identity is None:
-            towers = {
-                name: storage.tower_identity(tower) for name, tower in self.sites.towers.items()
-            }
-            self._identity = {
-                "library": self.sites.library,
-                "architecture": self.sites.architecture,
-                "towers": towers,
-            }
+        if self._identity is None or anew:
+            self._identity = encoder_identity(self.sites, self._tensors_behind())
         return self._identity
+
+    def _tensors_behind(self) -> dict[str, dict[str, Tensor]] | None:
+        """Returns the tensors that each tower depends on; None without an input to run it on."""
+        try:
+            args, kwargs = like_parameters(self.backbone, self.example_input())
+        except ValueError:
+            return None
+        with self.runtime.pinned(NOTHING):
+            return tensors_behind(
+                self.backbone, self.sites.towers, lambda: self.backbone(*args, **kwargs)
+            )
 
     def detach(self) -> None:
         """Removes all adapters, fusions and hooks, and lets the encoder's parameters train again.
