@@ -73,13 +73,15 @@ def slow_first(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def pytest_collection_finish() -> None:
-    """Garbage collections pass over all that was imported and collected until here.
+    """Garbage collections pass over all that was imported and collected until here, and are rarer.
 
     Every run of transformers' Trainer collects garbage, which takes a second with the objects of
-    some ten thousand tests and all libraries.
+    some ten thousand tests and all libraries. Models are made of many small objects: with the usual
+    thresholds a twelfth of the time would go into looking through them.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 25, 25)
 
 
 @pytest.fixture(autouse=True)
