@@ -21,6 +21,7 @@ from .state import State
 from .streams.copies import CopyHook
 from .streams.prompts import PromptedBlock
 from .streams.readouts import CollectHook, EntryHook, ReadoutHook, StartHook
+from .streams.whole_calls import whole_calls
 
 
 class HookKey(NamedTuple):
@@ -47,7 +48,8 @@ class Removable(Protocol):
 class SiteIndex:
     """The towers, blocks, sublayers, leaves and points of a `SiteMap` by their canonical names."""
 
-    def __init__(self, sites: SiteMap) -> None:
+    def __init__(self, sites: SiteMap, backbone: nn.Module) -> None:
+        self.library, self.backbone = sites.library, backbone
         self.towers = sites.towers
         self.blocks: dict[str, Block] = {block.name: block for block in sites.blocks()}
         self.sublayers: dict[str, Sublayer] = {part.name: part for part in sites.sublayers()}
@@ -207,7 +209,7 @@ def _prompt(at: Spot) -> Iterator[Removable]:
         site=at.site,
         tower=tower.name,
         index=block.index,
-        last=block is tower.blocks[-1],
+        blocks=tuple(other.name for other in tower.blocks),
     )
     prompted.put()
     yield prompted
@@ -278,6 +280,7 @@ KINDS: dict[str, HookKind] = {
             ).register(at.block.module)
         ]
     ),
+    "calls": HookKind(lambda at: whole_calls(at.index.backbone, at.state)),
 }
 
 
@@ -346,5 +349,8 @@ def composed(index: SiteIndex, plan: Plan) -> Iterator[HookKey]:
     if plan.copies > 1:
         for block in index.blocks:
             yield HookKey("copy", block)
+        # The inputs of an encoder that the user has described are unknown.
+        if index.library != "custom":
+            yield HookKey("calls", "")
     for site, deltas in plan.delta.items():
         yield from _for_explicit(index, site, deltas)

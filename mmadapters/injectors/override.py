@@ -1,4 +1,4 @@
-"""Overrides stand in the place of a module's `forward`, one around another.
+"""Overrides stand in the place of a module's `forward` or another method, one around another.
 
 The hooks of a module run around all of its overrides, whoever put them there: so they see the same
 inputs and outputs as the module's caller.
@@ -15,42 +15,44 @@ from torch import nn
 
 @dataclass(eq=False)
 class Override:
-    """Replaces the `forward` of a module. Subclasses define `__call__`.
+    """Replaces a method of a module. Subclasses define `__call__`.
 
     Attributes:
         rank: an override of a higher rank stands around those of lower ranks.
         module: the module.
-        otherwise: the `forward` that the override covers; None for that of the module's class.
+        method: the name of the method.
+        otherwise: what the override covers; None for the method of the module's class.
     """
 
     rank: ClassVar[int]
 
     module: nn.Module
+    method: str = field(default="forward", kw_only=True)
     otherwise: Any = field(default=None, kw_only=True)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the `forward` that the override covers."""
+        """Runs what the override covers."""
         if self.otherwise is not None:
             return self.otherwise(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
     def put(self) -> None:
         """Puts it on its module."""
         outer = None
-        for other in overrides(self.module):
+        for other in overrides(self.module, self.method):
             if other.rank < self.rank:
                 break
             outer = other
         if outer is None:
-            self.otherwise = self.module.__dict__.get("forward")
-            self.module.__dict__["forward"] = self
+            self.otherwise = self.module.__dict__.get(self.method)
+            self.module.__dict__[self.method] = self
         else:
             self.otherwise, outer.otherwise = outer.otherwise, self
 
     def remove(self) -> None:
-        """Takes it off its module, unless a `forward` of someone else covers it."""
+        """Takes it off its module, unless a wrapper of someone else covers it."""
         outer = None
-        for other in overrides(self.module):
+        for other in overrides(self.module, self.method):
             if other is not self:
                 outer = other
             elif outer is not None:
@@ -61,16 +63,16 @@ class Override:
                 return
 
     def uncover(self) -> None:
-        """Gives the module the `forward` that the override covers."""
+        """Gives the module the method that the override covers."""
         if self.otherwise is None:
-            del self.module.__dict__["forward"]
+            del self.module.__dict__[self.method]
         else:
-            self.module.__dict__["forward"] = self.otherwise
+            self.module.__dict__[self.method] = self.otherwise
 
 
-def overrides(module: nn.Module) -> Iterator[Override]:
-    """Yields the overrides of a module, the outermost first."""
-    forward = module.__dict__.get("forward")
-    while isinstance(forward, Override):
-        yield forward
-        forward = forward.otherwise
+def overrides(module: nn.Module, method: str = "forward") -> Iterator[Override]:
+    """Yields the overrides of a module's method, the outermost first."""
+    override = module.__dict__.get(method)
+    while isinstance(override, Override):
+        yield override
+        override = override.otherwise

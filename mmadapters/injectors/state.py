@@ -93,6 +93,8 @@ class ThreadState(threading.local):
         stash: by site and name, tensors that one hook of a block leaves for a later one.
         memo: by the id of a module, the changed weights that its forward pass has computed.
         states: by site, the outputs of the blocks below a readout, by index of the block.
+        rows: how many rows the inputs of this call have, if all of them were repeated for
+            `Parallel`; else 0.
         prompted: by tower, the output of the block that ran last, if prompts go on behind it.
         image_tokens: the images to which texts attend now; None outside of such a call.
         passing: replaces the forward pass of intercepted modules; None if nothing does.
@@ -103,6 +105,7 @@ class ThreadState(threading.local):
         self.stash: dict[tuple[str, str], Any] = {}
         self.memo: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
         self.states: dict[str, dict[int, Tensor]] = {}
+        self.rows = 0
         self.prompted: dict[str, Prompted] = {}
         self.image_tokens: ImageTokens | None = None
         self.passing: Pass | None = None

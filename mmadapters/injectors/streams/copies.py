@@ -1,4 +1,8 @@
-"""Copies of the batch, one for each member of `Parallel`."""
+"""Copies of the batch, one for each member of `Parallel`.
+
+In a plain call they are made at the first adapted block, so that the blocks below run once. If more
+than the last state is read, or a second input has a row for each sample, all inputs are repeated.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,17 @@ class CopyHook(Hook):
     crossed: bool
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        plan = self.state.plan()
+        plan, rows = self.state.plan(), self.state.local.rows
+        x = first_input(args, kwargs)
+        if rows and x.shape[0] % rows:
+            raise ValueError(
+                f"Parallel has {rows} rows in this call and {x.shape[0]} of them reached block "
+                f"{self.index} of tower {self.tower!r}: the library leaves out rows that are done "
+                "(long recordings, fallbacks), so run the adapters one after another"
+            )
         start = plan.starts.get(self.tower)
         if start is None or self.index < start:
             return None
-        x = first_input(args, kwargs)
         copies, batch = plan.copies, x.shape[0]
         if self.index > start:
             batch //= copies

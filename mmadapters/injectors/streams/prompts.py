@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...sites.acting import CHECKPOINTING, runs_again
 from ..calls import first_input, first_output, with_first, with_first_input
 from ..override import Override
+from ..plan import Plan
 from ..state import Prompted, State
 
 
@@ -26,7 +28,7 @@ class PromptedBlock(Override):
         site: the block.
         tower: the tower's name.
         index: the number of the block.
-        last: the block is the tower's last one.
+        blocks: the sites of all blocks of the tower.
     """
 
     rank: ClassVar[int] = 1
@@ -35,23 +37,16 @@ class PromptedBlock(Override):
     site: str
     tower: str
     index: int
-    last: bool
+    blocks: tuple[str, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan, prompted = self.state.plan(), self.state.local.prompted
         entering = plan.prompt.get(self.site, ())
-        before = prompted.pop(self.tower, None) if prompted else None
-        if before is None and not entering:
+        if not entering and not prompted and not runs_again():
             return self.run(*args, **kwargs)
         x = first_input(args, kwargs)
         length = x.shape[1]
-        states = x
-        # Without the checks, a pass that ended early might leave its prompts to another one.
-        if before is not None and before.plan is plan and before.index < self.index:
-            if before.tokens is x:
-                states = before.states
-            elif before.tokens.shape == x.shape:
-                states = torch.cat([x, before.states[:, length:]], dim=1)
+        states = self._joined(x, plan)
         staying = states.shape[1]
         # Prompts that are removed first stand last, in whatever order they act.
         for adapter in sorted(entering, key=lambda adapter: adapter.replaces):
@@ -66,10 +61,46 @@ class PromptedBlock(Override):
         output = self.run(*args, **kwargs)
         states = first_output(output)
         tokens = states[:, :length]
-        if staying > length and not self.last:
+        if staying > length and self.index < len(self.blocks) - 1:
             states = states[:, :staying] if staying < length + count else states
             prompted[self.tower] = Prompted(plan, self.index, tokens, states)
         return with_first(output, tokens)
+
+    def _joined(self, x: Tensor, plan: Plan) -> Tensor:
+        """Returns the block's input x (B, N, D) with the prompts that come from the block before."""
+        before = self.state.local.prompted.pop(self.tower, None)
+        # A pass that ended early must not leave its prompts to another one.
+        if before is not None and (before.plan is not plan or before.index >= self.index):
+            before = None
+        if before is not None and before.tokens is x:
+            return before.states
+        if self.index > 0 and runs_again():
+            return self._stored(x, plan)
+        if before is None or before.tokens.shape != x.shape:
+            return x
+        return torch.cat([x, before.states[:, x.shape[1] :]], dim=1)
+
+    def _stored(self, x: Tensor, plan: Plan) -> Tensor:
+        """Returns x with its prompts when the library's own gradient checkpointing runs the block
+        again: there they stand behind the tokens of each sample in memory.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        active = (a for site in self.blocks[: self.index] for a in plan.prompt.get(site, ()))
+        length = x.shape[1] + sum(a.count for a in active if not a.replaces)
+        if length == x.shape[1]:
+            return x
+        size, stride = (x.shape[0], length, x.shape[2]), x.stride()
+        end = x.storage_offset() + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        # A leaf is a copy that re-entrant checkpointing has made: no gradient reaches the prompts.
+        if (
+            stride[0] < length * stride[1]
+            or end * x.element_size() >= x.untyped_storage().nbytes()
+            or (x.is_leaf and x.requires_grad)
+        ):
+            raise RuntimeError(f"the prompts are gone in the backward pass: {CHECKPOINTING}")
+        return x.as_strided(size, stride)
 
 
 def _extended(value: Any, length: int, count: int) -> Any:
