@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..sites.acting import Context
+from ..sites.acting import CHECKPOINTING, Context, runs_again
 from .calls import first_input, first_output, with_first_input
 from .state import Hook, ImageTokens, State
 
@@ -76,6 +76,11 @@ class BlockHook(Hook):
         images = self.state.local.image_tokens
         if images is not None and images.given and images.tokens is None:
             return None
+        if images is None and runs_again():
+            raise ValueError(
+                f"the adapter at {self.site} does not know the images in the backward pass: "
+                f"{CHECKPOINTING}"
+            )
         if images is None or images.tokens is None:
             raise ValueError(
                 f"the adapter at {self.site} attends to an image, and none has been encoded in "

@@ -22,7 +22,7 @@ from .state import Hook, State, ThreadState
 
 
 class Runtime:
-    """Installs hooks on the modules of a `SiteMap`, and holds the `State` that they read.
+    """Installs hooks on the modules of an encoder, and holds the `State` that they read.
 
     Attributes:
         sites: where the encoder can be adapted.
@@ -30,11 +30,11 @@ class Runtime:
         interceptors: stand in for modules that a pass does not run.
     """
 
-    def __init__(self, sites: SiteMap) -> None:
+    def __init__(self, sites: SiteMap, backbone: nn.Module) -> None:
         self.sites = sites
         self.state = State()
         self.interceptors = Interceptors(self.state, sites)
-        self._index = SiteIndex(sites)
+        self._index = SiteIndex(sites, backbone)
         # What composed plans have needed beyond the hooks of their members.
         self._composed: dict[HookKey, None] = {}
         self._handles: dict[HookKey, list[Removable]] = {}

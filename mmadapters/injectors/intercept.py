@@ -11,33 +11,33 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..sites.sitemap import SiteMap, Stem, Tower
+from .override import Override
 from .state import Pass, State
 
 _LOCK = threading.Lock()
 
 
 @dataclass(eq=False)
-class Interceptor:
+class Interceptor(Override):
     """Replaces a module's `forward`, and runs it in threads in which no `Pass` is set.
 
     Attributes:
         place: the number of a block, or a part of the stem.
-        otherwise: the `forward` that the interceptor covers; None for that of the module's class.
         users: how many passes of all threads need the interceptor now.
     """
 
+    rank: ClassVar[int] = 2
+
     state: State
-    module: nn.Module
     tower: Tower
     place: int | Stem
-    otherwise: Any = None
     users: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,12 +47,6 @@ class Interceptor:
         if isinstance(self.place, Stem):
             return passing.stem(self, self.place, args, kwargs)
         return passing.block(self, self.place, args, kwargs)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the `forward` that the interceptor covers."""
-        if self.otherwise is not None:
-            return self.otherwise(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -112,7 +106,7 @@ class Interceptors:
         """Removes all interceptors from the modules of the encoder."""
         for interceptor in self.known.values():
             if interceptor.module.__dict__.get("forward") is interceptor:
-                _uncover(interceptor.module, interceptor)
+                interceptor.uncover()
         self.known.clear()
 
     def _intercept(self, tower: Tower, module: nn.Module, place: int | Stem) -> Interceptor:
@@ -123,7 +117,7 @@ class Interceptors:
         with _LOCK:
             key = (tower.name, place if isinstance(place, int) else f"stem {place.index}")
             if key not in self.known:
-                self.known[key] = Interceptor(self.state, module, tower, place)
+                self.known[key] = Interceptor(module, self.state, tower, place)
             known = self.known[key]
             present = module.__dict__.get("forward")
             if present is not known:
@@ -136,28 +130,6 @@ class Interceptors:
         hook = FirstBlockHook(self.state, tower, through)
         first = tower.blocks[0].module
         return first.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-
-
-def override_forward(module: nn.Module, forward: Any) -> None:
-    """Puts `forward` in the place of the module's own, below an interceptor if there is one.
-
-    Args:
-        forward: None to restore the module's own.
-    """
-    outer = module.__dict__.get("forward")
-    if isinstance(outer, Interceptor):
-        outer.otherwise = forward
-    elif forward is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = forward
-
-
-def forward_override(module: nn.Module) -> Any:
-    """Returns what stands in the place of the module's own `forward`, below an interceptor; None if
-    nothing does."""
-    outer = module.__dict__.get("forward")
-    return outer.otherwise if isinstance(outer, Interceptor) else outer
 
 
 def put_first(tower: Tower) -> None:
@@ -183,11 +155,4 @@ def _release(interceptor: Interceptor) -> None:
         # Also removes a `forward` that was put over it meanwhile: transformers 4 wraps it to
         # collect states, and leaves the wrapper there when a pass ends early.
         if interceptor.users == 0 and "forward" in module.__dict__:
-            _uncover(module, interceptor)
-
-
-def _uncover(module: nn.Module, interceptor: Interceptor) -> None:
-    if interceptor.otherwise is None:
-        del module.__dict__["forward"]
-    else:
-        module.__dict__["forward"] = interceptor.otherwise
+            interceptor.uncover()

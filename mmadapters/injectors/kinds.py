@@ -12,21 +12,16 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 
 from ..sites.sitemap import Block, Embedding, FrontLayer, Leaf, SiteMap, Sublayer, Tower
-from .block_hooks import (
-    CollectHook,
-    CopyHook,
-    EntryHook,
-    PromptHook,
-    ReadoutHook,
-    StartHook,
-    UnpromptHook,
-)
 from .block_inputs import CaptureHook, ForgetHook, GridHook, MaskHook
 from .cross_attention import BlockHook, ImageHook
 from .hooks import BranchHook, EnterHook, ForwardHook, LeafHook
 from .plan import Kind, Plan
 from .raw_weights import adapt_attention, adapt_leaf
 from .state import State
+from .streams.copies import CopyHook
+from .streams.prompts import PromptedBlock
+from .streams.readouts import CollectHook, EntryHook, ReadoutHook, StartHook
+from .streams.whole_calls import whole_calls
 
 
 class HookKey(NamedTuple):
@@ -53,7 +48,8 @@ class Removable(Protocol):
 class SiteIndex:
     """The towers, blocks, sublayers, leaves and points of a `SiteMap` by their canonical names."""
 
-    def __init__(self, sites: SiteMap) -> None:
+    def __init__(self, sites: SiteMap, backbone: nn.Module) -> None:
+        self.library, self.backbone = sites.library, backbone
         self.towers = sites.towers
         self.blocks: dict[str, Block] = {block.name: block for block in sites.blocks()}
         self.sublayers: dict[str, Sublayer] = {part.name: part for part in sites.sublayers()}
@@ -206,8 +202,17 @@ def _side(at: Spot) -> Iterator[Removable]:
 
 
 def _prompt(at: Spot) -> Iterator[Removable]:
-    yield PromptHook(at.state, at.site).register(at.block.module)
-    yield UnpromptHook(at.state, at.site, True).register(at.block.module)
+    tower, block = at.block_tower, at.block
+    prompted = PromptedBlock(
+        block.module,
+        at.state,
+        site=at.site,
+        tower=tower.name,
+        index=block.index,
+        blocks=tuple(other.name for other in tower.blocks),
+    )
+    prompted.put()
+    yield prompted
 
 
 def _explicit(at: Spot) -> Iterator[Removable]:
@@ -262,12 +267,8 @@ KINDS: dict[str, HookKind] = {
     "explicit": HookKind(_explicit),
     # Prefixes.
     "attention": HookKind(_attention),
-    # Prompts: those of a block, and (`detail` names the block where they came in) those that stay
-    # until the tower's last block.
+    # Prompts that enter a block, or come with the tokens from the block before.
     "prompt": HookKind(_prompt),
-    "unprompt": HookKind(
-        lambda at: [UnpromptHook(at.state, at.detail, False).register(at.block.module)]
-    ),
     # Readouts: on what runs a tower, or on its last block.
     "readout": HookKind(_readout),
     "side": HookKind(_side),
@@ -279,6 +280,7 @@ KINDS: dict[str, HookKind] = {
             ).register(at.block.module)
         ]
     ),
+    "calls": HookKind(lambda at: whole_calls(at.index.backbone, at.state)),
 }
 
 
@@ -318,9 +320,10 @@ def _for_prefix(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
 
 
 def _for_prompt(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
-    yield HookKey("prompt", site)
-    if not module.replaces:
-        yield HookKey("unprompt", index.tower_with_block(site).blocks[-1].name, site)
+    blocks = index.tower_with_block(site).blocks
+    first = index.blocks[site].index
+    for block in blocks[first : first + 1] if module.replaces else blocks[first:]:
+        yield HookKey("prompt", block.name)
 
 
 def _for_readout(index: SiteIndex, site: str, module: Any) -> Iterator[HookKey]:
@@ -346,5 +349,8 @@ def composed(index: SiteIndex, plan: Plan) -> Iterator[HookKey]:
     if plan.copies > 1:
         for block in index.blocks:
             yield HookKey("copy", block)
+        # The inputs of an encoder that the user has described are unknown.
+        if index.library != "custom":
+            yield HookKey("calls", "")
     for site, deltas in plan.delta.items():
         yield from _for_explicit(index, site, deltas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -44,6 +45,14 @@ class Plan:
     stands_for: Any = None
     copies: int = 1
     starts: dict[str, int] = field(default_factory=dict)
+    _for_copies: Plan | None = field(default=None, init=False)
+
+    @property
+    def for_copies(self) -> Plan:
+        """The same plan for a batch that has been repeated already; always the same object."""
+        if self._for_copies is None:
+            self._for_copies = dataclasses.replace(self, copies=1, starts={})
+        return self._for_copies
 
     def add(self, kind: Kind, site: str, module: Acting) -> None:
         """Lets `module` act at `site`, after the modules that act there already."""

@@ -11,7 +11,7 @@ import itertools
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -69,6 +69,22 @@ class Pass(Protocol):
         `kwargs` are unchanged."""
 
 
+class Prompted(NamedTuple):
+    """The output of a block with the states of prompts that enter the next block too.
+
+    Attributes:
+        plan: the plan that was active.
+        index: the number of the block.
+        tokens: (B, N, D), the tokens that the block returned.
+        states: (B, N + P, D), the same tokens, and the prompts behind them.
+    """
+
+    plan: Plan
+    index: int
+    tokens: Tensor
+    states: Tensor
+
+
 class ThreadState(threading.local):
     """The part of the state that each thread has for itself.
 
@@ -77,6 +93,9 @@ class ThreadState(threading.local):
         stash: by site and name, tensors that one hook of a block leaves for a later one.
         memo: by the id of a module, the changed weights that its forward pass has computed.
         states: by site, the outputs of the blocks below a readout, by index of the block.
+        rows: how many rows the inputs of this call have, if all of them were repeated for
+            `Parallel`; else 0.
+        prompted: by tower, the output of the block that ran last, if prompts go on behind it.
         image_tokens: the images to which texts attend now; None outside of such a call.
         passing: replaces the forward pass of intercepted modules; None if nothing does.
     """
@@ -86,6 +105,8 @@ class ThreadState(threading.local):
         self.stash: dict[tuple[str, str], Any] = {}
         self.memo: dict[int, dict[str, tuple[Tensor, Tensor | None]]] = {}
         self.states: dict[str, dict[int, Tensor]] = {}
+        self.rows = 0
+        self.prompted: dict[str, Prompted] = {}
         self.image_tokens: ImageTokens | None = None
         self.passing: Pass | None = None
 

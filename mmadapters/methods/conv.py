@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites.acting import Context
+from ..sites.acting import CHECKPOINTING, Context, runs_again
 from ..sites.sitemap import Grid, SiteMap, Sublayer
 from .base import AdapterModule, Branch, MethodConfig
 from .bottleneck import ACTIVATIONS
@@ -123,6 +123,8 @@ class GridBranch(Branch):
         Raises:
             ValueError: no image has been embedded, or some of its patches are missing.
         """
+        if grid is None and runs_again():
+            raise ValueError(f"the patches' grid is unknown in the backward pass: {CHECKPOINTING}")
         if grid is None:
             raise ValueError(
                 "the grid of the patches is unknown, as no image went through the encoder's patch "

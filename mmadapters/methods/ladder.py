@@ -112,21 +112,19 @@ class Ladder(Readout):
         self.up = zero_linear(size, width, like)
 
     def forward(self, last: Tensor, *, states: Mapping[int, Tensor]) -> Tensor:
-        tokens = last.shape[1 if self.batch_first else 0]
         shares = (self.gates / self.temperature).sigmoid()
-        h = self.entry(self._detached(states[-1], tokens))
+        h = self.entry(self._detached(states[-1]))
         for place, layer in enumerate(self.layers):
             if layer not in states:
                 continue
-            down = self.downs[str(layer)](self._detached(states[layer], tokens))
+            down = self.downs[str(layer)](self._detached(states[layer]))
             h = self.blocks[str(layer)](h + shares[place] * (down - h))
         change = self.up(h).to(last.dtype)
         return last + (change if self.batch_first else change.transpose(0, 1))
 
-    def _detached(self, state: Tensor, tokens: int) -> Tensor:
-        """Returns the state (B, N, D) without its graph, and without prompts behind its tokens."""
-        state = state.detach() if self.batch_first else state.detach().transpose(0, 1)
-        return state[:, :tokens]
+    def _detached(self, state: Tensor) -> Tensor:
+        """Returns the state (B, N, D) without its graph."""
+        return state.detach() if self.batch_first else state.detach().transpose(0, 1)
 
 
 class SideBlock(nn.Module):

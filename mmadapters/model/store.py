@@ -68,7 +68,7 @@ class AdapterStore:
         self.backbone = backbone
         self.adapters = adapters
         self.fusions = fusions
-        self.runtime = Runtime(site_map)
+        self.runtime = Runtime(site_map, backbone)
         self.composition: Composition | None = None
         self.drop = 0
         self.random_drop: tuple[int, int] | None = None

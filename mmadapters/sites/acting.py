@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, Protocol, get_args
 
+import torch
 from torch import Tensor
 
 from ..low_rank import Factors
@@ -124,3 +125,15 @@ class ActsAsReadout(Protocol):
 
 
 Acting = ActsOnBranch | ActsOnLeaf | ActsAsPrefix | ActsAsPrompt | ActsAsReadout
+
+# The advice where a block runs again without the encoder around it.
+CHECKPOINTING = (
+    "the library's own gradient checkpointing runs blocks again without the encoder around them; "
+    "switch it off, and call set_grad_checkpointing() of the AdapterModel"
+)
+
+
+def runs_again() -> bool:
+    """Says whether this code runs inside a backward pass, in which a library's own gradient
+    checkpointing runs blocks again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

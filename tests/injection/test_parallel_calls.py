@@ -1,0 +1,233 @@
+"""Parallel in calls that have a second input, decode step by step, or read between the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import tensors
+from families.small import randomise, seeded
+from injection.matrix import FAMILIES, bare
+from torch import Tensor, nn
+from torchaudio.models import wav2vec2_model
+
+import mmadapters
+from mmadapters import AdapterModel, BatchSplit, Parallel, SeqBnConfig
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 0]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+LABELS = torch.tensor([[4, 5, 6], [7, 8, 1]])
+
+
+def adapted(backbone: nn.Module, **options: Any) -> AdapterModel:
+    model = mmadapters.init(backbone.double())
+    for name in "ab":
+        model.add_adapter(name, SeqBnConfig(reduction_factor=2, **options))
+    randomise(model.adapters, 0.5)
+    return model
+
+
+def whisper(kind: str = "ForConditionalGeneration") -> nn.Module:
+    config = transformers.WhisperConfig(
+        vocab_size=40,
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_source_positions=6,
+        max_target_positions=12,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=39,
+        decoder_start_token_id=2,
+        begin_suppress_tokens=None,
+        suppress_tokens=None,
+    )
+    return seeded(lambda: getattr(transformers, f"Whisper{kind}")(config))
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        decoder_start_token_id=0, eos_token_id=19, pad_token_id=0,
+    )  # fmt: skip
+    return seeded(lambda: transformers.T5ForConditionalGeneration(config))
+
+
+def sounds(samples: int = 2000) -> Tensor:
+    return torch.randn(2, samples, generator=torch.Generator().manual_seed(1)).double()
+
+
+def spectra(frames: int = 12) -> Tensor:
+    return torch.randn(2, 8, frames, generator=torch.Generator().manual_seed(1)).double()
+
+
+def inputs_of(name: str) -> dict[str, Any]:
+    kwargs = FAMILIES[name].inputs()[1]
+    return {k: v.double() if v.is_floating_point() else v for k, v in kwargs.items()}
+
+
+def blip(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    return bare(FAMILIES[name]), inputs_of(name)
+
+
+def classifier() -> nn.Module:
+    config = transformers.Wav2Vec2Config(
+        **{**bare(FAMILIES["hf-wav2vec2"]).config.to_dict(), "num_labels": 3}
+    )
+    return seeded(lambda: transformers.Wav2Vec2ForSequenceClassification(config))
+
+
+STEPS = {"max_new_tokens": 4, "do_sample": False}
+# A model, and calls that have an output with a row for each sample.
+CASES: dict[str, Callable[[], tuple[nn.Module, Callable[[nn.Module], Any]]]] = {}
+
+
+def case(make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Any]]]) -> None:
+    CASES[make.__name__] = make
+
+
+@case
+def whisper_forward() -> Any:
+    ids = LABELS
+    return whisper(), lambda m: m(input_features=spectra(), decoder_input_ids=ids).logits
+
+
+@case
+def whisper_positional() -> Any:
+    return whisper("Model"), lambda m: m(spectra(), None, LABELS).last_hidden_state
+
+
+@case
+def whisper_labels() -> Any:
+    return whisper(), lambda m: m(input_features=spectra(), labels=LABELS).logits
+
+
+@case
+def whisper_classes() -> Any:
+    labels = torch.tensor([0, 1])
+    return whisper("ForAudioClassification"), lambda m: m(spectra(), labels=labels).logits
+
+
+@case
+def t5_forward() -> Any:
+    return t5(), lambda m: m(input_ids=IDS, attention_mask=MASK, labels=LABELS).logits
+
+
+@case
+def t5_generate() -> Any:
+    return t5(), lambda m: m.generate(IDS, attention_mask=MASK, **STEPS)
+
+
+@case
+def t5_beams() -> Any:
+    return t5(), lambda m: m.generate(input_ids=IDS, attention_mask=MASK, num_beams=2, **STEPS)
+
+
+@case
+def blip_vqa() -> Any:
+    model, inputs = blip("hf-blip-vqa")
+    return model, lambda m: m(**inputs).image_embeds
+
+
+@case
+def blip_vqa_generate() -> Any:
+    model, inputs = blip("hf-blip-vqa")
+    given = {name: inputs[name] for name in ("pixel_values", "input_ids")}
+    return model, lambda m: m.generate(**given, **STEPS)
+
+
+@case
+def blip_caption_generate() -> Any:
+    model, inputs = blip("hf-blip-caption")
+    return model, lambda m: m.generate(pixel_values=inputs["pixel_values"], **STEPS)
+
+
+@case
+def blip_caption_labels() -> Any:
+    model, inputs = blip("hf-blip-caption")
+    return model, lambda m: m(**inputs, labels=inputs["input_ids"]).logits
+
+
+@case
+def hidden_states() -> Any:
+    images = inputs_of("hf-vit")["pixel_values"]
+    return bare(FAMILIES["hf-vit"]), lambda m: m(images, output_hidden_states=True).hidden_states
+
+
+@case
+def feature_maps() -> Any:
+    config = bare(FAMILIES["hf-dinov2"]).config.to_dict()
+    config = transformers.Dinov2Config(**{**config, "out_indices": [1, 2], "out_features": None})
+    images = inputs_of("hf-dinov2")["pixel_values"]
+    model = seeded(lambda: transformers.Dinov2Backbone(config))
+    return model, lambda m: m(images).feature_maps
+
+
+@case
+def timm_maps() -> Any:
+    images = FAMILIES["timm-vit"].inputs()[0][0].double()
+    return bare(FAMILIES["timm-vit"]), lambda m: m.forward_intermediates(images)[1]
+
+
+@case
+def timm_layers() -> Any:
+    images = FAMILIES["timm-vit"].inputs()[0][0].double()
+    return bare(FAMILIES["timm-vit"]), lambda m: m.get_intermediate_layers(images, 2, reshape=True)
+
+
+@case
+def padded_sounds() -> Any:
+    mask = torch.ones(2, 2000, dtype=torch.long)
+    mask[1, 1200:] = 0
+    return classifier(), lambda m: m(sounds(), attention_mask=mask).logits
+
+
+@case
+def torchaudio_lengths() -> Any:
+    lengths = torch.tensor([2000, 1200])
+    return bare(FAMILIES["torchaudio-wav2vec2"]), lambda m: m(sounds(), lengths)
+
+
+@case
+def torchaudio_layers() -> Any:
+    lengths = torch.tensor([2000, 1200])
+    model = bare(FAMILIES["torchaudio-wav2vec2"])
+    return model, lambda m: m.extract_features(sounds(), lengths)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_parallel_are_those_of_each_adapter(name: str) -> None:
+    backbone, call = CASES[name]()
+    # Above the first block, so that the blocks below could be run once for both.
+    model = adapted(backbone, sites=("*.blocks.1",) if "whisper" not in name else ("*",))
+    alone = {}
+    with torch.no_grad():
+        for adapter in "ab":
+            with model.using(adapter):
+                alone[adapter] = _listed(call(model))
+        with model.using(Parallel("a", "b")):
+            together = _listed(call(model))
+        with model.using("a"):
+            again = _listed(call(model))
+    assert len(together) == len(alone["a"]) > 0
+    assert all(map(torch.equal, again, alone["a"]))
+    for both, a, b in zip(together, alone["a"], alone["b"], strict=True):
+        assert both.shape[0] == 2 * a.shape[0]
+        if a.dtype == torch.long and a.dim() == 2:  # Sequences that end at different steps.
+            length = max(a.shape[1], b.shape[1])
+            a, b = (nn.functional.pad(x, (0, length - x.shape[1])) for x in (a, b))
+        torch.testing.assert_close(both, torch.cat([a, b]), rtol=1e-8, atol=1e-8)
+
+
+def _listed(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for value in output for tensor in _listed(value)]
