@@ -211,3 +211,18 @@ def test_lora_on_a_fused_map_equals_its_merge() -> None:
     for f, g, m in zip(found, with_gradients, outputs(adapted, args, kwargs), strict=True):
         torch.testing.assert_close(f, g, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(f, m, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs in one process")
+def test_data_parallel_on_two_gpus_is_refused_and_changes_nothing() -> None:
+    model, args, kwargs = build("hf-vit")
+    adapted = mmadapters.init(model)
+    adapted.add_adapter("a", LoRAConfig(rank=4))
+    adapted.set_active_adapters("a")
+    with torch.no_grad():
+        before = outputs(adapted, args, kwargs)
+        two = [torch.cat((value, value)) for value in args]
+        several = {key: torch.cat((value, value)) for key, value in kwargs.items()}
+        with pytest.raises(RuntimeError, match=r"DataParallel cannot run .*torchrun"):
+            nn.DataParallel(adapted)(*two, **several)
+        assert all(map(torch.equal, outputs(adapted, args, kwargs), before))

@@ -67,3 +67,20 @@ def test_hand_written_sites_of_the_docs_fit_a_transformer_encoder() -> None:
             bare: Tensor = model(x)
             with model.using(method):
                 assert not torch.allclose(model(x), bare, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", range(4), ids=["own", "transformers", "accelerate", "lightning"])
+def test_training_loops_of_the_docs_run(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = blocks("docs/training.md")[number]
+    if "import lightning" in code:
+        pytest.importorskip("lightning", reason="Lightning is not installed")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"folder": str(tmp_path / "run")}
+    exec(code, names)
+    if "losses" in names:
+        assert names["losses"][-1] < names["losses"][0]
+    elif isinstance(names.get("model"), AdapterModel):
+        assert not any(key.startswith("backbone.b") for key in names["model"].state_dict())
+        assert any((tmp_path / "run").rglob("*.safetensors"))

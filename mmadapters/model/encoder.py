@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,16 @@ from ..injectors.state import ImageTokens
 from ..sites.sitemap import SiteMap
 from ..sites.spec import Architecture
 from .refusal import RefusedMethod
+from .signature import showing
 from .store import AdapterStore
+from .training_state import TrainingState
 
 if TYPE_CHECKING:
     from typing import Self
 
 
 # Attributes that belong to the wrapper, also if the encoder has one of the same name.
-WRAPPER = ("backbone", "adapters", "fusions", "store", "train_trunk")
+WRAPPER = ("backbone", "adapters", "fusions", "store", "train_trunk", "training_state", "assigned")
 # Methods of the encoder that would treat it as if it had no adapters, and what to call instead.
 INSTEAD = {
     "push_to_hub": "call save_pretrained and upload the folder: push_to_hub would upload the bare "
@@ -33,6 +35,8 @@ INSTEAD = {
     "enable_adapters": "call set_active_adapters",
     "disable_adapters": "call set_active_adapters(None)",
     "get_adapter_state_dict": "call save_adapter, or adapter(NAME).tensors()",
+    "enable_peft_hotswap": "load both adapters and call set_active_adapters, which costs nothing",
+    "prune_heads": "prune the encoder before init, as adapters would be of another shape",
 }
 
 
@@ -47,6 +51,8 @@ class AdaptedEncoder(nn.Module):
         fusions: a module whose children are the AdapterFusions, by name.
         store: the state that all verbs share; `store.runtime` installs the hooks.
         train_trunk: whether `train()` puts the encoder in train mode too.
+        training_state: leaves the frozen encoder out of `state_dict` in training.
+        assigned: names of the encoder's parts that were assigned through this model.
     """
 
     def __init__(
@@ -78,6 +84,11 @@ class AdaptedEncoder(nn.Module):
             sites=sites,
             example_inputs=example_inputs,
         )
+        self.training_state = TrainingState(self)
+        self.assigned: set[str] = set()
+        if type(self).forward is AdaptedEncoder.forward:
+            shown: type = showing(cast(Any, type(self)), cast(Any, type(backbone)))
+            self.__class__ = shown
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,9 +117,10 @@ class AdaptedEncoder(nn.Module):
         except AttributeError:
             if name == "backbone" or name.startswith("__"):
                 raise
+            value = getattr(super().__getattr__("backbone"), name)
             if name in INSTEAD:
                 return RefusedMethod(f"{name} is not for an adapted encoder: {INSTEAD[name]}")
-            return getattr(super().__getattr__("backbone"), name)
+            return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute of the encoder if it has one of that name (a classifier, a config).
@@ -124,6 +136,10 @@ class AdaptedEncoder(nn.Module):
             return
         self._check_replaceable(backbone, name)
         setattr(backbone, name, value)
+        if isinstance(value, nn.Module):
+            value.train(self.training)
+            self.assigned.add(name)
+            self.training_state.forget_replaced()
 
     def __delattr__(self, name: str) -> None:
         backbone = self._encoder_with(name)
@@ -132,6 +148,8 @@ class AdaptedEncoder(nn.Module):
             return
         self._check_replaceable(backbone, name)
         delattr(backbone, name)
+        self.assigned.discard(name)
+        self.training_state.forget_replaced()
 
     def _encoder_with(self, name: str) -> nn.Module | None:
         """Returns the encoder if an attribute belongs to it and not to this wrapper, else None."""
@@ -163,11 +181,66 @@ class AdaptedEncoder(nn.Module):
         )
 
     def train(self, mode: bool = True) -> Self:
-        """Puts the adapters in train mode, and the encoder too if `train_trunk` is set."""
+        """Puts all but the encoder in train mode; the encoder too if `train_trunk` is set.
+
+        Modules that were assigned through this model are no part of the frozen encoder.
+        """
         super().train(mode)
         if not self.train_trunk:
             self.backbone.train(False)
+            for name in self.assigned:
+                getattr(self.backbone, name).train(mode)
         return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Returns all tensors, or in training those that it may change; see `training_state`.
+
+        A model is in training if parameters of it are trainable. `load_state_dict` takes both kinds
+        and checks that the frozen encoder, which the second one lacks, is the same.
+        """
+        state = super().state_dict(*args, **kwargs)
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        # A merged adapter is in the weights of the encoder, which are others then.
+        if trained and not self.store.merged and not self.store.detached:
+            prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+            self.training_state.shorten(state, prefix, buffers=self.train_trunk)
+        return state
+
+    def trained_of_encoder(self) -> dict[str, Tensor]:
+        """Returns the tensors of the encoder that are trainable, new or were loaded, by name.
+
+        With `train_trunk` all its buffers are among them, as they may have changed.
+        """
+        return self.training_state.of_encoder(buffers=self.train_trunk)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.training_state.complete(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Turns gradient checkpointing on, under the name of transformers since version 5.
+
+        Raises:
+            ValueError: see `gradient_checkpointing_enable`; or some blocks alone are to be
+                computed again, or their states are to lie in the memory of the host.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "all blocks of an adapted encoder are checkpointed, on their device: leave "
+                "every_n_layers and offload out"
+            )
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Turns gradient checkpointing off, under the name of transformers since version 5."""
+        self.gradient_checkpointing_disable()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
@@ -306,4 +379,5 @@ class AdaptedEncoder(nn.Module):
         Merged adapters stay merged: reset them first to get the encoder's original bits back.
         """
         self.store.detach()
+        self.training_state.clear()
         return self.backbone

@@ -405,7 +405,7 @@ class AdapterModel(AdaptedEncoder):
                 something else.
         """
         if is_main_process:
-            pretrained.save(self.store, directory)
+            pretrained.save(self, directory)
 
     @classmethod
     def from_pretrained(
@@ -423,7 +423,7 @@ class AdapterModel(AdaptedEncoder):
         """
         model = cls(backbone)
         try:
-            pretrained.load(model.store, directory, allow_different_weights=allow_different_weights)
+            pretrained.load(model, directory, allow_different_weights=allow_different_weights)
         except BaseException:
             model.detach()
             raise

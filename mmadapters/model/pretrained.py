@@ -3,7 +3,7 @@
     adapters.json         the format, the adapters and fusions, what acts, and the encoder
     NAME/                 an adapter directory for each adapter, as `save_adapter` writes it
     fusions/0/ …          the same for each AdapterFusion
-    modules.safetensors   parameters of the encoder that are trainable, such as a new classifier
+    modules.safetensors   tensors of the encoder that are trainable or new, such as a classifier's
     README.md             the card
 
 The encoder itself is not written: it is frozen, and its library has it.
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,15 +27,18 @@ from ..errors import first_line
 from ..files import replacing_directory
 from . import fusion as fusions
 from . import saving
+from .encoder import AdaptedEncoder
 from .store import AdapterStore
+from .training_state import tensors_of
 
 FORMAT = 1
 INDEX, MODULES, CARD = "adapters.json", "modules.safetensors", "README.md"
 _FUSIONS = "fusions"
 
 
-def save(store: AdapterStore, directory: str | os.PathLike) -> None:
+def save(model: AdaptedEncoder, directory: str | os.PathLike) -> None:
     """See `AdapterModel.save_pretrained`."""
+    store = model.store
     target = Path(directory)
     _check_replaceable(target)
     if store.merged:
@@ -42,7 +46,10 @@ def save(store: AdapterStore, directory: str | os.PathLike) -> None:
             f"the adapter {store.merged[0].name!r} is merged into the encoder: call reset_adapter "
             "first, or keep the merged encoder by its library's own means after detach()"
         )
-    modules = trained_modules(store.backbone)
+    modules = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.trained_of_encoder().items()
+    }
     if not store.adapter_names and not modules:
         raise ValueError("there is no adapter to save: add one first")
     index = {
@@ -64,13 +71,14 @@ def save(store: AdapterStore, directory: str | os.PathLike) -> None:
 
 
 def load(
-    store: AdapterStore, directory: str | os.PathLike, *, allow_different_weights: bool
+    model: AdaptedEncoder, directory: str | os.PathLike, *, allow_different_weights: bool
 ) -> None:
     """Adds everything that a directory of `save` holds, or nothing if it raises.
 
     Raises:
         FileNotFoundError, ValueError: see `AdapterModel.from_pretrained`.
     """
+    store = model.store
     folder = Path(directory)
     index = read_index(folder)
     modules = _read_modules(folder)
@@ -84,18 +92,11 @@ def load(
         for number in range(len(index["fusions"])):
             fusions.load(store, folder / _FUSIONS / str(number))
         store.activate(composition, 0)
-    parameters = dict(store.backbone.named_parameters())
-    for name, tensor in modules.items():
-        parameters[name].data.copy_(tensor)
-
-
-def trained_modules(backbone: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters of an encoder that are trainable, by name; each one once."""
-    return {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in backbone.named_parameters()
-        if parameter.requires_grad
-    }
+    tensors = tensors_of(store.backbone)
+    with torch.no_grad():
+        for name, tensor in modules.items():
+            tensors[name].copy_(tensor)
+    model.training_state.changed(modules)
 
 
 def is_saved(directory: str | os.PathLike) -> bool:
@@ -177,7 +178,7 @@ def _read_modules(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_modules(backbone: nn.Module, modules: Mapping[str, Tensor], folder: Path) -> None:
-    there = dict(backbone.named_parameters())
+    there = tensors_of(backbone)
     for name, tensor in modules.items():
         if name not in there or there[name].shape != tensor.shape:
             has = tuple(there[name].shape) if name in there else "none"

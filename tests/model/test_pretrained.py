@@ -124,6 +124,28 @@ def test_a_new_classifier_reaches_the_encoder_is_trained_and_saved(
     assert model.detach().classifier.out_features == 5
 
 
+def test_statistics_of_new_modules_are_saved_and_what_was_loaded_is_saved_again(
+    model: AdapterModel, bare: nn.Module, pixels: torch.Tensor, tmp_path: Path
+) -> None:
+    def head() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
+
+    model.classifier = head()
+    model.train()
+    model(pixels)  # moves the running statistics
+    model.eval()
+    model.classifier.requires_grad_(False)
+    expected, source = logits(model, pixels), tmp_path / "first"
+    model.save_pretrained(source)
+    for name in ("second", "third"):
+        backbone = copy.deepcopy(bare)
+        backbone.classifier = head()
+        again = AdapterModel.from_pretrained(source, backbone).eval()
+        assert torch.equal(logits(again, pixels), expected)
+        source = tmp_path / name
+        again.save_pretrained(source)
+
+
 def test_configs_and_buffers_are_the_encoders(model: AdapterModel) -> None:
     config = transformers.ViTConfig()
     model.config = config
@@ -154,6 +176,7 @@ def test_blocks_are_not_replaced_under_adapters(model: AdapterModel, pixels: tor
         ("disable_adapters", "set_active_adapters"),
         ("enable_adapters", "set_active_adapters"),
         ("get_adapter_state_dict", "save_adapter"),
+        ("enable_peft_hotswap", "set_active_adapters"),
     ],
 )
 def test_methods_that_would_pass_adapters_by_name_another(
@@ -162,6 +185,14 @@ def test_methods_that_would_pass_adapters_by_name_another(
     assert hasattr(model.backbone, name)
     with pytest.raises(ValueError, match=f"{name} is not for an adapted encoder: .*{instead}"):
         getattr(model, name)("x")
+
+
+def test_heads_are_not_pruned_under_adapters(model: AdapterModel) -> None:
+    """transformers 5 no longer has the method, and then the model has none either."""
+    there = hasattr(model.backbone, "prune_heads")
+    with pytest.raises(ValueError if there else AttributeError, match="prune"):
+        model.prune_heads({0: [1]})
+    assert not hasattr(model, "save_nothing")
 
 
 def test_data_parallel_is_refused_before_it_runs(model: AdapterModel) -> None:
