@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import Family, families, tensors
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ import mmadapters
 from mmadapters import BottleneckConfig, DoRAConfig, LoRAConfig, MethodConfig, PrefixConfig
 from mmadapters.methods.bottleneck import ACTIVATIONS
 from mmadapters.methods.kernels import fused
+from mmadapters.tasks.training.encoder_trainer import use_one_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -213,7 +216,34 @@ def test_lora_on_a_fused_map_equals_its_merge() -> None:
         torch.testing.assert_close(f, m, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs in one process")
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs in one process")
+
+
+@TWO
+def test_trainer_on_two_gpus_is_refused_and_own_training_takes_one(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    model = mmadapters.init(transformers.ViTForImageClassification(config))
+    model.add_adapter("a", LoRAConfig(rank=4))
+    model.train_adapter("a")
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": number % 2} for number in range(4)]
+    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to="none")
+    assert arguments.n_gpu == torch.cuda.device_count()
+    with pytest.raises(RuntimeError, match=r"DataParallel cannot run .*torchrun"):
+        transformers.Trainer(model, arguments, train_dataset=rows).train()
+    with pytest.warns(UserWarning, match=r"torchrun --nproc-per-node"):
+        use_one_gpu(arguments)
+    assert arguments.n_gpu == 1
+    assert transformers.Trainer(model, arguments, train_dataset=rows).train().global_step == 1
+
+
+@TWO
 def test_data_parallel_on_two_gpus_is_refused_and_changes_nothing() -> None:
     model, args, kwargs = build("hf-vit")
     adapted = mmadapters.init(model)

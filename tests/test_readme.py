@@ -84,3 +84,8 @@ def test_training_loops_of_the_docs_run(
     elif isinstance(names.get("model"), AdapterModel):
         assert not any(key.startswith("backbone.b") for key in names["model"].state_dict())
         assert any((tmp_path / "run").rglob("*.safetensors"))
+    else:
+        (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
+        state = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert "model._extra_state" in state
+        assert not any(key.startswith("model.backbone.") for key in state)

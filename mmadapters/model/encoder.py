@@ -136,10 +136,11 @@ class AdaptedEncoder(nn.Module):
             return
         self._check_replaceable(backbone, name)
         setattr(backbone, name, value)
+        self.assigned.discard(name)
         if isinstance(value, nn.Module):
             value.train(self.training)
             self.assigned.add(name)
-            self.training_state.forget_replaced()
+        self.training_state.forget_replaced()
 
     def __delattr__(self, name: str) -> None:
         backbone = self._encoder_with(name)
@@ -186,10 +187,13 @@ class AdaptedEncoder(nn.Module):
         Modules that were assigned through this model are no part of the frozen encoder.
         """
         super().train(mode)
+        self.training_state.note_trained()
         if not self.train_trunk:
             self.backbone.train(False)
             for name in self.assigned:
-                getattr(self.backbone, name).train(mode)
+                part = getattr(self.backbone, name, None)
+                if isinstance(part, nn.Module):  # else it was taken out of the encoder itself
+                    part.train(mode)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -200,10 +204,15 @@ class AdaptedEncoder(nn.Module):
         """
         state = super().state_dict(*args, **kwargs)
         trained = any(parameter.requires_grad for parameter in self.parameters())
-        # A merged adapter is in the weights of the encoder, which are others then.
-        if trained and not self.store.merged and not self.store.detached:
+        if trained and not self.store.detached:
             prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
-            self.training_state.shorten(state, prefix, buffers=self.train_trunk)
+            self.training_state.shorten(
+                state,
+                prefix,
+                buffers=self.train_trunk,
+                # A merged adapter is in the weights of the encoder, which are others then.
+                encoder=bool(self.store.merged),
+            )
         return state
 
     def trained_of_encoder(self) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
 Loops of other libraries (transformers' `Trainer`, Lightning, accelerate) write `state_dict()` at
 every checkpoint. While parameters are trainable it leaves out the tensors of the encoder that are
 as they were at `init`, and lists a tensor of several names once, as safetensors demands. One more
-entry, `left_out`, holds a SHA-256 of what was left out for each child of the encoder (JSON in
-UTF-8, as uint8), so that a checkpoint is not taken for one of another encoder.
+entry, `_extra_state`, holds a SHA-256 of what was left out for each child of the encoder (JSON in
+UTF-8, as uint8), so that a checkpoint is not taken for one of another encoder. It has the name that
+`nn.Module` gives to such entries, which torch.distributed.checkpoint and others know.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KEY = "left_out"
+KEY = "_extra_state"
 _BACKBONE = "backbone."
 
 
@@ -50,12 +51,22 @@ class TrainingState:
         for name in names:
             self._original.pop(_BACKBONE + name, None)
 
+    def note_trained(self) -> None:
+        """Notes which tensors are trainable now: frozen again, they no longer are those of `init`.
+
+        `train`, which loops call whenever they begin or end, calls it.
+        """
+        self._original = {
+            name: known for name, known in self._original.items() if not known[0].requires_grad
+        }
+
     def of_encoder(self, *, buffers: bool) -> dict[str, Tensor]:
-        """Returns the trainable, new and changed tensors of the encoder, each once, by its names.
+        """Returns the trained, new and changed tensors of the encoder, each once, by its names.
 
         Args:
             buffers: take all its buffers too, which may have changed in training.
         """
+        self.note_trained()
         tensors: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in tensors_of(self._model).items():
             if name.startswith(_BACKBONE) and not self._is_frozen(name, tensor, buffers=buffers):
@@ -66,17 +77,21 @@ class TrainingState:
         """Lets go of all tensors."""
         self._original = {}
 
-    def shorten(self, state: MutableMapping[str, Any], prefix: str, *, buffers: bool) -> None:
+    def shorten(
+        self, state: MutableMapping[str, Any], prefix: str, *, buffers: bool, encoder: bool
+    ) -> None:
         """Removes what is frozen, and all names but the first of a tensor, from a `state_dict`.
 
         Args:
             prefix: stands before the names of this model's tensors.
             buffers: keep the encoder's buffers, which may change in training.
+            encoder: keep the whole encoder.
         """
+        self.note_trained()
         left_out: dict[str, Tensor] = {}
         kept: set[int] = set()
         for name, tensor in tensors_of(self._model).items():
-            if self._is_frozen(name, tensor, buffers=buffers):
+            if not encoder and self._is_frozen(name, tensor, buffers=buffers):
                 left_out[name] = tensor
             elif id(tensor) not in kept:
                 kept.add(id(tensor))
@@ -115,7 +130,7 @@ class TrainingState:
     def _is_frozen(self, name: str, tensor: Tensor, *, buffers: bool) -> bool:
         """Returns whether a tensor is the encoder's and is as it was at `init`."""
         original, shape = self._original.get(name, (None, None))
-        if original is not tensor or shape != tensor.shape or tensor.requires_grad:
+        if original is not tensor or shape != tensor.shape:
             return False
         return isinstance(tensor, nn.Parameter) or not buffers
 

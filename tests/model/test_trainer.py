@@ -15,9 +15,16 @@ import pytest
 import torch
 import transformers
 from families.small import filled, output, small_vit
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 from torch import nn
-from transformers import Trainer, TrainingArguments, default_data_collator
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.utils.generic import find_labels
 
 from mmadapters import AdapterModel, BottleneckConfig, LoRAConfig, init
@@ -152,11 +159,11 @@ def pairs(rows: list[dict]) -> dict[str, Any]:
 
 def trainer(model: nn.Module, rows: list[dict], folder: Path, **options: Any) -> Trainer:
     settings: dict[str, Any] = {
-        "max_steps": 4,
+        "max_steps": 2,
         "per_device_train_batch_size": 2,
         "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_steps": 2,
+        "eval_steps": 1,
+        "save_steps": 1,
         "load_best_model_at_end": True,
         "learning_rate": 0.01,
         "report_to": "none",
@@ -194,16 +201,16 @@ def test_trainer_trains_evaluates_keeps_the_best_and_resumes(make: Any, tmp_path
     assert len(losses) == 2
     assert not same(adapters_of(model), fresh)
     assert abs(run.evaluate()["eval_loss"] - min(losses)) < 1e-5
-    for step in (2, 4):
+    for step in (1, 2):
         stored = load_file(tmp_path / f"run/checkpoint-{step}/model.safetensors")
-        assert stored.pop("left_out").dtype == torch.uint8
+        assert stored.pop("_extra_state").dtype == torch.uint8
         assert stored.keys() == {f"adapters.{name}" for name in fresh}
-    trained = load_file(tmp_path / "run/checkpoint-4/model.safetensors")
-    # As after a crash at step 2, in another process.
+    trained = load_file(tmp_path / "run/checkpoint-2/model.safetensors")
+    # As after a crash at step 1, in another process.
     other, _ = built(make)
     again = trainer(other, rows, tmp_path / "again", load_best_model_at_end=False)
-    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
-    assert again.state.global_step == 4
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    assert again.state.global_step == 2
     for name, tensor in adapters_of(other).items():
         assert torch.allclose(tensor, trained[f"adapters.{name}"], atol=1e-6)
 
@@ -237,7 +244,7 @@ def test_a_new_classifier_is_in_the_checkpoint_and_resumes(tmp_path: Path) -> No
     assert not model.vit.training
     assert not model.eval().classifier.training
     trainer(model, rows, tmp_path, load_best_model_at_end=False).train()
-    stored = load_file(tmp_path / "checkpoint-4/model.safetensors")
+    stored = load_file(tmp_path / "checkpoint-2/model.safetensors")
     inside = {key for key in stored if key.startswith("backbone.")}
     assert inside == {f"backbone.classifier.{name}" for name in model.classifier.state_dict()}
     # It stays in the checkpoint when it is no longer trained.
@@ -262,8 +269,8 @@ def test_a_checkpoint_of_another_encoder_is_refused_and_changes_nothing() -> Non
             other.load_state_dict(model.state_dict(), strict=strict)
         assert "\n" not in str(e.value)
     assert same(adapters_of(other), before)
-    damaged = {**state, "left_out": torch.zeros(3, dtype=torch.uint8)}
-    with pytest.raises(ValueError, match="'left_out' of the checkpoint is damaged"):
+    damaged = {**state, "_extra_state": torch.zeros(3, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="'_extra_state' of the checkpoint is damaged"):
         model.load_state_dict(damaged)
     del state[next(key for key in state if key.startswith("adapters."))]
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -288,7 +295,7 @@ def test_whole_state_dicts_are_written_without_training_and_always_read() -> Non
     # Inside another model, as Lightning and DistributedDataParallel have it.
     outer, twin = nn.ModuleDict({"module": other}), nn.ModuleDict({"module": filled("lora")})
     state = outer.state_dict()
-    assert "module.left_out" in state
+    assert "module._extra_state" in state
     assert not any(key.startswith("module.backbone.") for key in state)
     assert not twin.load_state_dict(state).missing_keys
 
@@ -304,12 +311,69 @@ def test_trained_parts_of_the_encoder_and_merged_weights_are_in_the_state_dict()
     assert not other.load_state_dict(model.state_dict()).missing_keys
     assert torch.equal(other.backbone.lm_head.weight, model.shared.weight)
     assert other.backbone.lm_head.weight is other.backbone.shared.weight
-    merged = filled("lora", "bottleneck")
-    merged.merge_adapter("lora")
-    merged.train_adapter("bottleneck")
-    assert len([k for k in merged.state_dict() if k.startswith("backbone.")]) == len(
-        small_vit().state_dict()
+
+
+def test_a_merged_model_in_training_is_written_whole_each_tensor_once() -> None:
+    def merged() -> AdapterModel:
+        model, _ = built(bert)
+        for parameter in model.adapter("a").parameters():
+            parameter.data.add_(0.1)
+        model.add_adapter("b", BottleneckConfig(size=2))
+        model.merge_adapter("a")
+        model.train_adapter("b")
+        return model
+
+    model, other = merged(), merged()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(0.1)
+    stored = load(save(model.state_dict()))  # safetensors refuses a tensor of two names
+    assert not other.load_state_dict(stored).missing_keys
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_a_part_of_the_encoder_that_was_trained_stays_in_checkpoints_when_frozen() -> None:
+    model, _ = built(vit)
+    model.classifier.requires_grad_(True)
+    model.train_adapter("a")  # a first stage
+    model.classifier.requires_grad_(False)
+    inside = {key for key in model.state_dict() if key.startswith("backbone.")}
+    assert inside == {"backbone.classifier.weight", "backbone.classifier.bias"}
+    assert set(model.trained_of_encoder()) == {"classifier.weight", "classifier.bias"}
+
+
+def test_an_assigned_part_can_be_taken_away_again() -> None:
+    model, _ = built(vit)
+    model.classifier = nn.Linear(16, 5)
+    model.classifier = None
+    model.train()
+    model.classifier = nn.Linear(16, 5)
+    del model.backbone.classifier
+    model.train()
+    assert not any(key.startswith("backbone.") for key in model.state_dict())
+
+
+def test_other_keepers_of_checkpoints_know_the_digest() -> None:
+    outer = nn.ModuleDict({"module": built(vit)[0]})
+    state = get_model_state_dict(outer)
+    assert "module._extra_state" in state
+    assert not set_model_state_dict(outer, state).missing_keys
+
+
+def test_a_sequence_trainer_generates_with_the_adapter(tmp_path: Path) -> None:
+    model, rows = built(whisper)
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), predict_with_generate=True, generation_max_length=8, use_cpu=True
     )
+    predictor = Seq2SeqTrainer(model, arguments)
+    fresh = predictor.predict(rows).predictions  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.normal_(std=10.0)
+    assert fresh.shape[0] == len(rows)
+    trained = predictor.predict(rows).predictions  # type: ignore[arg-type]
+    assert trained.shape != fresh.shape or (trained != fresh).any()
 
 
 def test_resized_embeddings_are_in_the_checkpoint() -> None:
@@ -332,11 +396,11 @@ def test_adapters_that_share_parameters_are_written_by_trainer(tmp_path: Path) -
     model = group()
     trainer(model, rows, tmp_path).train()
     other = group()
-    stored = load_file(tmp_path / "checkpoint-4/model.safetensors")
+    stored = load_file(tmp_path / "checkpoint-2/model.safetensors")
     assert not other.load_state_dict(stored).missing_keys
     assert same(adapters_of(other), adapters_of(model))
     assert not same(adapters_of(other), adapters_of(group()))
-    names = [name.removeprefix("adapters.") for name in stored if name != "left_out"]
+    names = [name.removeprefix("adapters.") for name in stored if name != "_extra_state"]
     assert len(names) < len(adapters_of(model))  # what they share is written once
 
 
@@ -369,7 +433,7 @@ def test_checkpointing_of_trainer_is_ours(tmp_path: Path) -> None:
         model.activation_checkpointing_enable(every_n_layers=2)
 
 
-def test_left_out_is_json_by_child() -> None:
+def test_the_digest_is_json_by_child() -> None:
     model, _ = built(vit)
-    text = bytes(model.state_dict()["left_out"].numpy())
+    text = bytes(model.state_dict()["_extra_state"].numpy())
     assert set(json.loads(text)) == {"vit", "classifier"}
