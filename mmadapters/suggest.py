@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
+
+_NAMED = 20
+
+
+def listing(names: Collection[str]) -> str:
+    """Returns the first 20 names in quotes, and how many more there are; "none yet" for none."""
+    named = ", ".join(map(repr, itertools.islice(names, _NAMED)))
+    more = len(names) - _NAMED
+    return f"{named} and {more:,} more" if more > 0 else named or "none yet"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -9,7 +9,8 @@ weight itself or computes attention inside (`raw_weights.py`). `kinds.py` lists 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -35,6 +36,9 @@ class Runtime:
         self.state = State()
         self.interceptors = Interceptors(self.state, sites)
         self._index = SiteIndex(sites, backbone)
+        # The hooks that each adapter or fusion needs, and how many of them need each hook.
+        self._held: dict[str, tuple[HookKey, ...]] = {}
+        self._users: Counter[HookKey] = Counter()
         # What composed plans have needed beyond the hooks of their members.
         self._composed: dict[HookKey, None] = {}
         self._handles: dict[HookKey, list[Removable]] = {}
@@ -80,15 +84,29 @@ class Runtime:
         """Some adapter, active or not, lets texts attend to images."""
         return HookKey("image", "vision") in self._handles
 
-    def sync(self, plans: Iterable[Plan]) -> None:
-        """Installs the hooks that `plans` need and removes all others."""
-        wanted: dict[HookKey, None] = {}
-        for plan in plans:
-            for kind, site, module in plan.entries():
-                wanted.update(dict.fromkeys(needed(self._index, kind, site, module)))
-        if not wanted:
+    def hold(self, name: str, plan: Plan) -> None:
+        """Installs the hooks that `plan` needs. They stay until `release` is called with `name`.
+
+        Its cost does not depend on how many plans are held.
+        """
+        needs = (key for entry in plan.entries() for key in needed(self._index, *entry))
+        self._held[name] = tuple(dict.fromkeys(needs))
+        self._users.update(self._held[name])
+        self._sync()
+
+    def release(self, name: str) -> None:
+        """Removes the hooks that only the plan held under `name` needed."""
+        for key in self._held.pop(name, ()):
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key]
+        self._sync()
+
+    def _sync(self) -> None:
+        """Installs the hooks that are needed and removes all others."""
+        if not self._users:
             self._composed.clear()
-        wanted.update(self._composed)
+        wanted = {**self._users, **self._composed}
         # Hooks that must run last are put on anew, behind those that come now.
         for key in [key for key in self._handles if key not in wanted or KINDS[key.kind].last]:
             self._remove(key)
@@ -108,7 +126,9 @@ class Runtime:
 
     def clear(self) -> None:
         """Removes every hook and gives every module its own class back."""
-        self.sync(())
+        self._held.clear()
+        self._users.clear()
+        self._sync()
         self.state.reset()
 
     def _install(self, key: HookKey) -> None:
@@ -116,7 +136,7 @@ class Runtime:
         self._handles[key] = list(KINDS[key.kind].install(spot))
 
     def _remove(self, key: HookKey) -> None:
-        for handle in self._handles.pop(key):
+        for handle in self._handles.pop(key, ()):
             handle.remove()
 
 

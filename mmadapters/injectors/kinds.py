@@ -57,32 +57,38 @@ class SiteIndex:
         self.points: dict[str, FrontLayer | Embedding] = {
             point.name: point for point in sites.points()
         }
+        self._towers = {
+            name: tower
+            for tower in reversed(sites.towers.values())
+            for name in (*(block.name for block in tower.blocks), *sublayers_of(tower))
+        }
+        self._blocks = {
+            part.name: block for block in self.blocks.values() for part in block.sublayers.values()
+        }
+        of_module: dict[int, list[Leaf]] = {}
+        for leaf in self.leaves.values():
+            of_module.setdefault(id(leaf.module), []).append(leaf)
+        self._fused = {
+            leaf.name: sorted(parts, key=lambda part: part.index)
+            for parts in of_module.values()
+            for leaf in parts
+        }
 
     def tower_with_block(self, block: str) -> Tower:
         """Returns the tower to which a block belongs."""
-        return next(
-            tower
-            for tower in self.towers.values()
-            if any(member.name == block for member in tower.blocks)
-        )
+        return self._towers[block]
 
     def tower_with_sublayer(self, sublayer: str) -> Tower:
         """Returns the tower to which a sublayer belongs."""
-        return next(tower for tower in self.towers.values() if sublayer in sublayers_of(tower))
+        return self._towers[sublayer]
 
     def block_with_sublayer(self, sublayer: str) -> Block:
         """Returns the block to which a sublayer belongs."""
-        return next(
-            block
-            for block in self.blocks.values()
-            if any(part.name == sublayer for part in block.sublayers.values())
-        )
+        return self._blocks[sublayer]
 
     def fused(self, leaf: str) -> list[Leaf]:
         """Returns the leaves that are parts of the same module, in the order of its output."""
-        module = self.leaves[leaf].module
-        parts = [other for other in self.leaves.values() if other.module is module]
-        return sorted(parts, key=lambda part: part.index)
+        return self._fused[leaf]
 
 
 def sublayers_of(tower: Tower) -> tuple[str, ...]:

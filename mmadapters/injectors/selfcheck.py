@@ -52,8 +52,8 @@ def check(model: nn.Module, runtime: Runtime, plan: Plan, example: tuple[tuple, 
         tensors = tensors_in(model(*args, **kwargs))
         return [tensor for tensor in tensors if tensor.is_floating_point()]
 
-    with _untouched(model, runtime, modules):
-        model.eval()
+    with _untouched(model, runtime, modules) as set_mode:
+        set_mode(False)
         with torch.no_grad():
             before = output(NOTHING)
         for module in modules:
@@ -68,7 +68,7 @@ def check(model: nn.Module, runtime: Runtime, plan: Plan, example: tuple[tuple, 
         if all(map(torch.equal, before, after)) and _equal_in_float32(model, output, plan):
             raise _inert(entries[0][1], "eval mode without gradients", "no output changes")
         for mode in ("eval", "train"):
-            model.train(mode == "train")
+            set_mode(mode == "train")
             _check_gradients(entries, lambda: output(plan), mode)
 
 
@@ -139,7 +139,8 @@ def agrees(
 
     Meanwhile the plan's modules are perturbed, and half precision becomes float32.
     """
-    with _untouched(model, runtime, [module for _, _, module in plan.entries()]), _float32(model):
+    modules = [module for _, _, module in plan.entries()]
+    with _untouched(model, runtime, modules) as set_mode, _float32(model):
 
         def output(with_plan: Plan) -> list[Tensor]:
             runtime.local.plan = with_plan
@@ -157,8 +158,8 @@ def agrees(
                     hook.remove()
             return [tensor.float() for tensor in outputs]
 
-        model.eval()
-        for _, _, module in plan.entries():
+        set_mode(False)
+        for module in modules:
             _perturb(module)
         with torch.no_grad():
             off, on = output(NOTHING), output(plan)
@@ -215,17 +216,30 @@ def _perturb(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module, runtime: Runtime, modules: list[nn.Module]) -> Iterator[None]:
-    """Restores parameters of `modules`, buffers, modes and random state after the block."""
+def _untouched(
+    model: nn.Module, runtime: Runtime, modules: list[nn.Module]
+) -> Iterator[Callable[[bool], object]]:
+    """Restores parameters of `modules`, buffers, modes and random state after the block.
+
+    Yields a function that sets train or eval mode. Adapters other than `modules` do not run, and a
+    model may hold thousands of them, so they are passed over.
+    """
+    backbone = getattr(model, "backbone", model)
+    running = nn.ModuleList([backbone, *modules])
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
     kept = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in parameters]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in running.buffers()]
+    training = [(module, module.training) for module in running.modules()]
     above = runtime.local.plan
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    cuda = sorted({p.device.index for p in running.parameters() if p.device.type == "cuda"})
+
+    def set_mode(train: bool) -> None:
+        running.train(train)
+        backbone.train(train and getattr(model, "train_trunk", True))
+
     try:
         with torch.random.fork_rng(devices=cuda), torch.enable_grad():
-            yield
+            yield set_mode
     finally:
         runtime.local.plan = above
         runtime.local.stash.clear()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..adapters.adapter import Adapters
 from ..composition import Composition, Setup, parse
 from ..injectors import checkpointing
 from ..injectors.cross_attention import attending_to
@@ -73,8 +74,8 @@ class AdaptedEncoder(nn.Module):
             raise ValueError("another AdapterModel acts on this backbone: detach it first")
         super().__init__()
         self.backbone = backbone
-        self.adapters = nn.Module()
-        self.fusions = nn.Module()
+        self.adapters = Adapters()
+        self.fusions = Adapters()
         self.train_trunk = train_trunk
         self.store = AdapterStore(
             self,

@@ -324,7 +324,7 @@ class AdapterModel(AdaptedEncoder):
         active = set(composition.names()) if composition is not None else set()
         merged = {known.name for known in self.store.merged}
         rows = []
-        for name in self.adapter_names:
+        for name, shares in groups.sharers(self.store).items():
             adapter = self.adapter(name)
             count = sum(parameter.numel() for parameter in adapter.parameters())
             rows.append(
@@ -337,7 +337,7 @@ class AdapterModel(AdaptedEncoder):
                     active=name in active,
                     trainable=any(p.requires_grad for p in adapter.parameters()),
                     merged=name in merged,
-                    shares=groups.shared_with(self.store, name),
+                    shares=shares,
                 )
             )
         total = sum(parameter.numel() for parameter in self.adapters.parameters())

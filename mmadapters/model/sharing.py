@@ -13,13 +13,14 @@ neither half. Compacter makes both projections of one rule, which is therefore s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, parts
 from ..methods import MethodConfig, method_named
 from ..methods.bottleneck import Bottleneck
 from ..methods.conv import Convpass, Mona
@@ -77,7 +78,7 @@ def _configs(
         given = dict(names)
     else:
         listed = [] if isinstance(names, str) else list(names)
-        twice = [name for name in listed if listed.count(name) > 1]
+        twice = [name for name, count in Counter(listed).items() if count > 1]
         if twice:
             raise ValueError(f"two adapters are to be called {twice[0]!r}: give each its own name")
         if config is None and listed:
@@ -124,8 +125,9 @@ def share(store: AdapterStore, names: Iterable[str], sharing: Sharing) -> None:
     if len(listed) < 2:
         raise ValueError(f"names is a list of at least two adapters, not {names!r}")
     group = {name: store.adapter(name) for name in listed}
+    shares = sharers(store)
     for name in listed:
-        for other in shared_with(store, name):
+        for other in shares[name]:
             there = sharing_of(store.adapter(name), store.adapter(other))
             if other not in group or there != sharing:
                 raise ValueError(
@@ -133,17 +135,31 @@ def share(store: AdapterStore, names: Iterable[str], sharing: Sharing) -> None:
                     f"thing, so share {there} among all of it, {other!r} too"
                 )
     tie(group, sharing, equal=True)
-    for name in listed:
-        store.forget(name)
-    store.sync()
+    store.renew(listed)
 
 
 def shared_with(store: AdapterStore, name: str) -> tuple[str, ...]:
     """Returns the names of the other adapters that have a parameter of this one."""
-    ids = _ids(store.adapter(name))
-    return tuple(
-        other for other in store.adapter_names if other != name and ids & _ids(store.adapter(other))
-    )
+    return sharers(store)[name]
+
+
+def sharers(store: AdapterStore) -> dict[str, tuple[str, ...]]:
+    """Returns for each adapter the names of the others that have a parameter of it."""
+    ids = {name: _ids(store.adapter(name)) for name in store.adapter_names}
+    owners: dict[int, dict[str, None]] = {}
+    for name, its in ids.items():
+        for parameter in its:
+            owners.setdefault(parameter, {})[name] = None
+    order = {name: number for number, name in enumerate(ids)}
+    return {
+        name: tuple(
+            sorted(
+                {other for parameter in its for other in owners[parameter]} - {name},
+                key=order.__getitem__,
+            )
+        )
+        for name, its in ids.items()
+    }
 
 
 def sharing_of(adapter: Adapter, other: Adapter) -> Sharing:
@@ -162,7 +178,8 @@ def sharing_of(adapter: Adapter, other: Adapter) -> Sharing:
 
 
 def _ids(adapter: Adapter) -> set[int]:
-    return {id(parameter) for parameter in adapter.parameters()}
+    values = (parameter for part in parts(adapter) for parameter in part._parameters.values())
+    return {id(parameter) for parameter in values if parameter is not None}
 
 
 def tie(adapters: Mapping[str, Adapter], sharing: Sharing, *, equal: bool = False) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, Fusion
+from ..adapters.adapter import Adapter, Fusion, check_name
 from ..adapters.dependence import tensors_behind
 from ..adapters.identity import encoder_identity
 from ..adapters.merging import MergedAdapter
-from ..composition import BASE, Composition, Fuse
+from ..composition import Composition, Fuse
 from ..injectors import checkpointing
 from ..injectors.installer import Runtime
 from ..injectors.plan import NOTHING, Plan
@@ -27,10 +26,8 @@ from ..plans.cache import Plans
 from ..sites.sitemap import SiteMap
 from ..sites.spec import Architecture
 from ..sites.tables import describe
-from ..suggest import nearest
+from ..suggest import listing, nearest
 from .freezing import Freeze
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+@ -]*")
 
 
 class AdapterStore:
@@ -104,7 +101,7 @@ class AdapterStore:
         """
         adapter = self.adapters._modules.get(name)
         if adapter is None:
-            there = ", ".join(map(repr, self.adapter_names)) or "none yet"
+            there = listing(self.adapters._modules)
             hint = nearest(name, self.adapter_names)
             raise ValueError(f"no adapter is called {name!r}{hint}; there are {there}")
         assert isinstance(adapter, Adapter)
@@ -118,7 +115,7 @@ class AdapterStore:
         """
         fusion = self.fusions._modules.get(name)
         if fusion is None:
-            there = ", ".join(map(repr, self.fusion_names)) or "none yet"
+            there = listing(self.fusions._modules)
             hint = nearest(name, self.fusion_names)
             raise ValueError(f"there is no AdapterFusion {name!r}{hint}; there are {there}")
         assert isinstance(fusion, Fusion)
@@ -130,8 +127,8 @@ class AdapterStore:
         Raises:
             ValueError: none was added for them.
         """
-        if members.name not in self.fusion_names:
-            there = ", ".join(map(repr, self.fusion_names)) or "none yet"
+        if members.name not in self.fusions._modules:
+            there = listing(self.fusions._modules)
             raise ValueError(
                 f"there is no AdapterFusion of {members.name!r}: call "
                 f"add_adapter_fusion({members!r}) first; there are {there}"
@@ -147,16 +144,8 @@ class AdapterStore:
         """
         if self.detached:
             raise ValueError("this model was detached from its encoder; call mmadapters.init anew")
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(
-                f"{name!r} cannot name an adapter: use letters, digits, '_', '-', '+', '@' and "
-                "spaces, no path separators or dots"
-            )
-        if name == BASE:
-            raise ValueError(
-                f"{BASE!r} means the encoder without adapters: choose another name for this one"
-            )
-        if name in self.adapter_names:
+        check_name(name)
+        if name in self.adapters._modules:
             raise ValueError(
                 f"an adapter called {name!r} is here already; delete it or choose another name"
             )
@@ -199,9 +188,10 @@ class AdapterStore:
             ValueError: it acts on a linear map that a merged adapter has widened.
             InertAdapterError: at one of its sites it would change nothing.
         """
+        plan = adapter.plan()
         for merge in self.merged:
             wide = {leaf.name for leaf in merge.widened}
-            for site in adapter.plan().delta.keys() & wide:
+            for site in plan.delta.keys() & wide:
                 raise ValueError(
                     f"adapter {name!r} cannot be added: {site} has channels of adapter "
                     f"{merge.name!r}, which is merged; call reset_adapter({merge.name!r}) first"
@@ -209,11 +199,11 @@ class AdapterStore:
         adapter.train(self.adapters.training)
         self.adapters._modules[name] = adapter
         try:
-            self.sync()
-            self.check(adapter)
+            self.runtime.hold(name, plan)
+            self.check(plan)
         except BaseException:
             del self.adapters._modules[name]
-            self.sync()
+            self.runtime.release(name)
             raise
 
     def insert_fusion(self, fusion: Fusion) -> None:
@@ -227,12 +217,12 @@ class AdapterStore:
         fusion.train(self.fusions.training)
         self.fusions._modules[name] = fusion
         try:
-            self.sync()
+            self.runtime.hold(_held(fusion), fusion.plan())
             # Made once and dropped, so that members that cannot be fused raise now.
             plan_of(fusion.members, self.sites, self.adapter, self.fusion_of)
         except BaseException:
             del self.fusions._modules[name]
-            self.sync()
+            self.runtime.release(_held(fusion))
             raise
 
     @contextlib.contextmanager
@@ -268,7 +258,7 @@ class AdapterStore:
             # `using` blocks, of this thread or another, may hold it.
             plan.clear()
         del self.adapters._modules[name]
-        self.sync()
+        self.runtime.release(name)
 
     def remove_fusion(self, name: str) -> None:
         """Removes an AdapterFusion but not its members. If it acts, nothing acts then.
@@ -276,31 +266,34 @@ class AdapterStore:
         Raises:
             ValueError: no fusion has that name.
         """
-        self.fusion(name)
+        fusion = self.fusion(name)
         del self.fusions._modules[name]
         if self.composition is not None and name in self.composition.fusion_names():
             self.activate(None)
         for plan in self._plans.forget(lambda composition: name in composition.fusion_names()):
             plan.clear()
-        self.sync()
+        self.runtime.release(_held(fusion))
 
-    def sync(self) -> None:
-        """Installs the hooks that the adapters and fusions need and removes all others."""
-        held = [self.adapter(name).plan() for name in self.adapter_names]
-        held += [self.fusion(name).plan() for name in self.fusion_names]
-        self.runtime.sync(held)
+    def renew(self, names: Iterable[str]) -> None:
+        """Makes the plans with these adapters anew, after their modules were replaced."""
+        for name in names:
+            self.forget(name)
         if self.composition is not None:
             self.runtime.active = self.plan(self.composition, self.drop)
+        self.runtime.recompile()
 
-    def check(self, adapter: Adapter) -> None:
+    def check(self, acting: Plan) -> None:
         """Runs the self-check at the sites where no earlier adapter of this kind was checked.
+
+        Args:
+            acting: the plan of the adapter alone.
 
         Raises:
             InertAdapterError: at one of them the adapter would change nothing.
         """
         plan = Plan()
         points = set()
-        for kind, site, module in adapter.plan().entries():
+        for kind, site, module in acting.entries():
             point = (kind, site, type(module), getattr(module, "reads", None))
             if point not in self._verified:
                 points.add(point)
@@ -428,3 +421,8 @@ class AdapterStore:
         self.fusions._modules.clear()
         self._freeze.undo()
         self.detached = True
+
+
+def _held(fusion: Fusion) -> str:
+    """Returns the name under which the runtime holds a fusion: no adapter's name has a slash."""
+    return f"fusions/{fusion.members.name}"

@@ -15,7 +15,14 @@ import mmadapters
 from mmadapters import AdapterModel
 
 from ..config.schema import LOSS
-from ..core.capabilities import BatchGrouping, CacheableInputs, DataChecks, ReportPictures, TowerRow
+from ..core.capabilities import (
+    BatchGrouping,
+    CacheableInputs,
+    DataChecks,
+    ReportPictures,
+    Tally,
+    TowerRow,
+)
 from ..core.errors import BadRow, InputErrors, Problem
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
@@ -315,6 +322,23 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
     def lengths(self, rows: Rows) -> list[int]:
         rate = self.state["rate"]
         return [audio_samples(value, rate) for value in rows["audio"]]
+
+    def tally(self) -> Tally:
+        return Tally()
+
+    def inspect(
+        self, index: int, row: Mapping[str, Any], tally: Tally, *, train: bool
+    ) -> str | None:
+        """Finds utterances that are evaluated but that training would leave out."""
+        if train:
+            self._heard(row)
+            return None
+        wave, text = self._wave(row), self.normal(row["text"])
+        try:
+            labels = self.vocabulary.encode(text)
+        except BadRow as error:
+            return str(error)
+        return self._unfit(len(wave), labels) if labels else EMPTY
 
     def check(self, rows: Rows) -> list[Problem]:
         """Returns the utterances that training would leave out, as far as their headers show it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,19 @@ from torch import nn
 import mmadapters
 
 from ..config.schema import BackboneConfig
+
+
+def longest(how: Mapping[str, Any], seconds: float | None) -> int | None:
+    """Returns the samples to which longer recordings are cut, or None without a limit.
+
+    Args:
+        how: the preprocessing.
+        seconds: `data.max_seconds` of the config.
+    """
+    bounds = [how["longest"]] if how["longest"] is not None else []
+    if seconds is not None:
+        bounds.append(round(seconds * how["rate"]))
+    return min(bounds, default=None)
 
 
 def audio_preprocessing(config: BackboneConfig, backbone: nn.Module) -> dict[str, Any]:

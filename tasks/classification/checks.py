@@ -9,10 +9,23 @@ from collections.abc import Mapping, Sequence
 from ..config.schema import Split
 from ..core.errors import BadRow
 from ..core.findings import Finding, quoted
+from ..core.results import Table
 from ..core.rows import Rows
 from .labels import LabelMap
+from .tables import shares
 
 SHOWN = 3  # groups of labels that are named
+
+
+def class_shares(labels: LabelMap, rows: Rows) -> Table:
+    """Returns the number and the share of rows of each class; doctor names rows without one."""
+    classes = []
+    for value in rows["label"]:
+        try:
+            classes += labels.indices(value)
+        except BadRow:
+            continue
+    return shares(classes, labels.names, len(rows))
 
 
 def label_findings(

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mmadapters import AdapterModel
@@ -22,6 +23,7 @@ from ..core.capabilities import (
     Calibration,
     DataChecks,
     ReportPictures,
+    Tally,
     TowerRow,
 )
 from ..core.device import to_device
@@ -37,15 +39,15 @@ from ..data.columns import PART_ROLES
 from ..encoders.speech import conv_frames
 from ..encoders.vision import image_preprocessing, to_tensor
 from . import few_shot, metrics, pictures
-from .audio import audio_preprocessing
+from .audio import audio_preprocessing, longest
 from .augment import ImageAugmenter, augment_audio, cut
-from .checks import label_findings
+from .checks import class_shares, label_findings
 from .config import ClassificationConfig
 from .embedding_heads import ALPHA, BETA, TipAdapterHead
 from .embeddings import EmbeddingClassifier, spoken
 from .labels import LabelMap, fit_labels
 from .model import AudioClassifier, Classifier, ImageClassifier, class_weights
-from .tables import confusions, of_classes, of_labels, shares
+from .tables import confusions, of_classes, of_labels
 
 
 class ClassificationTask(
@@ -238,19 +240,26 @@ class ClassificationTask(
         return self.example(row, train=False)
 
     def _input(self, value: Any, *, train: bool) -> Example:
-        """Returns a row's picture or recording as a tensor.
+        """Returns a row's picture or recording as a tensor; raises BadRow as `_read`."""
+        read = self._read(value, train=train)
+        if isinstance(read, Tensor):
+            return {"wave": augment_audio(read, self.config.data.augment_audio) if train else read}
+        how = self.state["preprocessing"]
+        return {"pixels": self._augmenter(read) if train else to_tensor(read, how)}
+
+    def _read(self, value: Any, *, train: bool) -> Image.Image | Tensor:
+        """Returns a row's picture, or the samples (T,) of its recording.
 
         Raises:
-            BadRow: it cannot be read.
+            BadRow: it cannot be read, or the recording is too short.
         """
         how = self.state["preprocessing"]
         if value is None:
             raise BadRow(f"it has no {self.kind}")
         if self.kind == "image":
-            image = media.read_image(value, bits=how.get("bits"))
-            return {"pixels": self._augmenter(image) if train else to_tensor(image, how)}
+            return media.read_image(value, bits=how.get("bits"))
         samples = torch.from_numpy(media.read_audio(value, how["rate"]))
-        config, bound = self.config.data, self._longest()
+        bound = longest(how, self.config.data.max_seconds)
         if bound is not None:
             samples = cut(samples, bound, train=train)
         if len(samples) < how["least"]:
@@ -258,15 +267,7 @@ class ClassificationTask(
                 f"it lasts {1000 * len(samples) / how['rate']:.0f} ms; the encoder needs "
                 f"{1000 * how['least'] / how['rate']:.0f} ms for one frame"
             )
-        return {"wave": augment_audio(samples, config.augment_audio) if train else samples}
-
-    def _longest(self) -> int | None:
-        """Returns the samples to which longer recordings are cut, or None without a limit."""
-        how, seconds = self.state["preprocessing"], self.config.data.max_seconds
-        bounds = [how["longest"]] if how["longest"] is not None else []
-        if seconds is not None:
-            bounds.append(round(seconds * how["rate"]))
-        return min(bounds, default=None)
+        return samples
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         batch: Batch = {}
@@ -295,7 +296,7 @@ class ClassificationTask(
         audio = config.augment_audio
         if name := next((n for n in ("gain", "shift", "noise") if getattr(audio, n)), None):
             return f"data.augment_audio.{name}"
-        bound = self._longest()
+        bound = longest(self.state["preprocessing"], self.config.data.max_seconds)
         # A length that comes from a header is only about right.
         if bound is not None and not all(0 < n < bound - 2 for n in self.lengths(rows) or ()):
             return "where longer recordings are cut"
@@ -358,14 +359,18 @@ class ClassificationTask(
         matrix = metrics.confusion(truth, probabilities.argmax(axis=1), len(names))
         return [of_classes(matrix, names, self.state["counts"]), *confusions(matrix, names)]
 
+    def tally(self) -> Tally:
+        return Tally()
+
+    def inspect(
+        self, index: int, row: Mapping[str, Any], tally: Tally, *, train: bool
+    ) -> str | None:
+        self.labels.indices(row.get("label"))
+        self._read(row.get(self.kind), train=False)
+        return None
+
     def survey(self, rows: Rows) -> list[Table]:
-        classes = []
-        for value in rows["label"]:
-            try:
-                classes += self.labels.indices(value)
-            except BadRow:
-                continue  # doctor names such rows
-        return [shares(classes, self.labels.names, len(rows))]
+        return [class_shares(self.labels, rows)]
 
     def findings(self, splits: Mapping[Split, Rows], *, whole: bool) -> list[Finding]:
         return label_findings(self.labels, self.state["counts"], splits)

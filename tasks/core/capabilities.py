@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..config.schema import Split
-from .errors import Problem
+from .errors import BadRow, Problem
 from .findings import Finding
 from .model import TaskModel
 from .results import Figure, Table
@@ -128,8 +128,49 @@ class SecondPass:
         """
 
 
+class Tally:
+    """What a task has seen in rows of a split. Its size does not depend on their number."""
+
+    def merge(self, later: Any) -> None:
+        """Adds a tally of rows that come after those of this one."""
+
+
 class DataChecks:
-    """`mmadapters doctor` tells more of the data than whether its rows can be read."""
+    """`mmadapters doctor` tells more of the data than whether its rows can be read.
+
+    A task whose checks decode files gives a `tally`. Then `inspect` is called once for each row, in
+    several processes, and what it adds to the tally is all that `tables` and `conclusions` need.
+    """
+
+    def tally(self) -> Tally | None:
+        """Returns an empty tally for `inspect`, which can be pickled; None if the task has none.
+
+        Without one `Task.example` is called for each row, and `check` for all.
+        """
+        return None
+
+    def inspect(self, index: int, row: Mapping[str, Any], tally: Any, *, train: bool) -> str | None:
+        """Reads a row as `Task.example` does, without making an example, and adds it to the tally.
+
+        Pictures of the row may be decoded already, to PIL images.
+
+        Returns:
+            A remark on a row that can be used, as `check` returns it in a `Problem`, or None.
+
+        Raises:
+            BadRow: the row cannot be used. Nothing is added to the tally.
+        """
+        return None
+
+    def tables(self, rows: Rows, tally: Any) -> list[Table]:
+        """Returns tables about the split as a whole from its tally, None if there is none."""
+        return self.survey(rows)
+
+    def conclusions(
+        self, splits: Mapping[Split, Rows], tallies: Mapping[Split, Any]
+    ) -> list[Finding]:
+        """Returns what `findings` returns for all rows of the splits, from their tallies."""
+        return self.findings(splits, whole=True)
 
     def check(self, rows: Rows) -> list[Problem]:
         """Returns problems of rows that can be used (a caption that will be cut, for example).
@@ -154,6 +195,22 @@ class DataChecks:
             whole: whether they are all rows, and not a sample.
         """
         return []
+
+
+def inspected(task: DataChecks, rows: Rows) -> tuple[list[Problem], Any]:
+    """Inspects rows in this process; returns the remarks on those that can be used, and the tally.
+
+    The task has tallies.
+    """
+    tally, problems = task.tally(), []
+    for index in range(len(rows)):
+        try:
+            remark = task.inspect(index, rows[index], tally, train=False)
+        except BadRow:
+            continue
+        if remark is not None:
+            problems.append(Problem(index, remark))
+    return problems, tally
 
 
 class ReportPictures:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Severity = Literal["suspicious", "unusable"]
@@ -28,7 +28,36 @@ class Finding:
         return f"{self.sentence}: {self.remedy}" if self.remedy else self.sentence
 
 
-def named_rows(places: Sequence[Any]) -> str:
+@dataclass
+class Places:
+    """Rows: how many there are, and the first few of them.
+
+    It is as long as there are rows, and holds as much memory as a few. A slice gives rows of the
+    first that it has.
+    """
+
+    count: int = 0
+    first: list[Any] = field(default_factory=list)
+
+    def add(self, index: int, place: Callable[[int], Any] = int) -> None:
+        """Adds a row; `place` names it, and is called for the first few alone."""
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(place(index))
+
+    def merge(self, later: Places) -> None:
+        """Adds rows that come after those that are here."""
+        self.count += later.count
+        self.first = [*self.first, *later.first][:NAMED]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: slice) -> list[Any]:
+        return self.first[key]
+
+
+def named_rows(places: Sequence[Any] | Places) -> str:
     """Returns the words for the first rows of a finding: "row 3", "rows 3, 5, … (12 in all)"."""
     shown = ", ".join(map(str, places[:NAMED]))
     if len(places) > NAMED:

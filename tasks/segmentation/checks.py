@@ -2,45 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..config.schema import Split
+from ..core.capabilities import Tally
 from ..core.errors import BadRow
-from ..core.findings import Finding, named_rows, quoted
+from ..core.findings import Finding, Places, named_rows, quoted
+from ..core.results import Table
 from ..core.rows import Rows
 from ..data.media import upright_size
 from .config import SegmentationDataConfig
 from .labels import Labels
+from .orientation import Drawn
 
 IGNORED = 0.01  # share of ignored pixels below which nobody asks what they are
 
 
 @dataclass
-class MaskCounts:
+class MaskCounts(Tally):
     """Counts over the masks of a split.
 
     Attributes:
         pixels: (C + 1,) pixels of each class; the last are ignored.
         images: (C + 1,) masks that have the class.
         masks: number of masks that could be read.
-        guessed: rows whose masks were perhaps drawn before the picture was turned by EXIF.
-        turned: rows whose masks were turned with the picture.
+        guessed: the rows whose masks were perhaps drawn before the picture was turned by EXIF.
+        turned: number of rows whose masks were turned with the picture.
     """
 
     pixels: np.ndarray
     images: np.ndarray
     masks: int = 0
-    guessed: list[int] = field(default_factory=list)
-    turned: list[int] = field(default_factory=list)
+    guessed: Places = field(default_factory=Places)
+    turned: int = 0
+
+    @classmethod
+    def none(cls, labels: Labels) -> MaskCounts:
+        """Returns the counts of no mask."""
+        number = len(labels.classes) + 1
+        return cls(np.zeros(number, np.int64), np.zeros(number, np.int64))
+
+    def add(self, index: int, mask: np.ndarray, drawn: Drawn) -> None:
+        """Adds the classes (H, W) of a row's mask."""
+        # The ignore index is above all classes.
+        highest = len(self.pixels) - 1
+        of_mask = np.bincount(np.minimum(mask.ravel(), highest), minlength=highest + 1)
+        self.pixels += of_mask
+        self.images += of_mask > 0
+        self.masks += 1
+        if not drawn.decided:
+            self.guessed.add(index)
+        elif drawn.orientation != 1:
+            self.turned += 1
+
+    def merge(self, later: MaskCounts) -> None:
+        """Adds the counts of rows that come after these."""
+        self.pixels += later.pixels
+        self.images += later.images
+        self.masks += later.masks
+        self.guessed.merge(later.guessed)
+        self.turned += later.turned
+
+    def table(self, classes: Sequence[str]) -> Table:
+        """Returns the pixels and images of each class."""
+        total = max(int(self.pixels.sum()), 1)
+        body = [
+            [name, int(pixels), round(100 * int(pixels) / total, 2), int(images)]
+            for name, pixels, images in zip(
+                [*classes, "(ignored)"], self.pixels, self.images, strict=True
+            )
+        ]
+        columns = ["class", "pixels", "% of pixels", "images"]
+        return Table("Classes in the masks", columns, body, f"{self.masks} masks that can be used.")
 
 
 def count_masks(labels: Labels, rows: Rows) -> MaskCounts:
     """Reads the masks of rows; rows that cannot be used are left out."""
-    number = len(labels.classes)
-    counts = MaskCounts(np.zeros(number + 1, np.int64), np.zeros(number + 1, np.int64))
+    counts = MaskCounts.none(labels)
     for index in range(len(rows)):
         row = rows[index]
         size = upright_size(row.get("image"))
@@ -51,28 +92,24 @@ def count_masks(labels: Labels, rows: Rows) -> MaskCounts:
             drawn = labels.drawn(row, size, guesses=True)
         except BadRow:
             continue
-        # The ignore index is above all classes.
-        of_mask = np.bincount(np.minimum(mask.ravel(), number), minlength=number + 1)
-        counts.pixels += of_mask
-        counts.images += of_mask > 0
-        counts.masks += 1
-        if not drawn.decided:
-            counts.guessed.append(index)
-        elif drawn.orientation != 1:
-            counts.turned.append(index)
+        counts.add(index, mask, drawn)
     return counts
 
 
 def mask_findings(
-    config: SegmentationDataConfig, labels: Labels, splits: Mapping[Split, Rows], *, whole: bool
+    config: SegmentationDataConfig,
+    labels: Labels,
+    counts: Mapping[Split, MaskCounts],
+    *,
+    whole: bool,
 ) -> list[Finding]:
     """Returns what is suspicious about the masks of the splits, or makes them unusable.
 
     Args:
+        counts: of the splits.
         whole: whether the splits are there with all rows. In a sample, a class counts as absent if
             one of half the share that all have on average would show there.
     """
-    counts = {split: count_masks(labels, rows) for split, rows in splits.items()}
     results = []
     for split, seen in counts.items():
         if not seen.masks:
@@ -170,7 +207,7 @@ def _orientation(seen: MaskCounts, split: Split) -> list[Finding]:
         return []
     turned = ""
     if seen.turned:
-        turned = f"; those of {len(seen.turned):,} others were drawn before it, as sizes show"
+        turned = f"; those of {seen.turned:,} others were drawn before it, as sizes show"
     return [
         Finding(
             f"{len(seen.guessed):,} pictures of {split} are turned by their EXIF data, and sizes "

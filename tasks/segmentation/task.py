@@ -16,22 +16,23 @@ from torch import Tensor, nn
 from mmadapters import AdapterModel
 
 from ..config.schema import Split
-from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures
-from ..core.errors import BadRow, InputErrors, Problem
+from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures, inspected
+from ..core.errors import InputErrors, Problem
 from ..core.findings import Finding
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
 from ..core.rows import Column, Rows
 from ..core.task import Task
-from ..data.media import image_size, picture_bits, read_image
+from ..data.media import exif_orientation, image_size, picture_bits, read_image
 from ..encoders.vision import image_preprocessing
 from . import metrics, pictures
-from .checks import mask_findings
+from .checks import MaskCounts, count_masks, mask_findings
 from .coco import lines_among
 from .config import SegmentationConfig
 from .inference import predict_classes
 from .labels import Labels, class_names
 from .model import SegmentationModel
+from .orientation import Drawn
 from .transforms import Augmentation, crop_size, prepare, target_size
 
 
@@ -294,58 +295,47 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         pictures.write_png(overlay, Image.fromarray(mixed))
         return {"mask": str(mask), "overlay": str(overlay)}
 
-    def check(self, rows: Rows) -> list[Problem]:
-        """Finds masks in which all pixels are ignored, and segments that cover nothing."""
-        empty = [
-            Problem(index, "every pixel of the mask is ignored")
-            for index, mask in self._masks(rows)
-            if (mask == self.labels.ignore).all()
-        ]
-        return empty + self._lines(rows)
+    def tally(self) -> MaskCounts:
+        return MaskCounts.none(self.labels)
 
-    def _lines(self, rows: Rows) -> list[Problem]:
-        problems = []
-        segments = rows["segments"] if "segments" in rows.column_names else ()
-        for index, of_row in enumerate(segments):
-            try:
-                numbers = lines_among(of_row)
-            except BadRow:
-                continue
-            if numbers:
-                some = ", ".join(map(str, numbers[:5]))
-                reason = f"segments {some} have one or two corners and are left out"
-                problems.append(Problem(index, reason))
-        return problems
+    def inspect(
+        self, index: int, row: Mapping[str, Any], tally: MaskCounts, *, train: bool
+    ) -> str | None:
+        """Counts the pixels of a mask, and finds masks in which all pixels are ignored and segments
+        that cover nothing."""
+        image = read_image(row["image"], bits=self.bits)
+        size = (image.height, image.width)
+        mask = self.labels.read(row, size)
+        drawn = Drawn(1, size)
+        if exif_orientation(row["image"]) != 1:
+            drawn = self.labels.drawn(row, size, guesses=True)
+        tally.add(index, mask, drawn)
+        if (mask == self.labels.ignore).all():
+            return "every pixel of the mask is ignored"
+        numbers = lines_among(row["segments"]) if row.get("segments") is not None else []
+        if numbers:
+            some = ", ".join(map(str, numbers[:5]))
+            return f"segments {some} have one or two corners and are left out"
+        return None
+
+    def check(self, rows: Rows) -> list[Problem]:
+        return inspected(self, rows)[0]
 
     def survey(self, rows: Rows) -> list[Table]:
-        """Counts the pixels and images of each class."""
-        number = len(self.classes)
-        pixels, images, seen = np.zeros(number + 1, np.int64), np.zeros(number + 1, np.int64), 0
-        for _, mask in self._masks(rows):
-            # The ignore index is above all classes.
-            counts = np.bincount(np.minimum(mask.ravel(), number), minlength=number + 1)
-            pixels, images, seen = pixels + counts, images + (counts > 0), seen + 1
-        names = [*self.classes, "(ignored)"]
-        total = max(int(pixels.sum()), 1)
-        body = [
-            [name, int(pixels[i]), round(100 * int(pixels[i]) / total, 2), int(images[i])]
-            for i, name in enumerate(names)
-        ]
-        columns = ["class", "pixels", "% of pixels", "images"]
-        return [Table("Classes in the masks", columns, body, f"{seen} masks that can be used.")]
+        return self.tables(rows, inspected(self, rows)[1])
+
+    def tables(self, rows: Rows, tally: MaskCounts) -> list[Table]:
+        """Returns how many pixels and images have each class."""
+        return [tally.table(self.classes)]
+
+    def conclusions(
+        self, splits: Mapping[Split, Rows], tallies: Mapping[Split, MaskCounts]
+    ) -> list[Finding]:
+        return mask_findings(self.config.data, self.labels, tallies, whole=True)
 
     def findings(self, splits: Mapping[Split, Rows], *, whole: bool) -> list[Finding]:
-        return mask_findings(self.config.data, self.labels, splits, whole=whole)
-
-    def _masks(self, rows: Rows) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields the index and the classes of every row that can be used."""
-        for index in range(len(rows)):
-            row = rows[index]
-            try:
-                image = read_image(row["image"], bits=self.bits)
-                yield index, self.labels.read(row, (image.height, image.width))
-            except BadRow:
-                continue
+        counts = {split: count_masks(self.labels, rows) for split, rows in splits.items()}
+        return mask_findings(self.config.data, self.labels, counts, whole=whole)
 
 
 def _best_median_worst(scores: np.ndarray, count: int) -> list[tuple[str, int]]:

@@ -1,15 +1,21 @@
-"""Reads all of a data set before anything is trained on it, and collects its problems."""
+"""Reads all of a data set before anything is trained on it, and collects its problems.
+
+Worker processes read the rows and send what they saw in some dozens of them at a time. It is added
+up here, so that memory does not grow with the number of files but for some 60 bytes a row.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -17,18 +23,18 @@ from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
 from ...config.schema import SPLITS, Split
-from ...core.capabilities import DataChecks, capability
-from ...core.errors import BadRow, Problem
-from ...core.findings import Finding
+from ...core.capabilities import DataChecks, Tally, capability
+from ...core.errors import BadRow
+from ...core.findings import Finding, Places
 from ...core.rows import Rows
 from ...core.task import Task
 from ..examples import seeded_example
-from ..media import media_name
+from ..media.decode import stored
 from ..stream import Stream
 from ..workers import MOST
-from .checks import RowFacts, facts_of, findings_of
-from .repeats import shared_findings
-from .results import DataReport, Group, RowPlace, SplitReport
+from .checks import RowFacts, RowNames, facts_of, findings_of
+from .repeats import Place, shared_findings
+from .results import DataReport, Group, SplitReport
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +42,8 @@ if TYPE_CHECKING:
 SHOWN = 5  # rows named for each reason
 STREAMED = 1000  # rows of a stream that are read
 FEW = 64  # so few rows are read without worker processes
-READ_AT_ONCE = 16
+READ_AT_ONCE = 32
+EXAMPLES = 512  # of about so many rows examples are made, if a task can read rows without that
 
 
 def examine(
@@ -46,7 +53,10 @@ def examine(
     workers: int | None = None,
     console: Console | None = None,
 ) -> DataReport:
-    """Makes every example of every split once and reports the failures, grouped by reason.
+    """Reads every row of every split and reports the failures, grouped by reason.
+
+    Each file is decoded. Examples are made of every row, or, if the task inspects rows by itself
+    (see `DataChecks.tally`), of 512 to 1,024 rows of each split, spread over it.
 
     Of a stream only the first 1,000 rows are read. No row ends the examination: an error of
     `example` other than `BadRow` is a problem of its row too, named by its type.
@@ -60,20 +70,28 @@ def examine(
         workers = min(os.cpu_count() or 1, MOST)
     report = DataReport([])
     facts: dict[Split, RowFacts] = {}
+    tallies: dict[Split, Tally] = {}
     readable: dict[Split, Rows] = {
         split: rows.head(STREAMED) if isinstance(rows, Stream) else rows
         for split, rows in data.items()
     }
     with _progress(console, sum(len(rows) for rows in readable.values())) as advance:
         for name in (split for split in SPLITS if split in readable):
-            split, facts[name] = _split(task, name, readable[name], workers, advance)
+            reading = _Reading(task, name, readable[name])
+            reading.run(workers, advance)
+            split, facts[name] = reading.report, reading.facts
+            if reading.tally is not None and split.usable:
+                tallies[name] = reading.tally
             split.partial = isinstance(data[name], Stream)
             report.splits.append(split)
     report.findings += _missing_splits(data)
-    report.findings += shared_findings({name: some.keys for name, some in facts.items()})
+    report.findings += shared_findings(
+        {name: some.keys for name, some in facts.items()},
+        {name: some.place for name, some in facts.items()},
+    )
     for split in report.splits:
         report.findings += findings_of(task, split.name, readable[split.name], facts[split.name])
-    _add_findings(task, readable, report)
+    _add_findings(task, readable, tallies, report)
     return report
 
 
@@ -90,12 +108,21 @@ def _missing_splits(data: Mapping[Split, Rows]) -> list[Finding]:
     return []
 
 
-def _add_findings(task: Task, readable: Mapping[Split, Rows], report: DataReport) -> None:
+def _add_findings(
+    task: Task,
+    readable: Mapping[Split, Rows],
+    tallies: Mapping[Split, Tally],
+    report: DataReport,
+) -> None:
     """Adds the findings of the task itself about the splits of which it can use a row."""
     splits = {split.name: readable[split.name] for split in report.splits if split.usable}
     whole = not any(split.partial for split in report.splits)
+    checks = capability(task, DataChecks)
     try:
-        report.findings += capability(task, DataChecks).findings(splits, whole=whole)
+        if whole and tallies:
+            report.findings += checks.conclusions(splits, tallies)
+        else:
+            report.findings += checks.findings(splits, whole=whole)
     except Exception as error:  # a fault of the task, perhaps caused by the data
         for split in report.splits[:1]:
             split.errors.append(
@@ -105,92 +132,176 @@ def _add_findings(task: Task, readable: Mapping[Split, Rows], report: DataReport
 
 @dataclass(frozen=True)
 class _Seen:
-    """A row that was read: why it cannot be used (None if it can), and what is seen in it."""
+    """A row that was read: why it cannot be used (None if it can), a remark on it, whether an
+    example was made of it, and what is seen in it."""
 
-    place: RowPlace
+    index: int
     reason: str | None
-    facts: dict[str, Any] = field(default_factory=dict)
+    remark: str | None
+    made: bool
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that a worker has read, and what the task has seen in them."""
+
+    rows: list[_Seen]
+    tally: Tally | None
 
 
 class _Reader(torch.utils.data.Dataset):
-    """Makes examples and discards them; never raises."""
+    """Reads rows, some dozens at a time, and discards them; never raises."""
 
     def __init__(self, task: Task, rows: Rows, *, train: bool) -> None:
         self.task, self.rows, self.train = task, rows, train
-        kinds = {role: column.kind for role, column in task.columns.items()}
-        names = rows.column_names
-        self.media = [r for r, kind in kinds.items() if kind in ("image", "audio") and r in names]
+        self.checks = capability(task, DataChecks)
+        self.step = max(1, len(rows) // EXAMPLES)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return math.ceil(len(self.rows) / READ_AT_ONCE)
 
-    def __getitem__(self, index: int) -> _Seen:
+    def __getitem__(self, part: int) -> _Part:
+        first = part * READ_AT_ONCE
+        tally = self.checks.tally()
+        rows = range(first, min(first + READ_AT_ONCE, len(self.rows)))
+        return _Part([self._read(index, tally) for index in rows], tally)
+
+    def _read(self, index: int, tally: Tally | None) -> _Seen:
         row: Mapping[str, Any] = {}
-        reason = None
+        decoded: dict[str, Any] = {}
+        reason = remark = None
+        made = tally is None or index % self.step == 0
+        with ExitStack() as files:
+            try:
+                row = self.rows[index]
+                if made:
+                    seeded_example(self.task, row, index, train=self.train)
+                if tally is not None:
+                    decoded = self._decoded(row, files)
+                    remark = self.checks.inspect(index, {**row, **decoded}, tally, train=self.train)
+            except BadRow as error:
+                reason = first_line(error)
+            except Exception as error:  # a fault of the task, but no reason to stop
+                reason = f"{type(error).__name__}: {first_line(error)}"
+            facts = facts_of(self.task, row, decoded=decoded)
+        return _Seen(index, reason, remark, made, facts)
+
+    def _decoded(self, row: Mapping[str, Any], files: ExitStack) -> dict[str, Any]:
+        """Returns by role the pictures of a row as PIL images, so that each is decoded once.
+
+        Those of 16 bits a channel are left out, since PIL keeps 8 of them, and so are broken ones,
+        which the task names.
+        """
+        decoded = {}
+        for role, column in self.task.columns.items():
+            value = row.get(role)
+            if column.kind == "image" and value is not None and not isinstance(value, np.ndarray):
+                try:
+                    picture = files.enter_context(stored(value, "image", deep=True))
+                except BadRow:
+                    continue
+                if picture.deep is None:
+                    decoded[role] = picture.image
+        return decoded
+
+
+class _Groups:
+    """Groups rows by reason, without its numbers and names. Rows come in rising order."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._groups: dict[str, tuple[str, Places]] = {}
+
+    def add(self, index: int, reason: str) -> None:
+        """Adds a row."""
+        _, places = self._groups.setdefault(_pattern(reason), (reason, Places()))
+        places.add(index, self._place)
+
+    def result(self) -> list[Group]:
+        """Returns the groups; the largest comes first."""
+        groups = [
+            Group(reason, len(places), tuple(places[:SHOWN]))
+            for reason, places in self._groups.values()
+        ]
+        return sorted(groups, key=lambda group: -group.count)
+
+
+class _Reading:
+    """Reads a split.
+
+    Attributes:
+        report: what is told of it.
+        facts: what is seen in its rows.
+        tally: what the task has seen in them; None for a task without tallies.
+    """
+
+    def __init__(self, task: Task, name: Split, rows: Rows) -> None:
+        self._task, self._rows, self._train = task, rows, name == "train"
+        self._checks = capability(task, DataChecks)
+        self.report = SplitReport(name, len(rows))
+        self.facts = RowFacts(len(rows), RowNames(task, rows))
+        self.tally = self._checks.tally()
+        self._failed = bytearray(len(rows))
+
+    def run(self, workers: int, advance: Callable[[int], None]) -> None:
+        """Reads all rows, and lets the task check them."""
+        report = self.report
+        if not len(self._rows):
+            report.errors.append("it has no rows")
+            return
+        report.errors += _missing_columns(self._task, report.name, self._rows)
+        if report.errors:
+            return
+        remarks = _Groups(self.facts.place)
+        self._read(workers, advance, remarks)
+        if not report.usable:
+            return
+
+        def add_notes() -> None:
+            if self.tally is None:
+                problems = self._checks.check(self._rows)
+                for problem in sorted(problems, key=lambda problem: problem.index):
+                    if not self._failed[problem.index]:
+                        remarks.add(problem.index, problem.reason)
+            report.notes = remarks.result()
+
+        def add_tables() -> None:
+            report.tables = self._checks.tables(self._rows, self.tally)
+
+        for step in (add_notes, add_tables):
+            try:
+                step()
+            except Exception as error:  # a fault of the task, perhaps caused by the data
+                report.errors.append(
+                    "the task's own check of it failed: "
+                    f"{type(error).__name__}: {first_line(error)}"
+                )
+
+    def _read(self, workers: int, advance: Callable[[int], None], remarks: _Groups) -> None:
+        report, bad = self.report, _Groups(self.facts.place)
         try:
-            row = self.rows[index]
-            seeded_example(self.task, row, index, train=self.train)
-        except BadRow as error:
-            reason = first_line(error)
-        except Exception as error:  # a fault of the task, but no reason to stop
-            reason = f"{type(error).__name__}: {first_line(error)}"
-        values = [row.get(role) for role in self.media]
-        name = next((n for value in values if (n := media_name(value))), None)
-        return _Seen(RowPlace(index, name), reason, facts_of(self.task, row))
-
-
-def _split(
-    task: Task, name: Split, rows: Rows, workers: int, advance: Callable[[int], None]
-) -> tuple[SplitReport, RowFacts]:
-    report = SplitReport(name, len(rows))
-    facts = RowFacts(rows=len(rows))
-    if not len(rows):
-        report.errors.append("it has no rows")
-        return report, facts
-    report.errors += _missing_columns(task, name, rows)
-    if report.errors:
-        return report, facts
-    bad: list[tuple[RowPlace, str]] = []
-    places: dict[int, RowPlace] = {}
-    try:
-        for seen in _read(_Reader(task, rows, train=name == "train"), workers):
-            advance(1)
-            places[seen.place.index] = seen.place
-            if seen.reason is not None:
-                bad.append((seen.place, seen.reason))
-            facts.add(seen.place, seen.facts)
-    except RuntimeError as error:
-        # The loader raises this when a worker was killed: a decoder crashed, or memory ran out.
-        first = len(places)
-        report.errors.append(
-            f"reading it ended at one of the rows from {first} on, and none after was checked: "
-            f"{first_line(error)}"
-        )
-    report.usable = len(places) - len(bad)
-    report.problems = _grouped(bad)
-    failed = {place.index for place, _ in bad}
-
-    checks = capability(task, DataChecks)
-
-    def add_notes() -> None:
-        notes = [problem for problem in checks.check(rows) if problem.index not in failed]
-        report.notes = _grouped([(_place(places, p), p.reason) for p in notes])
-
-    def add_tables() -> None:
-        report.tables = checks.survey(rows)
-
-    for step in (add_notes, add_tables) if report.usable else ():
-        try:
-            step()
-        except Exception as error:  # a fault of the task, perhaps caused by the data
+            for part in _parts(_Reader(self._task, self._rows, train=self._train), workers):
+                for seen in part.rows:
+                    self.facts.add(seen.index, seen.facts)
+                    report.made += seen.made
+                    if seen.reason is None:
+                        report.usable += 1
+                    else:
+                        self._failed[seen.index] = 1
+                        bad.add(seen.index, seen.reason)
+                    if seen.remark is not None:
+                        remarks.add(seen.index, seen.remark)
+                if self.tally is not None:
+                    self.tally.merge(part.tally)
+                advance(len(part.rows))
+        except RuntimeError as error:
+            # The loader raises this when a worker was killed: a decoder crashed, or memory ran out.
             report.errors.append(
-                f"the task's own check of it failed: {type(error).__name__}: {first_line(error)}"
+                f"reading it ended at one of the rows from {self.facts.looked} on, and none after "
+                f"was checked: {first_line(error)}"
             )
-    return report, facts
-
-
-def _place(places: Mapping[int, RowPlace], problem: Problem) -> RowPlace:
-    return places.get(problem.index, RowPlace(problem.index, None))
+        report.problems = bad.result()
 
 
 def _missing_columns(task: Task, name: Split, rows: Rows) -> list[str]:
@@ -210,35 +321,27 @@ def _missing_columns(task: Task, name: Split, rows: Rows) -> list[str]:
     return errors
 
 
-def _read(reader: _Reader, workers: int) -> Iterator[_Seen]:
+def _parts(reader: _Reader, workers: int) -> Iterator[_Part]:
     loader = DataLoader(
         reader,
-        batch_size=READ_AT_ONCE,
-        num_workers=0 if len(reader) <= FEW else workers,
-        collate_fn=list,
+        batch_size=None,
+        num_workers=0 if len(reader.rows) <= FEW else workers,
+        collate_fn=_same,
         worker_init_fn=_ignore_warnings,
     )
     with warnings.catch_warnings():
         _ignore_warnings()
-        for batch in loader:
-            yield from batch
+        yield from loader
+
+
+def _same(part: Any) -> Any:
+    """Hands a part on as it is, where torch's loader would look for tensors in it."""
+    return part
 
 
 def _ignore_warnings(worker: int = 0) -> None:
     """Hides the warnings of decoders, which come once for each file."""
     warnings.simplefilter("ignore")
-
-
-def _grouped(problems: Sequence[tuple[RowPlace, str]]) -> list[Group]:
-    """Groups rows by reason, without its numbers and names; the largest group comes first."""
-    groups: dict[str, list[tuple[RowPlace, str]]] = {}
-    for place, reason in sorted(problems, key=lambda problem: problem[0].index):
-        groups.setdefault(_pattern(reason), []).append((place, reason))
-    by_reason = [
-        Group(some[0][1], len(some), tuple(place for place, _ in some[:SHOWN]))
-        for some in groups.values()
-    ]
-    return sorted(by_reason, key=lambda group: -group.count)
 
 
 def _pattern(reason: str) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...core.findings import Finding, named_rows
+from ...core.findings import Finding, Places, named_rows
 from ..media import bits_in_use, highest_value, picture_to_show
+from ..media.decode import stored
 from ..media.files import opened
 from ..media.images import DEEP
+from .results import RowPlace
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,7 +45,12 @@ def picture_facts(value: Any) -> PictureFacts:
     reduced = _reduced_jpeg(value)
     if reduced is not None:
         return PictureFacts(_is_blank(reduced), None)
-    return PictureFacts(_is_blank(picture_to_show(value)), highest_value(value))
+    if isinstance(value, np.ndarray):
+        return PictureFacts(_is_blank(picture_to_show(value)), highest_value(value))
+    with stored(value, "image", deep=True) as picture:
+        if picture.deep is None:
+            value = picture.image  # decoded, so that it is not decoded anew below
+        return PictureFacts(_is_blank(picture_to_show(value)), highest_value(value))
 
 
 def _reduced_jpeg(value: Any) -> Image.Image | None:
@@ -66,19 +73,42 @@ def _is_blank(image: Image.Image) -> bool:
     return all(high - low <= SPREAD for low, high in image.convert("RGB").getextrema())  # type: ignore[misc]
 
 
+@dataclass
+class PictureTally:
+    """Adds up the facts of pictures.
+
+    Attributes:
+        blank: the rows of blank pictures.
+        deep: number of pictures with 16 bits a channel.
+        highest: the greatest value in one of those.
+    """
+
+    blank: Places = field(default_factory=Places)
+    deep: int = 0
+    highest: int = 0
+
+    def add(self, index: int, fact: PictureFacts, place: Callable[[int], RowPlace]) -> None:
+        """Adds the picture of a row."""
+        if fact.blank:
+            self.blank.add(index, place)
+        if fact.highest is not None:
+            self.deep += 1
+            self.highest = max(self.highest, fact.highest)
+
+
 def picture_findings(
-    facts: Sequence[tuple[Any, PictureFacts]], *, where: str, bits: int | None, train: bool
+    tally: PictureTally, *, where: str, bits: int | None, train: bool
 ) -> list[Finding]:
     """Returns what is suspicious about pictures.
 
     Args:
-        facts: each with the place of its row.
+        tally: of the pictures.
         where: the words for the rows that were looked at ("of the 40 pictures of train").
         bits: `data.bits` of the config.
         train: whether they are those by which the bits in use are decided.
     """
     results = []
-    blank = [place for place, fact in facts if fact.blank]
+    blank = tally.blank
     if blank:
         results.append(
             Finding(
@@ -87,9 +117,9 @@ def picture_findings(
                 "look at them, and leave out those that show nothing",
             )
         )
-    deep = [fact.highest for _, fact in facts if fact.highest is not None]
-    if deep and bits is None and train and (low := _low_range(len(deep), max(deep), where)):
-        results.append(low)
+    if tally.deep and bits is None and train:
+        low = _low_range(tally.deep, tally.highest, where)
+        results += [low] if low else []
     return results
 
 

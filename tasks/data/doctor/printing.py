@@ -55,6 +55,8 @@ def _split_parts(split: SplitReport) -> Iterator[RenderableType]:
     rows = f"the first {_counted(split.rows)}" if split.partial else _counted(split.rows)
     title = f"{split.name}: {rows}, {split.usable:,} usable"
     yield Text(title, style="bold green" if split.ok else "bold red")
+    if 0 < split.made < split.rows:
+        yield Text(f"  all rows were read, and examples for training made of {split.made:,}")
     for error in split.errors:
         yield Text.assemble(("  error: ", "red"), error)
     if split.problems or split.notes:

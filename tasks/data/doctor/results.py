@@ -51,6 +51,7 @@ class SplitReport:
         notes: rows that can be used but that the task remarks on.
         errors: problems of the split as a whole.
         tables: the task's own tables about the split.
+        made: number of rows of which training examples were made. All are read and decoded.
         partial: whether only the first rows of a stream were read.
     """
 
@@ -61,6 +62,7 @@ class SplitReport:
     notes: list[Group] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    made: int = 0
     partial: bool = False
 
     @property

@@ -18,11 +18,10 @@ from ...core.capabilities import DataChecks, capability
 from ...core.findings import Finding
 from ...core.rows import Rows
 from ...core.task import Task
-from ..media import media_name, spread
+from ..media import spread
 from ..stream import Stream
-from .checks import RowFacts, answer_of, conflicts_of, facts_of, media_findings, texts_of
-from .repeats import Answer, Keys, about_parts, answer_role, paths_of, shared_findings
-from .results import RowPlace
+from .checks import RowFacts, RowNames, answer_of, conflicts_of, facts_of, media_findings, texts_of
+from .repeats import Hashes, Keys, about_parts, answer_role, paths_of, shared_findings
 
 SECONDS = 1.0  # in which media are decoded; the task's own look takes about as long
 LOOKED_AT = 64  # rows of a split whose media are decoded, at most
@@ -46,16 +45,17 @@ def look(task: Task, splits: Splits, *, seconds: float = SECONDS) -> list[Findin
         for split in SPLITS
         if split in splits and not isinstance(splits[split], Stream) and len(splits[split])
     }
-    facts = {split: RowFacts(rows=len(rows)) for split, rows in local.items()}
+    facts = {split: RowFacts(len(rows), RowNames(task, rows)) for split, rows in local.items()}
+    looked: dict[Split, list[int]] = {split: [] for split in local}
 
     def columns() -> list[Finding]:
         return _of_columns(task, local)
 
     def media() -> list[Finding]:
-        return _of_media(task, local, facts, seconds)
+        return _of_media(task, local, facts, looked, seconds=seconds)
 
     def of_task() -> list[Finding]:
-        return _of_task(task, local, facts)
+        return _of_task(task, local, looked)
 
     results: list[Finding] = []
     for step in (columns, media, of_task):
@@ -70,19 +70,25 @@ def look(task: Task, splits: Splits, *, seconds: float = SECONDS) -> list[Findin
 def _of_columns(task: Task, splits: Splits) -> list[Finding]:
     results: list[Finding] = []
     few = {split: rows for split, rows in splits.items() if len(rows) <= READ}
-    keys = {split: _paths(task, rows) for split, rows in few.items()}
-    results += shared_findings(keys)
+    facts = {
+        split: RowFacts(len(rows), RowNames(task, rows), keys=_paths(task, rows))
+        for split, rows in few.items()
+    }
+    results += shared_findings(
+        {split: of_split.keys for split, of_split in facts.items()},
+        {split: of_split.place for split, of_split in facts.items()},
+    )
     role = answer_role(task.columns)
     for split, rows in few.items():
-        places = {place.index: place for of_role in keys[split].values() for _, place in of_role}
-        results += texts_of(task, split, rows, places)
+        results += texts_of(task, split, rows, facts[split].place)
         kind = "" if role is None else task.columns[role].kind
         if role is None or kind == "mask" or about_parts(rows):
             continue
-        if keys[split] and role in rows.column_names:
-            values = ((index, answer_of(value, kind)) for index, value in enumerate(rows[role]))
-            answers = {index: Answer(text) for index, text in values if text is not None}
-            results += conflicts_of(task, split, keys[split], answers)
+        if facts[split].keys and role in rows.column_names:
+            for index, value in enumerate(rows[role]):
+                if (text := answer_of(value, kind)) is not None:
+                    facts[split].answers.add(index, text)
+            results += conflicts_of(task, split, rows, facts[split])
     return results
 
 
@@ -90,37 +96,40 @@ def _paths(task: Task, rows: Rows) -> Keys:
     keys: Keys = {}
     for role, column in task.columns.items():
         if column.kind in ("image", "audio"):
-            paths = enumerate(paths_of(rows, role))
-            named = [(path, RowPlace(i, media_name(path))) for i, path in paths if path]
-            keys |= {role: named} if named else {}
+            hashes = Hashes()
+            for index, path in enumerate(paths_of(rows, role)):
+                if path:
+                    hashes.add(path, index)
+            keys |= {role: hashes} if len(hashes) else {}
     return keys
 
 
 def _of_media(
-    task: Task, splits: Splits, facts: Mapping[Split, RowFacts], seconds: float
+    task: Task,
+    splits: Splits,
+    facts: Mapping[Split, RowFacts],
+    looked: Mapping[Split, list[int]],
+    *,
+    seconds: float,
 ) -> list[Finding]:
+    """Decodes media of some rows, and adds the numbers of those rows to `looked`."""
     results: list[Finding] = []
-    kinds = {role: column.kind for role, column in task.columns.items()}
-    names = {role for role, kind in kinds.items() if kind in ("image", "audio")}
     for split, rows in splits.items():
         end = time.perf_counter() + seconds / len(splits)
-        seen: dict[int, tuple[RowPlace, dict[str, Any]]] = {}
+        seen: dict[int, dict[str, Any]] = {}
         for number, index in enumerate(spread(len(rows), LOOKED_AT)):
             if number >= LEAST and time.perf_counter() > end:
                 break
-            row = rows[index]
-            name = next((n for role in names if (n := media_name(row.get(role)))), None)
-            seen[index] = RowPlace(index, name), facts_of(task, row, keys=False)
+            seen[index] = facts_of(task, rows[index], keys=False)
         for index in sorted(seen):
-            facts[split].add(*seen[index])
+            facts[split].add(index, seen[index])
+            looked[split].append(index)
         results += media_findings(task, split, rows, facts[split])
     return results
 
 
-def _of_task(task: Task, splits: Splits, facts: Mapping[Split, RowFacts]) -> list[Finding]:
-    samples = {
-        split: SampledRows(rows, sorted(facts[split].places)) for split, rows in splits.items()
-    }
+def _of_task(task: Task, splits: Splits, looked: Mapping[Split, list[int]]) -> list[Finding]:
+    samples = {split: SampledRows(rows, looked[split]) for split, rows in splits.items()}
     whole = all(len(samples[split]) == len(rows) for split, rows in splits.items())
     return capability(task, DataChecks).findings(samples, whole=whole)
 

@@ -5,17 +5,19 @@ It also compares a column of durations with the files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ...core.errors import BadRow
-from ...core.findings import Finding, named_rows
+from ...core.findings import Finding, Places, named_rows
 from ..media import audio_samples
 from ..media.audio import part_of
 from ..media.files import ByteStream, opened
+from .results import RowPlace
 
 SECONDS = 60  # of a long recording, so many are listened to
 SILENT = 1e-3  # of full scale (−60 dB): speech and noise of any use are louder
@@ -103,40 +105,64 @@ def _clipped(samples: np.ndarray, peak: float) -> float:
     return float((top[1:] & top[:-1] & same).mean()) if len(samples) > 1 else 0.0
 
 
-def sound_findings(facts: Sequence[tuple[Any, SoundFacts]], *, where: str) -> list[Finding]:
+@dataclass
+class SoundTally:
+    """Adds up the facts of recordings.
+
+    Attributes:
+        silent, clipped, loud: the rows of recordings that are silent, are clipped, or are stored as
+            floats outside of −1 to 1.
+        highest: the greatest absolute value of a loud one.
+    """
+
+    silent: Places = field(default_factory=Places)
+    clipped: Places = field(default_factory=Places)
+    loud: Places = field(default_factory=Places)
+    highest: float = 0.0
+
+    def add(self, index: int, fact: SoundFacts, place: Callable[[int], RowPlace]) -> None:
+        """Adds the recording of a row."""
+        if fact.silent:
+            self.silent.add(index, place)
+        if fact.clipped > CLIPPED:
+            self.clipped.add(index, place)
+        if fact.range is not None and fact.range > 1:
+            self.loud.add(index, place)
+            self.highest = max(self.highest, fact.range)
+
+
+def sound_findings(tally: SoundTally, *, where: str) -> list[Finding]:
     """Returns what is suspicious about recordings.
 
     Args:
-        facts: each with the place of its row.
+        tally: of the recordings.
         where: the words for the rows that were listened to ("of the 40 recordings of train").
     """
     results = []
 
-    def add(places: Sequence[Any], words: str, remedy: str) -> None:
+    def add(places: Places, words: str, remedy: str) -> None:
         if places:
             be = "is" if len(places) == 1 else "are"
             text = f"{len(places):,} {where} {words.format(be=be)} ({named_rows(places)})"
             results.append(Finding(text, remedy))
 
     add(
-        [place for place, fact in facts if fact.silent],
+        tally.silent,
         "{be} silent",
         "listen to them, and leave out those that hold nothing",
     )
     add(
-        [place for place, fact in facts if fact.clipped > CLIPPED],
+        tally.clipped,
         "{be} clipped: many samples stand at the greatest value",
         "record them at a lower level, or leave them out",
     )
-    loud = [(place, fact.range) for place, fact in facts if (fact.range or 0) > 1]
-    if loud:
-        highest = max(peak for _, peak in loud if peak is not None)
+    if tally.loud:
         remedy = "scale them into −1 to 1"
-        if highest > INT16:
+        if tally.highest > INT16:
             remedy = "they were 16-bit integers: divide them by 32768, or save them as integers"
         add(
-            [place for place, _ in loud],
-            f"{{be}} stored as floats that go up to {highest:,.4g} and not to 1",
+            tally.loud,
+            f"{{be}} stored as floats that go up to {tally.highest:,.4g} and not to 1",
             remedy,
         )
     return results
@@ -152,37 +178,49 @@ def seconds_of(value: Any) -> float:
     return audio_samples(value, 1000) / 1000
 
 
+@dataclass
+class Durations:
+    """The durations of recordings as a column states them and as the files have them, in 24 bytes
+    for each."""
+
+    rows: array = field(default_factory=lambda: array("Q"))
+    stated: array = field(default_factory=lambda: array("d"))
+    seconds: array = field(default_factory=lambda: array("d"))
+
+    def add(self, index: int, stated: Any, seconds: float) -> None:
+        """Adds a row, unless one of its durations is unknown (0 seconds, or no number)."""
+        if seconds > 0 and _is_number(stated):
+            self.rows.append(index)
+            self.stated.append(float(stated))
+            self.seconds.append(seconds)
+
+
 def duration_findings(
-    stated: Mapping[Any, Any], measured: Mapping[Any, float], *, column: str, where: str
+    durations: Durations, place: Callable[[int], RowPlace], *, column: str, where: str
 ) -> list[Finding]:
     """Compares a column of durations, in any usual unit, with the files.
 
     Args:
-        stated: the value of the column by the place of the row.
-        measured: the seconds of the files by the place of the row; 0 for unknown ones.
+        durations: of both.
+        place: names a row.
         column: its name.
         where: the words for the rows ("of the 40 recordings of train").
     """
-    pairs = {
-        place: (float(stated[place]), seconds)
-        for place, seconds in measured.items()
-        if seconds > 0 and _is_number(stated.get(place))
-    }
-    if not pairs:
+    if not durations.rows:
         return []
-    unit = _unit([said / seconds for said, seconds in pairs.values()])
-    off = [
-        place
-        for place, (said, seconds) in pairs.items()
-        if abs(said / unit - seconds) > max(TOLERANCE * seconds, LEAST)
-    ]
-    if not off:
+    stated, seconds = np.array(durations.stated), np.array(durations.seconds)
+    unit = _unit(stated / seconds)
+    off = np.flatnonzero(abs(stated / unit - seconds) > np.maximum(TOLERANCE * seconds, LEAST))
+    if not len(off):
         return []
-    said, seconds = pairs[off[0]]
+    places = Places()
+    for number in off.tolist():
+        places.add(durations.rows[number], place)
+    said, there = stated[off[0]] / unit, seconds[off[0]]
     return [
         Finding(
             f"{len(off):,} {where} have another duration than the column {column!r} says: "
-            f"{said / unit:.2f} s are stated and {seconds:.2f} s are there ({named_rows(off)})",
+            f"{said:.2f} s are stated and {there:.2f} s are there ({named_rows(places)})",
             "the files were cut or exchanged, or the column is of other files: mend the column, or "
             "the files",
         )
@@ -196,7 +234,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _unit(ratios: Sequence[float]) -> float:
+def _unit(ratios: np.ndarray) -> float:
     """Returns the unit of the column in parts of a second: the usual one next to most ratios."""
     middle = float(np.median(ratios))
     unit = min(UNITS, key=lambda unit: abs(np.log(middle / unit)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...core.findings import Finding, named_rows
+from ...core.findings import Finding, Places, named_rows
+from .results import RowPlace
 
 # Control and format characters, blanks that look like a space, private and replacement characters.
 # The ideographic space, U+3000, is an ordinary one where it is used.
@@ -22,23 +23,25 @@ _BREAKS = re.compile(r"[\n\r\t]")
 _NAMES = {"\ufeff": "byte order mark", "\x00": "null character"}
 
 
-def text_findings(values: Iterable[tuple[Any, Any]], *, role: str, where: str) -> list[Finding]:
+def text_findings(
+    values: Iterable[Any], place: Callable[[int], RowPlace], *, role: str, where: str
+) -> list[Finding]:
     """Returns what is suspicious about the characters of a column.
 
     Args:
-        values: the place of each row, and its text or list of texts.
+        values: the text or list of texts of each row.
+        place: names a row.
         role: the column.
         where: the words for the rows ("of the 40 rows of train").
     """
-    breaks: list[Any] = []
-    unseen: list[Any] = []
+    breaks, unseen = Places(), Places()
     kinds: Counter[str] = Counter()
-    for place, value in values:
+    for index, value in enumerate(values):
         texts = [*texts_in(value)]
         if any(_BREAKS.search(text.strip()) for text in texts):
-            breaks.append(place)
+            breaks.add(index, place)
         if there := {character for text in texts for character in unseen_characters(text)}:
-            unseen.append(place)
+            unseen.add(index, place)
             kinds.update(there)
     results = []
     if breaks:
