@@ -12,6 +12,7 @@ from torch import nn
 
 from ..suggest import nearest
 from .download import download
+from .languages import speak
 from .request import Request
 from .weights import check_fit
 
@@ -30,7 +31,19 @@ _WHISPER = "transformers.models.whisper.modeling_whisper"
 
 
 def load(request: Request) -> nn.Module:
-    """Makes a model of transformers; see `load_backbone`."""
+    """Makes a model of transformers; see `load_backbone`.
+
+    The override `target_lang` gives a model of MMS the adapters of that language.
+    """
+    overrides = dict(request.overrides)
+    language = overrides.pop("target_lang", None)
+    model = _make(dataclasses.replace(request, overrides=overrides))
+    if language is not None:
+        speak(model, request.model, language)
+    return model
+
+
+def _make(request: Request) -> nn.Module:
     import transformers
 
     name = request.model
@@ -118,7 +131,7 @@ def _with_weights(
     import transformers
 
     verbosity = transformers.logging.get_verbosity()
-    # All that does not fit is an error below; the loader would print it as a table of advice.
+    # All that does not fit is told below; the loader would print it as a table of advice.
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
         model, info = cls.from_pretrained(
@@ -133,12 +146,13 @@ def _with_weights(
     finally:
         transformers.logging.set_verbosity(verbosity)
     # Names in 4.x, names with both shapes in 5.x.
-    shapes = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    shapes = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
     check_fit(
+        model,
         request.name,
         request.source,
         missing=sorted(info["missing_keys"]),
         unexpected=sorted(info["unexpected_keys"]),
-        shapes=sorted(shapes),
+        shapes={key: key for key in shapes},
     )
     return model

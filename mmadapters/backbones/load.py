@@ -56,10 +56,13 @@ def load_backbone(
         name: library and model, joined by a slash.
         pretrained: download the library's own weights. For open_clip a string is a tag of weights
             (True takes the first tag that open_clip lists).
-        weights: the path of a local .safetensors or state-dict file to load instead, strictly.
-            Files of timm in other layouts or for other image sizes go through timm's own converter.
+        weights: the path of a local .safetensors or state-dict file to load instead. It must have
+            all that the blocks depend on; a warning names a head or a pooler that it lacks or that
+            the model has no place for. Files of timm in other layouts or for other image sizes go
+            through timm's own converter.
         kwargs: arguments of the library's constructor or config that replace its defaults
-            (`img_size=98`, `num_hidden_layers=4`).
+            (`img_size=98`, `num_hidden_layers=4`); `target_lang="fra"` gives a model of MMS the
+            adapters of a language, from `adapter.fra.safetensors` beside its weights.
 
     Examples:
         >>> load_backbone("timm/vit_tiny_patch16_224", pretrained=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmadapters.backbones.languages import speak
 from mmadapters.errors import first_line
 
 from ..config.schema import BackboneConfig
@@ -28,7 +29,7 @@ def own_head(config: BackboneConfig, backbone: Any) -> nn.Linear:
         inner = getattr(backbone, "model", backbone)
         head = getattr(backbone, "lm_head", None) or getattr(inner, "aux", None)
         if head is None and config.name.startswith("hf/") and config.pretrained:
-            head = _hub_head(config.name.removeprefix("hf/"))
+            head = _hub_head(config.name.removeprefix("hf/"), _language(config))
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"{config.name} has no CTC head of its own: set head.init to fresh, or name a model "
@@ -40,7 +41,12 @@ def own_head(config: BackboneConfig, backbone: Any) -> nn.Linear:
     return copy
 
 
-def _hub_head(name: str) -> nn.Linear | None:
+def _language(config: BackboneConfig) -> str | None:
+    """Returns the language of MMS that the encoder speaks; None for other encoders."""
+    return config.options.get("target_lang")
+
+
+def _hub_head(name: str, language: str | None) -> nn.Linear | None:
     """Returns the head of a hub model or a folder, or None if its weights have none."""
     from transformers import AutoModelForCTC
 
@@ -48,6 +54,9 @@ def _hub_head(name: str) -> nn.Linear | None:
         model, info = AutoModelForCTC.from_pretrained(name, output_loading_info=True)
     except ValueError:  # the architecture has no CTC head
         return None
+    if language is not None:
+        speak(model, name, language)
+        return model.lm_head
     return None if any("lm_head" in key for key in info["missing_keys"]) else model.lm_head
 
 
@@ -73,14 +82,15 @@ def own_vocabulary(config: BackboneConfig, backbone: Any) -> Vocabulary:
     # Ids of the head that the tokenizer does not name are never part of a text.
     tokens = [f"<{i}>" for i in range(own_head(config, backbone).out_features)]
     special = set(range(len(tokens)))
-    tokenizer = _tokenizer(config.processor or name)
+    tokenizer = _tokenizer(config.processor or name, _language(config))
     spaced = hasattr(tokenizer, "phone_delimiter_token")
     if spaced:  # the attribute of a tokenizer of phonemes complains of a sign that is not set
         delimiter = tokenizer.init_kwargs.get("word_delimiter_token")
     else:
         delimiter = tokenizer.word_delimiter_token
     hidden = set(tokenizer.all_special_tokens) - {delimiter}
-    for token, index in tokenizer.get_vocab().items():
+    # Tokens that were added for one language may have ids of characters of another, which count.
+    for token, index in (*tokenizer.get_vocab().items(), *tokenizer.encoder.items()):
         # Tokens that were added after the head's characters (<s>, </s>) are not in the head.
         if index < len(tokens):
             tokens[index] = DELIMITER if token == delimiter else token
@@ -91,14 +101,17 @@ def own_vocabulary(config: BackboneConfig, backbone: Any) -> Vocabulary:
     )
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str, language: str | None) -> Any:
     from transformers import AutoTokenizer
 
+    options = {} if language is None else {"target_lang": language}
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
         except ImportError:  # one of phonemes wants a package that turns words into phonemes
-            tokenizer = AutoTokenizer.from_pretrained(name, do_phonemize=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, do_phonemize=False, **options)
+    except KeyError as error:
+        raise ValueError(f"backbone.processor: {name} has no characters of {error}") from error
     except (OSError, ValueError) as error:
         line = first_line(error)
         raise ValueError(f"backbone.processor: {name} has no tokenizer: {line}") from error
