@@ -27,6 +27,7 @@ from ..media import media_name
 from ..stream import Stream
 from ..workers import MOST
 from .checks import RowFacts, facts_of, findings_of
+from .files import file_findings
 from .repeats import shared_findings
 from .results import DataReport, Group, RowPlace, SplitReport
 
@@ -69,6 +70,7 @@ def examine(
             split, facts[name] = _split(task, name, readable[name], workers, advance)
             split.partial = isinstance(data[name], Stream)
             report.splits.append(split)
+    report.findings += file_findings(task)
     report.findings += _missing_splits(data)
     report.findings += shared_findings({name: some.keys for name, some in facts.items()})
     for split in report.splits:
