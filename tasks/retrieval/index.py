@@ -20,9 +20,9 @@ import torch
 
 from mmadapters.files import replacing_directory
 
+from ..core.files import is_system_entry
 from ..core.model import TaskModel
 from ..core.task import Task
-from ..core.files import is_system_entry
 from ..data.media import IMAGE_SUFFIXES
 from .model import RetrievalModel
 from .queries import Item, items

@@ -56,7 +56,7 @@ def folder_parts(wanted: Wanted, folder: Path) -> Parts:
     parts = mask_parts(wanted, folder, files)
     if parts is not None:
         return parts
-    if parts := class_parts(folder, files):
+    if parts := class_parts(wanted, folder, files):
         if wanted.config.root is not None:
             raise ValueError(
                 f"data.root is for tables, and the folder {folder} has none: leave it out"

@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ...core.files import is_system_entry
-from ..media import MEDIA_SUFFIXES
+from ..media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from ..parts import Parts, Piece
+from ..wanted import Wanted
 from .masks import cut_split
 from .passed_over import lost_classes, unread_findings
 
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def class_parts(folder: Path, files: Sequence[str]) -> Parts:
+def class_parts(wanted: Wanted, folder: Path, files: Sequence[str]) -> Parts:
     """Returns a row for each picture or recording of the folders of classes, by split.
+
+    A task that reads pictures alone passes recordings over, and the other way round.
 
     Args:
         files: all files below the folder, from `every_file`.
     """
+    kinds = {column.kind for column in wanted.columns.values()}
+    suffixes = (
+        *(IMAGE_SUFFIXES if "image" in kinds or "audio" not in kinds else ()),
+        *(AUDIO_SUFFIXES if "audio" in kinds or "image" not in kinds else ()),
+    )
     rows: dict[str, list[dict[str, Any]]] = {}
     classes: dict[str, set[str]] = {}
     unread: dict[str, list[str]] = {}
@@ -31,7 +39,7 @@ def class_parts(folder: Path, files: Sequence[str]) -> Parts:
         label = "/".join(rest)
         if not rest:
             continue
-        if is_media(name):
+        if name.lower().endswith(suffixes):
             rows.setdefault(split, []).append({"file_name": name, "label": label})
             classes.setdefault(split, set()).add(label)
         else:

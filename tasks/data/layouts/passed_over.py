@@ -31,8 +31,7 @@ def unread_findings(folder: Path, files: Sequence[str]) -> tuple[Finding, ...]:
         by_suffix.setdefault(_suffix(file), []).append(file)
     return tuple(
         Finding(
-            f"{_number(len(some), f'{suffix} file')} in {folder} {_is(some)} passed over "
-            f"({shown(some)})",
+            passed(f"{suffix} file", folder, some),
             remedy(some[0]),
         )
         for suffix, some in sorted(by_suffix.items(), key=lambda item: -len(item[1]))
@@ -60,7 +59,7 @@ def lost_classes(read: Mapping[str, set[str]], unread: Mapping[str, list[str]]) 
         results.append(
             Finding(
                 f"the {noun} {quoted(sorted(classes))}{of_split} {verb} no row: of "
-                f"{_number(len(files), 'file')} there ({counted_suffixes(files)}) none can be read",
+                f"{counted(len(files), 'file')} there ({counted_suffixes(files)}) none can be read",
                 remedy(files[0]),
             )
         )
@@ -77,6 +76,14 @@ def remedy(file: str) -> str:
     return "move them elsewhere, or convert them if they are data"
 
 
+def passed(noun: str, folder: Path, files: Sequence[str], reason: str = "") -> str:
+    """Returns the sentence for files that are passed over."""
+    verb = "is" if len(files) == 1 else "are"
+    reason = f", since {reason}" if reason else ""
+    number = counted(len(files), noun)
+    return f"{number} in {folder} {verb} passed over{reason} ({shown(files)})"
+
+
 def shown(files: Sequence[str]) -> str:
     """Returns the words for the first files."""
     return ", ".join(files[:SHOWN]) + (", …" if len(files) > SHOWN else "")
@@ -86,9 +93,6 @@ def _suffix(file: str) -> str:
     return PurePosixPath(file).suffix.lower() or "nameless"
 
 
-def _number(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """Returns the words for a number of things: "1 file", "2 files"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _is(files: Sequence[str]) -> str:
-    return "is" if len(files) == 1 else "are"

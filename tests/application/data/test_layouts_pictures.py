@@ -6,12 +6,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 import mmadapters
 from mmadapters.tasks.classification.task import ClassificationTask
@@ -31,6 +33,7 @@ SQUARE = [1, 1, 5, 1, 5, 5, 1, 5]  # x from 1 to 4, y from 1 to 4
 def picture(file: Path, red: int = 1) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", SIZE[::-1], (red, 0, 0))
+    image.putpixel((7, 5), (0, 200, 0))
     image.save(file, "PNG" if file.suffix == ".jpg" else None)  # lossless, whatever the name says
     return file
 
@@ -41,6 +44,8 @@ def mask(file: Path, value: int = 1, *, palette: bool = False) -> Path:
     if palette:
         image.putpalette([*(0, 0, 0), *(128, 0, 0), *(0, 128, 0)] + [9] * (3 * 253))
         image.putpixel((0, 0), 255)
+    for other in range(value):  # a GIF file keeps the ids that occur
+        image.putpixel((1 + other, 0), other)
     image.save(file)
     return file
 
@@ -81,11 +86,16 @@ def every_pair(splits: dict[Split, Rows]) -> dict[str, list[tuple[int, int | Non
 PAIRS = {"train": [(1, 1), (2, 2)], "validation": [(3, 3)]}
 
 
+@cache
+def encoder() -> nn.Module:
+    return mmadapters.load_backbone("nano/vit")
+
+
 def fitted(source: Path, **data: Any) -> tuple[SegmentationTask, dict[Split, Rows]]:
     config = SegmentationConfig(backbone={"name": "nano/vit"}, data={"source": str(source), **data})
     splits = load_splits(config.data, SegmentationTask.columns)
     task = SegmentationTask(config)
-    task.fit(splits["train"], mmadapters.load_backbone("nano/vit"))
+    task.fit(splits["train"], encoder())
     return task, splits
 
 
@@ -113,6 +123,8 @@ def drawn(task: SegmentationTask, rows: Rows) -> list[list[int]]:
         ("images/{split}/{n}.png", "masks/{split}/{n}_lesion.png"),
         ("photos_{split}/{n}.png", "gt_{split}/{n}.png"),
         ("{split}/a/{n}.png", "{split}/b/{n}.png"),  # the masks have one channel
+        ("images/{split}/{n}.png", "tumours/{split}/{n}.png"),
+        ("raw/{split}/{n}.png", "masks/{split}/{n}.png"),
         ("{split}/{n}.jpg", "{split}/{n}_mask.png"),
         ("{split}/{n}_sat.jpg", "{split}/{n}_mask.png"),
         ("{split}/{n}.jpg", "{split}/{n}.png"),
@@ -142,9 +154,9 @@ def test_ade20k(tmp_path: Path) -> None:
 
 def test_ids_of_training_come_before_other_ids_and_colours_are_no_masks(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "a.png")
-    for value, name in enumerate(("a", "a_labelIds", "a_labelTrainIds", "a_color"), 5):
+    for value, name in enumerate(("a", "a_labelIds", "a_labelTrainIds", "a_color"), 3):
         mask(tmp_path / "labels" / f"{name}.png", value)
-    assert every_pair(load(tmp_path)) == {"train": [(1, 7)]}
+    assert every_pair(load(tmp_path)) == {"train": [(1, 5)]}
 
 
 def test_several_masks_of_a_picture_are_refused(tmp_path: Path) -> None:
@@ -152,6 +164,11 @@ def test_several_masks_of_a_picture_are_refused(tmp_path: Path) -> None:
     for name in ("_mask", "_mask_1"):
         mask(tmp_path / "benign" / f"benign (1){name}.png")
     refused(r"benign \(1\).png has several masks \(.*_mask.png, .*_mask_1.png\): put", tmp_path)
+    twice = tmp_path / "twice"
+    for place in ("raw/a.png", "hq/a.png"):
+        picture(twice / place)
+    mask(twice / "masks" / "a.png")
+    refused("masks/a.png fits several pictures .hq/a.png, raw/a.png.: leave one", twice)
     nuclei = tmp_path / "stage1"
     picture(nuclei / "abc" / "images" / "abc.png")
     for name in ("00f", "1ac"):
@@ -167,6 +184,8 @@ def test_folders_that_nothing_tells_apart_are_refused(tmp_path: Path) -> None:
     refused("nothing in .* is a mask of a picture .cat/1.png.: put the masks", tmp_path / "alone")
     write(tmp_path / "none" / "masks" / "1.npy")
     refused("holds no picture that can be read; it has 1 .npy", tmp_path / "none")
+    picture(tmp_path / "none" / "images" / "1.png")
+    refused("; 1 .npy among the masks are not read: put", tmp_path / "none")
 
 
 def test_what_is_in_no_pair_is_told(tmp_path: Path) -> None:
@@ -176,13 +195,16 @@ def test_what_is_in_no_pair_is_told(tmp_path: Path) -> None:
         mask(tmp_path / "train_masks" / f"{number}_mask.gif", number)
         picture(tmp_path / "test" / f"{number}.jpg", number)
     mask(tmp_path / "train_masks" / "9_mask.gif")
+    write(tmp_path / "train" / "3.heic")
     assert list(load(tmp_path)) == ["train"]  # the pictures of test are published without masks
     told = findings(*fitted(tmp_path))
-    assert [str(finding) for finding in told][:2] == [
-        f"2 pictures in {tmp_path} are passed over, since nothing in their folders has a mask "
+    assert [str(finding) for finding in told][:3] == [
+        f"2 pictures in {tmp_path} are passed over, since nothing in the same folder has a mask "
         "(train_hq/1.jpg, train_hq/2.jpg): move them elsewhere, or name their masks like them",
-        f"1 masks in {tmp_path} are passed over, since no picture has their name "
+        f"1 mask in {tmp_path} is passed over, since no picture has their name "
         "(train_masks/9_mask.gif): name each picture like its mask",
+        f"1 .heic file in {tmp_path} is passed over (train/3.heic): convert them, as by magick "
+        "3.heic 3.png",
     ]
 
 
@@ -199,6 +221,8 @@ def test_carvana_and_its_tables(tmp_path: Path) -> None:
     frames = [Image.new("P", SIZE[::-1], value) for value in (1, 0)]
     for frame in frames:
         frame.putpalette([0, 0, 0, 255, 255, 255])
+        frame.putpixel((0, 0), 0)
+        frame.putpixel((1, 0), 1)
     place = tmp_path / "train_masks" / "a_01_mask.gif"
     place.parent.mkdir()
     frames[0].save(place, save_all=True, append_images=frames[1:])
@@ -230,7 +254,10 @@ def test_voc(pascal: Path) -> None:
         assert splits == {"train": [(1, 1), (2, 2)], "validation": [(3, 1)]}
     assert len(load(pascal, splits={"train": "trainval"})["train"]) == 3
     task, splits = fitted(pascal, classes=["background", "aeroplane", "bicycle"])
-    assert drawn(task, splits["train"]) == [[1, 255], [2, 255]]  # indices, and the border ignored
+    assert drawn(task, splits["train"]) == [
+        [0, 1, 255],
+        [0, 1, 2, 255],
+    ]  # indices, and the border ignored
     refused("as PASCAL VOC, which task: segmentation reads, and this task", pascal, classes)
     (pascal / "SegmentationClass").rename(pascal / "SegmentationObject")
     refused("has no SegmentationClass/: from the boxes in Annotations/ no masks", pascal)
@@ -249,7 +276,7 @@ def test_cityscapes(tmp_path: Path) -> None:
         name = f"{city}_000000_000019"
         picture(tmp_path / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", number)
         mask(tmp_path / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", number)
-        mask(tmp_path / "gtFine" / split / city / f"{name}_gtFine_color.png", 9)
+        mask(tmp_path / "gtFine" / split / city / f"{name}_gtFine_color.png", 4)
     splits = load(tmp_path)
     assert every_pair(splits) == PAIRS
     assert splits["train"]["city"][:] == ["aachen", "bonn"]
@@ -309,7 +336,7 @@ def test_coco_by_ids_and_by_chosen_classes(tmp_path: Path) -> None:
     assert drawn(task, splits["train"]) == [[0, 1, 255]]
     task, splits = fitted(tmp_path, classes=["background", "dog", "cat"])
     assert drawn(task, splits["train"]) == [[0, 2, 255]]
-    with pytest.raises(ValueError, match="have the id 0, which is the class 'cat', .*put 'backg"):
+    with pytest.raises(ValueError, match=r"have the id 0, which is the class 'cat', .*put 'backg"):
         fitted(file, classes=["cat", "dog"])
     task, splits = fitted(file, unsegmented=255)
     assert task.classes == ("cat", "dog")
@@ -390,8 +417,9 @@ def test_labelme(tmp_path: Path) -> None:
     assert drawn(task, splits["train"]) == [[0, 1], [0, 1, 2, 255]]
     assert drawn(task, splits["validation"]) == [[0]]
     label = task.labels.read(splits["train"][1], SIZE)
-    assert (label[:3, :2] == 255).all() and (label[3:, :2] != 255).all()
-    assert "1 pictures in" in str(findings(task, splits)[0])
+    assert (label[:3, :2] == 255).all()
+    assert (label[3:, :2] != 255).all()
+    assert "1 picture in" in str(findings(task, splits)[0])
     refused("laid out as LabelMe, which task: segmentation", tmp_path, classes)
     note(tmp_path / "train" / "d.json", shape("cat", [[1, 1], [2, 2]], "line"))
     refused("d.json: shape 0 is a line, which covers no pixels: draw it as a polygon", tmp_path)
@@ -422,9 +450,9 @@ def sorter(source: Path) -> tuple[ClassificationTask, dict[Split, Rows]]:
     from mmadapters.tasks.classification.config import ClassificationConfig
 
     config = ClassificationConfig(backbone={"name": "nano/vit"}, data={"source": str(source)})
-    splits = load_splits(config.data, ClassificationTask.columns)
     task = ClassificationTask(config)
-    task.fit(splits["train"], mmadapters.load_backbone("nano/vit"))
+    splits = load_splits(config.data, task.columns)
+    task.fit(splits["train"], encoder())
     return task, splits
 
 

@@ -1,10 +1,15 @@
-"""Says which of the layouts of segmentation a task can read."""
+"""Says which layout of segmentation is read, and whether the task can."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ...wanted import Wanted
+
+
+def has_mask_folder(path: Path) -> bool:
+    """Returns whether a folder holds drawn masks, which are read in place of outlines."""
+    return any((path / name).is_dir() for name in ("masks", "mask", "ann_dir"))
 
 
 def check_reads(wanted: Wanted, path: Path, layout: str, role: str) -> None:

@@ -28,7 +28,7 @@ from ...wanted import FILE, Wanted
 from ..language.documents import as_text, has_tables, is_mapped, objects, split_in
 from ..language.image_folders import image_paths
 from ..media_folders import from_rows
-from .asked import check_reads
+from .asked import check_reads, has_mask_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +49,7 @@ def coco_instances(wanted: Wanted, path: Path) -> Parts | None:
     if is_mapped(wanted, "image", "segments", "mask"):
         return None
     files = _files(path)
-    if not files or (path.is_dir() and (has_tables(path) or _has_masks(path))):
+    if not files or (path.is_dir() and (has_tables(path) or has_mask_folder(path))):
         return None
     check_reads(wanted, path, "as COCO's instances", "segments")
     named = {_name(path, file): file for file in files}
@@ -77,11 +77,6 @@ def coco_instances(wanted: Wanted, path: Path) -> Parts | None:
 
 def _is_split(path: Path, file: Path) -> bool:
     return path.is_dir() and file.parent != path and file.parent.name.lower() in KNOWN
-
-
-def _has_masks(path: Path) -> bool:
-    """Returns whether a folder holds drawn masks too, which are read instead."""
-    return any((path / name).is_dir() for name in ("masks", "mask", "ann_dir"))
 
 
 def _files(path: Path) -> list[Path]:
@@ -117,7 +112,10 @@ def _name(path: Path, file: Path) -> str:
 def _is_coco(file: Path) -> bool:
     """Returns whether a file has the keys of outlines; they may stand at its end."""
     try:
-        with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as data:
+        with (
+            open(file, "rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             if data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":
                 return False
             boxes = data.find(b'"bbox"') >= 0

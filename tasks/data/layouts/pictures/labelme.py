@@ -16,16 +16,18 @@ import numpy as np
 from ....core.findings import Finding
 from ...media import IMAGE_SUFFIXES
 from ...parts import Parts, Piece
+from ...splits import KNOWN
 from ...tables.encodings import read_text
 from ...tables.json_rows import invalid_json
 from ...wanted import FILE, Wanted
 from ..language.documents import has_tables, is_mapped
 from ..masks import cut_split
 from ..media_folders import every_file, from_rows
-from ..passed_over import shown
-from .asked import check_reads
+from ..passed_over import passed
+from .asked import check_reads, has_mask_folder
 
 _START = 4096  # bytes in which a file names its shapes
+_LOOKED_AT = 20  # folders
 _CORNERS = 64  # of a circle
 _NAMES = {"_background_": "background"}
 _IGNORED = "__ignore__"
@@ -39,7 +41,8 @@ def labelme(wanted: Wanted, path: Path) -> Parts | None:
     """
     if not path.is_dir() or is_mapped(wanted, "image", "segments", "mask") or has_tables(path):
         return None
-    if not _is_labelme(path):
+    reads = "segments" in wanted.columns
+    if has_mask_folder(path) or not _is_labelme(path, everywhere=reads):
         return None
     files = every_file(path)
     notes = [file for file in files if file.lower().endswith(".json") and _is_note(path / file)]
@@ -54,8 +57,7 @@ def labelme(wanted: Wanted, path: Path) -> Parts | None:
     if bare:
         findings = (
             Finding(
-                f"{len(bare):,} pictures in {path} are passed over, since no JSON file has their "
-                f"name ({shown(bare)})",
+                passed("picture", path, bare, "no JSON file has such a name"),
                 "save a picture without objects in LabelMe, too, or move it elsewhere",
             ),
         )
@@ -66,10 +68,15 @@ def labelme(wanted: Wanted, path: Path) -> Parts | None:
     }
 
 
-def _is_labelme(path: Path) -> bool:
-    """Returns whether one of the first JSON files of a folder, or of one in it, is LabelMe's."""
-    places = [path, *sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")[:20]]
-    for place in places:
+def _is_labelme(path: Path, *, everywhere: bool) -> bool:
+    """Returns whether one of the first JSON files of a folder, or of one in it, is LabelMe's.
+
+    Args:
+        everywhere: whether folders count that are named as no split. They may be classes.
+    """
+    inside = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
+    inside = [place for place in inside if everywhere or place.name.lower() in KNOWN]
+    for place in (path, *inside[:_LOOKED_AT]):
         first = next((f for f in sorted(place.glob("*.json")) if f.name[0] != "."), None)
         if first is not None and _is_note(first):
             return True

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,12 +26,17 @@ from ...parts import Parts, Piece
 from ...wanted import FILE, Wanted
 from ..masks import IMAGES, MASKS, FolderWords, cut_split, folder_words
 from ..media_folders import every_file, from_rows
-from ..passed_over import counted_suffixes, shown
+from ..passed_over import counted_suffixes, passed, shown, unread_findings
 from .siblings import holds_labels, sibling_masks
-from .stems import chosen, cuts, mask_kind, picture_index, usual_ending
+from .stems import chosen, cuts, is_strange, mask_kind, picture_index, usual_ending
 
 MASK = f"mask_{FILE}"
 _FULL_ADE = re.compile(r"(.*/)?ADE_(train|val|frame)_\w+_seg\.png")
+
+# The split and the other names of a folder of pictures.
+_Place = tuple[str, ...]
+_ANY = "/any"  # the pictures of all splits, for masks whose path names none
+_BESIDE = "/beside"  # a folder of any name beside that of the masks
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,6 @@ class PictureFile:
     @property
     def stem(self) -> str:
         return self.path.name[: -len(self.path.suffix)]
-
-
-@dataclass
-class _Group:
-    """Files whose folders have the same names but for the words that tell their roles."""
-
-    images: list[PictureFile] = field(default_factory=list)
-    masks: list[PictureFile] = field(default_factory=list)
 
 
 def mask_parts(wanted: Wanted, folder: Path, files: Sequence[str]) -> Parts | None:
@@ -81,6 +78,7 @@ def mask_parts(wanted: Wanted, folder: Path, files: Sequence[str]) -> Parts | No
     if not any(pairs.values()):
         raise ValueError(_no_pair(folder, files, pictures, alone))
     rows, findings = _rows(folder, pairs, alone)
+    findings += unread_findings(folder, _unread(files, pairs))
     if wanted.config.root is not None:
         start = folder.absolute().as_posix()
         for row in (row for some in rows.values() for row in some if row[MASK] is not None):
@@ -154,40 +152,58 @@ def _paired(
     """
     images = [picture for picture in pictures if picture.words.role != "masks"]
     masks = [picture for picture in pictures if picture.words.role == "masks"]
-    places: dict[tuple[str, ...], dict[str, list[PictureFile]]] = {}
+    places: dict[_Place, dict[str, list[PictureFile]]] = {}
     for image in images:
-        # A mask without a split in its path may belong to a picture of any split.
-        for part in {image.words.part, "any"}:
-            stems = places.setdefault((part, *image.words.rest), {})
-            stems.setdefault(image.stem, []).append(image)
+        words = image.words
+        for part in {words.part, _ANY}:
+            rests = [(part, *words.rest)]
+            if words.role is None and words.rest:
+                rests.append((part, _BESIDE, *words.rest[1:]))
+            for place in rests:
+                places.setdefault(place, {}).setdefault(image.stem, []).append(image)
     indices = {place: picture_index(list(stems)) for place, stems in places.items()}
-    of_image: dict[PictureFile, dict[str, PictureFile]] = defaultdict(dict)
+    of_image: dict[PictureFile, dict[str, list[PictureFile]]] = defaultdict(dict)
     alone = []
     for mask in masks:
-        part = mask.words.part
-        for place in ((part or "any", *mask.words.rest), ("", *mask.words.rest)):
-            index = indices.get(place, {})
-            if (cut := next((c for c in cuts(mask.stem) if c[0] in index), None)) is None:
-                continue
-            partners = places[place][index[cut[0]]]
-            if len(partners) == 1:
-                of_image[partners[0]].setdefault(cut[1], mask)
-                break
+        partners, ending = _partners(mask, places, indices)
+        if len(partners) > 1:
+            raise ValueError(
+                f"data.source: the mask {mask.path} fits several pictures "
+                f"({shown(_names(partners))}): leave one of them there"
+            )
+        if partners:
+            of_image[partners[0]].setdefault(ending, []).append(mask)
         else:
             alone.append(mask)
     usual = usual_ending([end for ends in of_image.values() for end in ends])
     pairs: dict[PictureFile, PictureFile | None] = {}
     for image in images:
         ends = of_image.get(image, {})
-        best = chosen(list(ends), usual)
+        best = [mask for end in chosen(list(ends), usual) for mask in ends[end]]
         if len(best) > 1:
             raise ValueError(
                 f"data.source: the picture {image.path} has several masks "
-                f"({', '.join(str(ends[end].path) for end in best[:3])}): put all objects of a "
-                "picture into one mask"
+                f"({shown(_names(best))}): put all objects of a picture into one mask"
             )
-        pairs[image] = ends[best[0]] if best else None
+        pairs[image] = best[0] if best else None
+        alone += [mask for end in ends if is_strange(end, usual) for mask in ends[end]]
     return pairs, alone
+
+
+def _partners(
+    mask: PictureFile,
+    places: Mapping[_Place, Mapping[str, list[PictureFile]]],
+    indices: Mapping[_Place, Mapping[str, str]],
+) -> tuple[list[PictureFile], str]:
+    """Returns the pictures that a mask fits, and the ending of its name."""
+    parts = (mask.words.part or _ANY, "")
+    rest = mask.words.rest
+    for place in (*((p, *rest) for p in parts), *((p, _BESIDE, *rest) for p in parts)):
+        index = indices.get(place, {})
+        for base, ending in cuts(mask.stem):
+            if base in index:
+                return places[place][index[base]], ending
+    return [], ""
 
 
 def _rows(
@@ -218,16 +234,14 @@ def _rows(
     if left:
         findings.append(
             Finding(
-                f"{len(left):,} pictures in {folder} are passed over, since nothing in their "
-                f"folders has a mask ({_shown(left)})",
+                passed("picture", folder, _names(left), "nothing in the same folder has a mask"),
                 "move them elsewhere, or name their masks like them",
             )
         )
     if alone:
         findings.append(
             Finding(
-                f"{len(alone):,} masks in {folder} are passed over, since no picture has their "
-                f"name ({_shown(alone)})",
+                passed("mask", folder, _names(alone), "no picture has such a name"),
                 "name each picture like its mask",
             )
         )
@@ -253,11 +267,34 @@ def _no_pair(
         there = f"; it has {counted_suffixes(files)}" if files else ""
         return f"data.source: the folder {folder} holds no picture that can be read{there}"
     return (
-        f"data.source: nothing in {folder} is a mask of a picture ({_shown(pictures)}): put the "
-        "masks into a folder masks/ beside images/, under the names of the pictures, or write a "
-        "metadata.csv with the columns file_name and mask_file_name"
+        f"data.source: nothing in {folder} is a mask of a picture ({shown(_names(pictures))})"
+        f"{_unread_masks(files)}: put the masks into a folder masks/ beside images/, under the "
+        "names of the pictures, or write a metadata.csv with the columns file_name and "
+        "mask_file_name"
     )
 
 
-def _shown(pictures: Sequence[PictureFile]) -> str:
-    return shown([str(picture.path) for picture in pictures])
+def _unread(files: Sequence[str], pairs: Mapping[PictureFile, PictureFile | None]) -> list[str]:
+    """Returns the files that are no pictures, in folders of pictures and masks that are read."""
+    read = {p for pair in pairs.items() if pair[1] is not None for p in pair if p is not None}
+    folders = {str(picture.path.parent) for picture in read}
+    return [
+        file
+        for file in files
+        if file.rpartition("/")[0] in folders and not file.lower().endswith(IMAGE_SUFFIXES)
+    ]
+
+
+def _unread_masks(files: Sequence[str]) -> str:
+    """Returns the words for files in folders of masks that are no pictures, or ""."""
+    unread = [
+        file
+        for file in files
+        if folder_words(PurePosixPath(file).parts[:-1]).role == "masks"
+        and PurePosixPath(file).suffix.lower() not in IMAGE_SUFFIXES
+    ]
+    return f"; {counted_suffixes(unread)} among the masks are not read" if unread else ""
+
+
+def _names(pictures: Sequence[PictureFile]) -> list[str]:
+    return [str(picture.path) for picture in pictures]

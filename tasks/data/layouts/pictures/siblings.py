@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path, PurePosixPath
 
+from ...splits import KNOWN
 from ..masks import FolderWords
 
 _SHARED = 0.5  # least share of the smaller folder's files that have a partner in the other
@@ -25,10 +26,16 @@ def sibling_masks(
         ValueError: more than two folders hold files of the same names, or nothing tells the masks.
     """
     by_name: dict[str, dict[tuple[str, ...], tuple[PurePosixPath, FolderWords]]] = {}
+    images: set[str] = set()
     for path, words in pictures:
-        if words.rest:
-            key = (words.part, *words.rest[1:], path.name[: -len(path.suffix)])
-            by_name.setdefault(words.rest[0], {})[key] = path, words
+        name = next((part for part in path.parts[:-1] if part.lower() not in KNOWN), None)
+        if name is None:
+            continue
+        rest = words.rest[1:] if name in words.rest[:1] else words.rest
+        key = (words.part, *rest, path.name[: -len(path.suffix)])
+        by_name.setdefault(name, {})[key] = path, replace(words, rest=rest)
+        if words.role == "images":
+            images.add(name)
     pairs = [
         (one, other)
         for one, other in combinations(by_name, 2)
@@ -37,7 +44,9 @@ def sibling_masks(
     if not pairs:
         return {}
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    masks = [n for n in names if holds_labels(folder / next(iter(by_name[n].values()))[0])]
+    masks = [name for name in names if name not in images]
+    if len(masks) > 1:
+        masks = [n for n in masks if holds_labels(folder / next(iter(by_name[n].values()))[0])]
     if len(names) > 2 or len(masks) != 1:
         raise ValueError(
             f"data.source: the folders {', '.join(names)} of {folder} hold files of the same "
@@ -45,7 +54,7 @@ def sibling_masks(
             "and masks, and move other ones elsewhere"
         )
     return {
-        path: replace(words, role="masks" if name == masks[0] else "images", rest=words.rest[1:])
+        path: replace(words, role="masks" if name == masks[0] else "images")
         for name in names
         for path, words in by_name[name].values()
     }

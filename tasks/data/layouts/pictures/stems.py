@@ -71,6 +71,12 @@ def usual_ending(endings: Sequence[str]) -> str:
     return counts[0][0] if counts else ""
 
 
+def is_strange(ending: str, usual: str) -> bool:
+    """Returns whether an ending does not say that a file is a mask, or a picture of one."""
+    known = not ending or ending == usual
+    return not (known or _MASK_KIND.fullmatch(ending) or _SHOWN.fullmatch(ending))
+
+
 def chosen(endings: Sequence[str], usual: str) -> list[str]:
     """Returns the endings of a picture's masks that are read: the best one, or several if they are
     equally good.
