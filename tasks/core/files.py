@@ -12,6 +12,20 @@ from mmadapters.errors import first_line
 
 from .errors import BadRow
 
+# Files and folders that systems and programs put beside those of a user, in lower case.
+_SYSTEM = frozenset(
+    (
+        *("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"),
+        *("system volume information", "lost+found", "icon\r", "__pycache__"),
+    )
+)
+
+
+def is_system_entry(name: str) -> bool:
+    """Returns whether a file or a folder of this name is hidden, or is there for a system and not
+    for its user (`.DS_Store`, `._a.png`, `Thumbs.db`, `__MACOSX`)."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
 
 def open_file(path: str | Path) -> BinaryIO:
     """Opens a regular file to read.

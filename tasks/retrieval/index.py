@@ -20,6 +20,7 @@ import torch
 
 from mmadapters.files import replacing_directory
 
+from ..core.files import is_system_entry
 from ..core.model import TaskModel
 from ..core.task import Task
 from ..data.media import IMAGE_SUFFIXES
@@ -175,7 +176,12 @@ def _pictures(given: str) -> Iterator[str]:
     if not os.path.isdir(given):
         yield given
         return
-    pictures = sorted(p for p in Path(given).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    pictures = sorted(
+        path
+        for path in Path(given).rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(map(is_system_entry, path.relative_to(given).parts))
+    )
     if not pictures:
         raise ValueError(f"there is no picture in {given} ({', '.join(IMAGE_SUFFIXES)})")
     yield from map(str, pictures)

@@ -18,17 +18,24 @@ SCALE = 5  # outlines are traced on a grid that is finer than the pixels by this
 
 
 def draw_segments(
-    segments: Any, size: tuple[int, int], *, unsegmented: int = 0, crowd: int = 255
+    segments: Any,
+    size: tuple[int, int],
+    *,
+    unsegmented: int = 0,
+    crowd: int = 255,
+    named: Mapping[str, int] | None = None,
 ) -> np.ndarray:
     """Draws the category of each pixel; later segments cover earlier ones.
 
     Args:
         segments: COCO annotations, `[{"category_id", "segmentation"}, …]`, also as a dict of lists
             or as JSON text. A segmentation is a list of polygons `[x0, y0, x1, y1, …]` or
-            an RLE `{"size": [H, W], "counts": list or compressed text}`.
+            an RLE `{"size": [H, W], "counts": list or compressed text}`. A `category_name` that
+            `named` has comes before the id.
         size: (H, W) of the image.
         unsegmented: the id of pixels outside all segments.
         crowd: the id of segments with `iscrowd`.
+        named: the ids of classes by name.
 
     Returns:
         (H, W) int64.
@@ -40,12 +47,21 @@ def draw_segments(
     for number, segment in enumerate(_listed(segments)):
         try:
             mask = segment_mask(segment["segmentation"], size)
-            ids[mask] = crowd if segment.get("iscrowd") else int(segment["category_id"])
+            ids[mask] = crowd if segment.get("iscrowd") else _category(segment, named or {})
         except BadRow as error:
             raise BadRow(f"segment {number}: {error}") from None
         except (KeyError, TypeError, ValueError):
             raise BadRow(f"segment {number} has no category_id and segmentation") from None
     return ids
+
+
+def _category(segment: Mapping[str, Any], named: Mapping[str, int]) -> int:
+    name = segment.get("category_name")
+    if name in named:
+        return named[name]
+    if name is not None and segment.get("category_id") is None:
+        raise BadRow(f"its class {name!r} is none of {', '.join(named)}")
+    return int(segment["category_id"])
 
 
 def segment_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
@@ -68,8 +84,8 @@ def segment_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def lines_among(segments: Any) -> list[int]:
-    """Returns the numbers of the segments that cover nothing, since they consist of polygons of one
-    or two corners.
+    """Returns the numbers of the segments that cover nothing, since they have no polygon or consist
+    of polygons of one or two corners.
 
     Raises:
         BadRow: the segments cannot be read.
@@ -77,7 +93,7 @@ def lines_among(segments: Any) -> list[int]:
     numbers = []
     for number, segment in enumerate(_listed(segments)):
         polygons = segment.get("segmentation")
-        if isinstance(polygons, list) and polygons and all(map(_is_line, polygons)):
+        if isinstance(polygons, list) and all(map(_is_line, polygons)):
             numbers.append(number)
     return numbers
 
@@ -201,6 +217,15 @@ def category_ids(segments: Any, *, unsegmented: int = 0) -> np.ndarray:
     except (KeyError, TypeError, ValueError):
         raise BadRow("a segment has no category_id") from None
     return np.array([unsegmented, *ids], dtype=np.int64)
+
+
+def category_names(segments: Any) -> list[str | None]:
+    """Returns the names of the categories of segments, None where they say none; without crowds.
+
+    Raises:
+        BadRow: the segments cannot be read.
+    """
+    return [s.get("category_name") for s in _listed(segments) if not s.get("iscrowd")]
 
 
 def _listed(segments: Any) -> Iterator[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from mmadapters.suggest import nearest
 from ..core.errors import BadRow
 from ..core.rows import Rows
 from ..data.media import image_size, read_mask
-from .coco import category_ids, draw_segments
+from .coco import category_ids, category_names, draw_segments
 from .config import IGNORE, SegmentationDataConfig
 from .orientation import Drawn, drawn_mask, drawn_segments
 
@@ -39,7 +39,10 @@ class Labels:
             )
         self.config, self.classes, self.ignore = config, tuple(classes), config.ignore_index
         self.dtype = np.uint8 if self.ignore <= 255 else np.int32
-        self._ids = _sorted_table(self._id_table())
+        table = self._id_table()
+        self._ids = _sorted_table(table)
+        # The id that a segment has whose category says the name of a class.
+        self._named = {self.classes[c]: i for i, c in table.items() if c < len(self.classes)}
         self._colours = _sorted_table(
             {
                 int(_codes(np.array(colour))): self._number(name, "palette")
@@ -98,6 +101,7 @@ class Labels:
                 drawn.size,
                 unsegmented=self.config.unsegmented,
                 crowd=self.ignore,
+                named=self._named,
             )
             values = drawn.upright(values)
         else:
@@ -169,6 +173,11 @@ def class_names(config: SegmentationDataConfig, rows: Rows | None) -> list[str]:
     names = list(config.classes)
     names = names or [name for name in config.palette if name != IGNORE]
     names = names or _mapped(config.label_map.values())
+    if not names and rows is not None:
+        names = _categories_of(rows)
+        if names and config.unsegmented != config.ignore_index:
+            outside = config.background or "background"
+            names = [outside, *(name for name in names if name != outside)]
     if not names and rows is not None and hasattr(rows, "__len__"):
         names = [str(number) for number in range(_highest(config, rows) + 1)]
     if not names:
@@ -182,6 +191,51 @@ def class_names(config: SegmentationDataConfig, rows: Rows | None) -> list[str]:
             "object}"
         )
     return names
+
+
+def check_outside(config: SegmentationDataConfig, names: Sequence[str], rows: Rows | None) -> None:
+    """Checks that the pixels outside of all segments do not count as a class of segments.
+
+    Args:
+        names: the classes.
+        rows: training rows, or None.
+
+    Raises:
+        ValueError: they do.
+    """
+    if rows is None or not config.classes or config.label_map:
+        return
+    place = config.unsegmented - config.reduce_zero_label
+    outside = names[place] if 0 <= place < len(names) else None
+    if outside is not None and outside != config.background and outside in _categories_of(rows):
+        raise ValueError(
+            f"data.classes: pixels outside of all segments have the id {config.unsegmented}, which "
+            f"is the class {outside!r}, and segments have that class too: put "
+            f"{config.background or 'background'!r} before it, or set data.unsegmented: "
+            f"{config.ignore_index} to ignore those pixels"
+        )
+
+
+def _categories_of(rows: Rows) -> list[str]:
+    """Returns the names of the categories of COCO segments, as far as the rows say them.
+
+    The feature of a column `categories` has all of them; otherwise those of the segments are taken.
+    """
+    feature = (getattr(rows, "features", None) or {}).get("categories")
+    if names := getattr(getattr(feature, "feature", None), "names", None):
+        return list(names)
+    if "segments" not in rows.column_names or not hasattr(rows, "__len__"):
+        return []
+    there: set[str] = set()
+    for segments in rows["segments"]:
+        try:
+            names = category_names(segments)
+        except BadRow:
+            continue
+        if None in names:
+            return []
+        there.update(map(str, names))
+    return sorted(there)
 
 
 def _mapped(targets: Iterable[int | str]) -> list[str]:

@@ -30,7 +30,7 @@ from .checks import MaskCounts, count_masks, mask_findings
 from .coco import lines_among
 from .config import SegmentationConfig
 from .inference import predict_classes
-from .labels import Labels, class_names
+from .labels import Labels, check_outside, class_names
 from .model import SegmentationModel
 from .orientation import Drawn
 from .transforms import Augmentation, crop_size, prepare, target_size
@@ -60,8 +60,10 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
                 f"its columns are {', '.join(rows.column_names)}: say which one it is by "
                 "data.columns: {mask: ITS_COLUMN}"
             )
+        names = class_names(self.config.data, rows)
+        check_outside(self.config.data, names, rows)
         self.state = {
-            "classes": class_names(self.config.data, rows),
+            "classes": names,
             "preprocessing": {
                 **image_preprocessing(self.config.backbone, backbone),
                 **picture_bits(self.config.data, rows),
@@ -315,7 +317,9 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         numbers = lines_among(row["segments"]) if row.get("segments") is not None else []
         if numbers:
             some = ", ".join(map(str, numbers[:5]))
-            return f"segments {some} have one or two corners and are left out"
+            return (
+                f"segments {some} have no outline, or one of one or two corners, and are left out"
+            )
         return None
 
     def check(self, rows: Rows) -> list[Problem]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from families import Family, tensors
 from families.small import randomise
-from injection.matrix import FAMILIES, adapted, bare, config_for, refusal, train
+from injection.matrix import FAMILIES, bare, config_for, refusal
 from torch import Tensor, nn
 
 import mmadapters
-from mmadapters import AdapterModel, LoRAConfig, Parallel, PromptConfig, Stack
+from mmadapters import AdapterModel
 
 PROMPTED = [name for name, family in FAMILIES.items() if refusal(family, "prompt") is None]
 SETUPS = ("prompt", "prompt-shallow", "both")
@@ -76,5 +74,3 @@ def test_inner_states_have_no_prompts(name: str) -> None:
         assert not all(map(torch.equal, states, plain))
         assert all(map(torch.equal, before, after))
         assert not model.store.runtime.local.prompted
-
-

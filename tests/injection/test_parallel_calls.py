@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import tensors
 from families.small import randomise, seeded
 from injection.matrix import FAMILIES, bare
 from torch import Tensor, nn
-from torchaudio.models import wav2vec2_model
 
 import mmadapters
-from mmadapters import AdapterModel, BatchSplit, Parallel, SeqBnConfig
+from mmadapters import AdapterModel, Parallel, SeqBnConfig
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])

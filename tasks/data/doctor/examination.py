@@ -33,6 +33,7 @@ from ..media.decode import stored
 from ..stream import Stream
 from ..workers import MOST
 from .checks import RowFacts, RowNames, facts_of, findings_of
+from .files import file_findings
 from .repeats import Place, shared_findings
 from .results import DataReport, Group, SplitReport
 
@@ -84,6 +85,7 @@ def examine(
                 tallies[name] = reading.tally
             split.partial = isinstance(data[name], Stream)
             report.splits.append(split)
+    report.findings += file_findings(task)
     report.findings += _missing_splits(data)
     report.findings += shared_findings(
         {name: some.keys for name, some in facts.items()},

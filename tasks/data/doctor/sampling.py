@@ -21,6 +21,7 @@ from ...core.task import Task
 from ..media import spread
 from ..stream import Stream
 from .checks import RowFacts, RowNames, answer_of, conflicts_of, facts_of, media_findings, texts_of
+from .files import file_findings
 from .repeats import Hashes, Keys, about_parts, answer_role, paths_of, shared_findings
 
 SECONDS = 1.0  # in which media are decoded; the task's own look takes about as long
@@ -48,6 +49,9 @@ def look(task: Task, splits: Splits, *, seconds: float = SECONDS) -> list[Findin
     facts = {split: RowFacts(len(rows), RowNames(task, rows)) for split, rows in local.items()}
     looked: dict[Split, list[int]] = {split: [] for split in local}
 
+    def files() -> list[Finding]:
+        return file_findings(task)
+
     def columns() -> list[Finding]:
         return _of_columns(task, local)
 
@@ -58,7 +62,7 @@ def look(task: Task, splits: Splits, *, seconds: float = SECONDS) -> list[Findin
         return _of_task(task, local, looked)
 
     results: list[Finding] = []
-    for step in (columns, media, of_task):
+    for step in (files, columns, media, of_task):
         try:
             results += step()
         except Exception as error:  # no reason to end a training

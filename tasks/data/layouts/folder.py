@@ -6,7 +6,7 @@
 | metadata.csv, .jsonl or .parquet                   | that table                      |
 | a folder for each split with such a file in it     | those tables                    |
 | train.csv, test-0.parquet, … (also in data/)       | those tables                    |
-| images/ and masks/ (train/images/, images/train/)  | file_name, mask_file_name: paired by name |
+| images/ and masks/ and the like (see `pictures`)   | file_name, mask_file_name: paired by name |
 | a folder for each class (CLASS/, train/CLASS/)     | file_name, label                |
 """
 
@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...core.files import is_system_entry
 from ..parts import Parts
 from ..splits import KNOWN
 from ..tables.read import TABLES
 from ..wanted import Wanted
 from .known import known_parts
-from .media_folders import media_parts
+from .media_folders import class_parts, every_file, is_media
+from .passed_over import counted_suffixes, remedy
+from .pictures.pairs import mask_parts
 from .saved import saved_parts
 from .table_files import split_of_file, table_parts, table_pieces
 
@@ -40,7 +43,7 @@ def folder_parts(wanted: Wanted, folder: Path) -> Parts:
     parts = known_parts(wanted, folder)
     if parts is not None:
         return parts
-    inside = sorted(folder.iterdir())
+    inside = sorted(path for path in folder.iterdir() if not is_system_entry(path.name))
     nested = {path.name: file for path in inside if path.is_dir() and (file := _metadata(path))}
     if any(name.lower() in KNOWN for name in nested):
         return {name: table_pieces(wanted, [file]) for name, file in nested.items()}
@@ -49,16 +52,22 @@ def folder_parts(wanted: Wanted, folder: Path) -> Parts:
         tables = [path for path in tables if path.suffix.lower() in TABLES]
         if named := [path for path in tables if split_of_file(path.name)]:
             return table_parts(wanted, named)
-    if parts := media_parts(folder):
+    files = every_file(folder)
+    parts = mask_parts(wanted, folder, files)
+    if parts is not None:
+        return parts
+    if parts := class_parts(wanted, folder, files):
         if wanted.config.root is not None:
             raise ValueError(
                 f"data.root is for tables, and the folder {folder} has none: leave it out"
             )
         return parts
     names = ", ".join(path.name for path in inside[:5]) or "nothing"
+    unread = [file for file in files if "/" in file and not is_media(file)]
+    told = f" (its files are {counted_suffixes(unread)}: {remedy(unread[0])})" if unread else ""
     raise ValueError(
         f"data.source: the folder {folder} has no metadata.csv or .jsonl, no table for each split "
-        f"(train.csv), no images/ with masks/ and no folder for each class; it has {names}"
+        f"(train.csv), no images/ with masks/ and no folder for each class{told}; it has {names}"
         + (", …" if len(inside) > 5 else "")
     )
 

@@ -1,41 +1,80 @@
-"""Folders of images beside folders of masks."""
+"""The words by which folders of images, of masks and of splits are told apart."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from dataclasses import dataclass
+from typing import Literal
 
-from ..splits import KNOWN
+from ..splits import ALIASES, KNOWN
 
+# Folders of pictures that tables and documents name, too.
 IMAGES = ("images", "image", "imgs", "img")
 MASKS = ("masks", "mask", "annotations", "labels")
 
+_IMAGE_WORDS = frozenset(
+    (
+        *IMAGES,
+        *("picture", "pictures", "photo", "photos", "rgb", "original", "originals"),
+        *("input", "inputs"),
+    )
+)
+_MASK_WORDS = frozenset(
+    (
+        *MASKS,
+        *("annotation", "ann", "anns", "annot", "annots", "label", "lbl", "gt", "truth"),
+        *("groundtruth", "seg", "segs", "segmentation", "segmentations", "semantic"),
+        *("target", "targets", "trimap", "trimaps", "matte", "mattes"),
+    )
+)
+_SPLIT_WORDS = {**{name: name for name in KNOWN}, "tr": "train", "ts": "test"}
+# imagesTr, JPEGImages, train_masks, img_dir
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_ANNOT = re.compile(r"([a-z]+)annots?")
 
-def image_mask_pairs(
-    files: Sequence[PurePosixPath],
-) -> list[tuple[str, PurePosixPath, PurePosixPath | None]] | None:
-    """Returns (split, image, its mask) for each image, or None without folders of images and masks.
+Role = Literal["images", "masks"]
 
-    An image and its mask have equal paths but for the suffix.
+
+@dataclass(frozen=True)
+class FolderWords:
+    """The words that the path of a folder says about its pictures.
+
+    Attributes:
+        role: images or masks, as the innermost name says it; None if no name does.
+        split: the source's name of the split; "" for none.
+        rest: the names that say neither.
     """
-    images: dict[tuple[str, PurePosixPath], PurePosixPath] = {}
-    masks: dict[tuple[str, PurePosixPath], PurePosixPath] = {}
-    for file in files:
-        # The split comes first or second: train/images/a.jpg, images/train/a.jpg.
-        split, rest = cut_split(file.parts)
-        if len(rest) < 2 or rest[0].lower() not in (*IMAGES, *MASKS):
+
+    role: Role | None
+    split: str
+    rest: tuple[str, ...]
+
+    @property
+    def part(self) -> str:
+        """Our name of the split, so that training/ and train_masks/ are the same one."""
+        lower = self.split.lower()
+        return next((split for split, names in ALIASES.items() if lower in names), lower)
+
+
+def folder_words(names: Sequence[str]) -> FolderWords:
+    """Reads the names of the folders of a path, the outermost first."""
+    role: Role | None = None
+    split = ""
+    rest = []
+    for name in names:
+        if name.lower() in KNOWN:
+            split = split or name
             continue
-        later, name = cut_split(rest[1:])
-        key = (split or later, PurePosixPath(*name).with_suffix(""))
-        (images if rest[0].lower() in IMAGES else masks)[key] = file
-    if not images or not masks:
-        return None
-    if not images.keys() & masks.keys():
-        raise ValueError(
-            f"data.source: no image and mask have the same name ({min(images.values())}, "
-            f"{min(masks.values())}): name them alike, or write a metadata.csv"
-        )
-    return [(key[0], image, masks.get(key)) for key, image in images.items()]
+        words = [word.lower() for word in _WORD.findall(name)]
+        if glued := _ANNOT.fullmatch(name.lower()):  # trainannot
+            words = [glued[1], "annot"]
+        if _MASK_WORDS.isdisjoint(words) and _IMAGE_WORDS.isdisjoint(words):
+            rest.append(name)
+            continue
+        role = "images" if _MASK_WORDS.isdisjoint(words) else "masks"
+        split = split or next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
+    return FolderWords(role, split, tuple(rest))
 
 
 def cut_split(parts: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -1,4 +1,4 @@
-"""Folders of media without a table: a folder for each class, or folders of images and masks."""
+"""Folders of media without a table: a folder for each class."""
 
 from __future__ import annotations
 
@@ -7,41 +7,75 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..media import MEDIA_SUFFIXES
+from ...core.files import is_system_entry
+from ..media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from ..parts import Parts, Piece
-from .masks import cut_split, image_mask_pairs
+from ..wanted import Wanted
+from .masks import cut_split
+from .passed_over import lost_classes, unread_findings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def media_parts(folder: Path) -> Parts:
-    files = [PurePosixPath(name) for name in sorted(media_files(folder))]
-    pairs = image_mask_pairs(files)
+def class_parts(wanted: Wanted, folder: Path, files: Sequence[str]) -> Parts:
+    """Returns a row for each picture or recording of the folders of classes, by split.
+
+    A task that reads pictures alone passes recordings over, and the other way round.
+
+    Args:
+        files: all files below the folder, from `every_file`.
+    """
+    kinds = {column.kind for column in wanted.columns.values()}
+    suffixes = (
+        *(IMAGE_SUFFIXES if "image" in kinds or "audio" not in kinds else ()),
+        *(AUDIO_SUFFIXES if "audio" in kinds or "image" not in kinds else ()),
+    )
     rows: dict[str, list[dict[str, Any]]] = {}
-    if pairs is not None:
-        for split, image, mask in pairs:
-            row = {"file_name": str(image), "mask_file_name": None if mask is None else str(mask)}
-            rows.setdefault(split, []).append(row)
-    else:
-        for file in files:
-            split, rest = cut_split(file.parts[:-1])
-            if rest:
-                row = {"file_name": str(file), "label": "/".join(rest)}
-                rows.setdefault(split, []).append(row)
+    classes: dict[str, set[str]] = {}
+    unread: dict[str, list[str]] = {}
+    for name in files:
+        split, rest = cut_split(PurePosixPath(name).parts[:-1])
+        label = "/".join(rest)
+        if not rest:
+            continue
+        if name.lower().endswith(suffixes):
+            rows.setdefault(split, []).append({"file_name": name, "label": label})
+            classes.setdefault(split, set()).add(label)
+        else:
+            unread.setdefault(f"{split}/{label}", []).append(name)
+    findings = (
+        *lost_classes(classes, unread),
+        *unread_findings(folder, [name for some in unread.values() for name in some]),
+    )
     return {
-        split: [Piece(lambda some=some: from_rows(some), folder)]  # type: ignore[misc]
+        split: [Piece(lambda some=some: from_rows(some), folder, findings=findings)]  # type: ignore[misc]
         for split, some in rows.items()
     }
 
 
+def every_file(folder: Path) -> list[str]:
+    """Returns the paths of all files relative to the folder, sorted, with forward slashes.
+
+    Hidden files and folders and those of systems are left out.
+    """
+    files = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_system_entry(name)]
+        start = Path(place).relative_to(folder).as_posix()
+        prefix = "" if start == "." else f"{start}/"
+        files += [prefix + name for name in names if not is_system_entry(name)]
+    return sorted(files)
+
+
 def media_files(folder: Path) -> Iterator[str]:
-    """Yields the paths of media relative to the folder, with forward slashes."""
-    for place, _, names in os.walk(folder, followlinks=True):
-        relative = Path(place).relative_to(folder)
-        for name in names:
-            if os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES and not name.startswith("."):
-                yield (relative / name).as_posix()
+    """Yields the paths of media relative to the folder, sorted, with forward slashes."""
+    yield from filter(is_media, every_file(folder))
+
+
+def is_media(name: str) -> bool:
+    """Returns whether a file is a picture or a recording that can be read, by its suffix."""
+    return os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES
 
 
 def from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:

@@ -21,11 +21,12 @@ from ...core.files import open_file
 # The endings of the files that are taken for pictures and recordings, in lower case.
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm"),
+    *(".jfif", ".jpe", ".apng", ".dib", ".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd"),
     *(".caf", ".w64", ".rf64", ".sph", ".nist", ".voc", ".ircam", ".avr", ".paf", ".pvf"),
+    *(".wave", ".bwf", ".mp2", ".htk", ".iff", ".svx", ".8svx", ".sds", ".sf", ".wve"),
 )
 MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *AUDIO_SUFFIXES))
 

@@ -179,10 +179,10 @@ def test_folders_of_images_and_masks(tmp_path: Path, layout: str) -> None:
 
 
 def test_masks_of_other_names_than_the_images_are_told(tmp_path: Path) -> None:
-    for kind, name in (("images", "1.png"), ("masks", "1_mask.png")):
+    for kind, name in (("images", "1.png"), ("masks", "2_mask.png")):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / name).write_bytes(png(1))
-    refused(r"no image and mask have the same name \(images/1.png, masks/1_mask", tmp_path, MASKS)
+    refused(r"no image and mask have the same name \(images/1.png, masks/2_mask", tmp_path, MASKS)
 
 
 def test_parquet_with_media_and_classes_inside(tmp_path: Path) -> None:

@@ -411,7 +411,9 @@ FORMATS = {
     **{".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".oga": "OGG", ".mp3": "MP3"},
     **{".aiff": "AIFF", ".aif": "AIFF", ".aifc": "AIFF", ".au": "AU", ".snd": "AU", ".caf": "CAF"},
     **{".w64": "W64", ".rf64": "RF64", ".sph": "NIST", ".nist": "NIST", ".voc": "VOC"},
-    **{".ircam": "IRCAM", ".avr": "AVR", ".paf": "PAF", ".pvf": "PVF"},
+    **{".ircam": "IRCAM", ".avr": "AVR", ".paf": "PAF", ".pvf": "PVF", ".sf": "IRCAM"},
+    **{".wave": "WAV", ".bwf": "WAVEX", ".mp2": "MP3", ".htk": "HTK", ".sds": "SDS", ".wve": "WVE"},
+    **{".iff": "SVX", ".svx": "SVX", ".8svx": "SVX"},
 }
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...parts import Parts, Piece
 from ...wanted import Wanted
-from ..media_folders import from_rows, media_files
+from ..media_folders import every_file, from_rows, media_files
+from ..passed_over import SOUNDS, unread_findings
 
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 NOISE = "_background_noise_"  # long recordings to mix with the others
@@ -31,7 +32,7 @@ def speech_commands(wanted: Wanted, path: Path) -> Parts | None:
             if line.strip():
                 split_of[line.strip()] = split
     there = (PurePosixPath(name) for name in media_files(path))
-    words = {str(n) for n in there if len(n.parts) == 2 and n.parts[0][0] != "."}
+    words = {str(name) for name in there if len(name.parts) == 2}
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in ("train", *listed)}
     for name in sorted(words | split_of.keys()):
         word, _, file_name = name.partition("/")
@@ -49,7 +50,7 @@ def voxceleb(wanted: Wanted, path: Path) -> Parts | None:
     """
     if not path.is_dir() or not _below(path, 3, _SPEAKER):
         return None
-    files = [PurePosixPath(name) for name in sorted(media_files(path))]
+    files = [PurePosixPath(name) for name in media_files(path)]
     rows: dict[str, list[dict[str, Any]]] = {}
     splits = _voxceleb_splits(path / "iden_split.txt")
     for file in files:
@@ -84,7 +85,7 @@ def timit(wanted: Wanted, path: Path) -> Parts | None:
     if not path.is_dir() or not _below(path, 3, _DIALECT):
         return None
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name in sorted(media_files(path)):
+    for name in media_files(path):
         file = PurePosixPath(name)
         kind = _SENTENCE.match(file.name)
         if len(file.parts) < 3 or kind is None or not _DIALECT.fullmatch(file.parts[-3]):
@@ -131,8 +132,11 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _pieces(wanted: Wanted, rows: Mapping[str, list[dict[str, Any]]], folder: Path) -> Parts:
+    unread = [f for f in every_file(folder) if PurePosixPath(f).suffix.lower() in SOUNDS]
+    findings = unread_findings(folder, unread)
+    root = wanted.root(folder)
     return {
-        split: [Piece(lambda some=some: from_rows(some), wanted.root(folder))]  # type: ignore[misc]
+        split: [Piece(lambda some=some: from_rows(some), root, findings=findings)]  # type: ignore[misc]
         for split, some in rows.items()
         if some
     }
