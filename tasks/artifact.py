@@ -96,13 +96,21 @@ def _layer_drop_key(encoder: AdapterModel) -> str:
 
 
 def save(
-    directory: Path, task: Task, model: TaskModel, *, mode: str, metrics: dict[str, Any]
+    directory: Path,
+    task: Task,
+    model: TaskModel,
+    *,
+    mode: str,
+    metrics: dict[str, Any],
+    whole: bool = True,
 ) -> None:
     """Writes the directory; see `storage.write`.
 
     Args:
         mode: the `trainer.mode` of the training.
         metrics: figures to store with the adapter, as plain data.
+        whole: whether the weights of the encoder are written too in mode full. A directory without
+            them only shows that the rest can be written.
 
     Raises:
         ValueError: a whole encoder (mode full) would be saved with a composition.
@@ -129,7 +137,7 @@ def save(
         encoder.save_adapter(directory, name, head=model.head, metadata=metadata)
         return
     tensors = {}
-    if mode == "full":
+    if mode == "full" and whole:
         tensors = {_FULL + key: value for key, value in encoder.backbone.state_dict().items()}
     stored = storage.Stored(
         name=name,

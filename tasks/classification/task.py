@@ -182,6 +182,7 @@ class ClassificationTask(
                 "head.alpha and head.beta are searched on a validation split, and there is none: "
                 "cut one with data.fractions: {validation: 0.2}, or write both"
             )
+        self._check_train(splits)
         if config.finetune:
             self._fill(model, head, splits)
             head.alpha.fill_(ALPHA if config.alpha is None else config.alpha)
@@ -212,14 +213,17 @@ class ClassificationTask(
         head.beta.fill_(beta)
         return {"tip_adapter": {**told, "alpha": alpha, "beta": beta}}
 
-    def _fill(
-        self, model: EmbeddingClassifier, head: TipAdapterHead, splits: Mapping[Split, Rows]
-    ) -> None:
+    def _check_train(self, splits: Mapping[Split, Rows]) -> None:
         if "train" not in splits:
             raise ValueError(
                 "the cache of tip_adapter holds training pictures, and there is no training split: "
                 "name it in data.splits"
             )
+
+    def _fill(
+        self, model: EmbeddingClassifier, head: TipAdapterHead, splits: Mapping[Split, Rows]
+    ) -> None:
+        self._check_train(splits)
         config = self.config.head
         rows = self._drawn(splits["train"], config.shots)
         head.fill(*few_shot.embedded(self, model, rows, epochs=config.augment_epochs))

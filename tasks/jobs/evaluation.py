@@ -14,9 +14,9 @@ from ..core.results import Scores
 from ..data.doctor import DataReport, examine
 from ..data.load import load_splits
 from ..registry import task_class
+from .ending import evaluate_split
 from .metrics import figures
 from .model import rows_to_fit
-from .run import evaluate_split
 
 
 @dataclass(frozen=True)

@@ -200,12 +200,12 @@ def _gathered(result: Evaluation, world: int) -> Evaluation:
 
 def _add_rows(records: list[Record], rows: Rows, roles: Mapping[str, Column]) -> None:
     """Adds to every record the plain columns of its row, read by column and without any media."""
-    columns = {name: list(rows[name]) for name in _plain_columns(rows, roles)}
+    columns = {name: list(rows[name]) for name in plain_columns(rows, roles)}
     for record in records:
         record["row"] = {name: values[record["index"]] for name, values in columns.items()}
 
 
-def _plain_columns(rows: Rows, roles: Mapping[str, Column]) -> Iterator[str]:
+def plain_columns(rows: Rows, roles: Mapping[str, Column]) -> Iterator[str]:
     """Yields the names of the columns that hold text or numbers."""
     media = {role for role, column in roles.items() if column.kind in MEDIA}
     features = getattr(rows, "features", None)
