@@ -383,16 +383,21 @@ class ClassificationTask(
         return shown.illustrate(rows, records, kind=self.kind, count=count)
 
     def predict(
-        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+        self,
+        model: TaskModel,
+        inputs: Sequence[str],
+        *,
+        out: Path | None,
+        bad: InputErrors | None = None,
     ) -> Iterator[dict[str, Any]]:
         assert isinstance(model, Classifier)
         trainer = self.config.trainer
         size = trainer.eval_batch_size or trainer.batch_size
-        bad = InputErrors()
-        for part in _parts(inputs, size):
+        bad = bad or InputErrors()
+        for start in range(0, len(inputs), size):
             names, examples = [], []
-            for name in part:
-                with bad.guarded(f"{name} cannot be classified: "):
+            for name in inputs[start : start + size]:
+                with bad.guarded(name, f"{name} cannot be classified: "):
                     examples.append(self._input(name, train=False))
                     names.append(name)
             if not names:
@@ -415,11 +420,6 @@ class ClassificationTask(
             chosen = (probabilities >= self.config.threshold).nonzero().flatten().tolist()
             return {"labels": [names[index] for index in chosen], "top": top}
         return {**top[0], "top": top}
-
-
-def _parts(inputs: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(inputs), size):
-        yield inputs[start : start + size]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

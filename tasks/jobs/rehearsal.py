@@ -47,15 +47,15 @@ def rehearse(run: Run, splits: Mapping[Split, Rows]) -> None:
     task, folder = run.task, run.folder
     check_groups(task, splits)
     check_drop(task, run.model.encoder)
-    few: dict[Split, Any] = {name: few_rows(task, splits[name]) for name in MEASURED & splits.keys()}
+    few: dict[Split, Any] = {
+        name: few_rows(task, splits[name]) for name in MEASURED & splits.keys()
+    }
     few = {name: rows for name, rows in few.items() if rows is not None}
     if not few:
         return
     first = process_state(task.config).is_main_process
     there = folder.exists()
-    trial = Run(
-        folder / PLACE, task, run.model, facts=dict(run.facts), findings=list(run.findings)
-    )
+    trial = Run(folder / PLACE, task, run.model, facts=dict(run.facts), findings=list(run.findings))
     others = {name: rows for name, rows in splits.items() if name not in MEASURED}
     try:
         with unchanged(run.model):

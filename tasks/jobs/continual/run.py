@@ -297,6 +297,9 @@ def metrics_of(done: Continual) -> dict[str, Any]:
 def _sequence(sequence: LearningSequence) -> dict[str, Any]:
     return {
         "matrix": [[None if c is None else c.metric.value for c in row] for row in sequence.cells],
+        "metrics": [
+            [None if c is None else c.metric.to_dict() for c in row] for row in sequence.cells
+        ],
         "outputs": [[None if c is None else c.outputs for c in row] for row in sequence.cells],
         "last": {
             name: metric.to_dict()

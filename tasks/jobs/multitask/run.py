@@ -269,6 +269,7 @@ def metrics_of(done: Multitask) -> dict[str, Any]:
             }
             for name, run in done.runs.items()
         },
+        "log": done.history,
         "environment": environment(),
     }
 
