@@ -21,6 +21,7 @@ from mmadapters.adapters import storage
 from mmadapters.composition import parse
 from mmadapters.model import bundles
 
+from .config.environment import described
 from .config.schema import BackboneConfig, JobConfig
 from .core.device import default_device
 from .core.model import TaskModel
@@ -120,10 +121,12 @@ def save(
         "mmadapters": mmadapters.__version__,
         "task": task.name,
         "mode": mode,
-        "job": task.config.model_dump(mode="json"),
+        "job": task.config.to_save(),
         "state": task.state,
         "metrics": metrics,
     }
+    if task.config.environment:
+        metadata["environment"] = described(task.config.environment)
     name = task.config.name
     if (composition := parse(task.config.composition)) is not None:
         if mode == "full":
@@ -190,7 +193,10 @@ def open_directory(
             f"{directory} holds an adapter without a task (no {', '.join(missing)}): load it with "
             "AdapterModel.load_adapter"
         )
-    config: JobConfig = from_data(metadata["job"], overrides, source=str(directory))
+    environment = metadata.get("environment", ())
+    config: JobConfig = from_data(
+        metadata["job"], overrides, source=str(directory), environment=environment
+    )
     task = task_class(config.task)(config, metadata["state"])
     encoder = mmadapters.init(make_backbone(config.backbone))
     drop = blocks_dropped(config)

@@ -6,13 +6,30 @@ string below an attribute is its description, which `--help` prints.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 LOSS = "loss"  # the value of evaluation.deciding that is no metric of any task
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class FromEnvironment:
+    """A text of a config that holds values of environment variables.
+
+    Attributes:
+        text: the text with interpolations in place of the values (${oc.env:DATA}/pets).
+        value: the resolved text.
+        variables: the values of the variables by name.
+    """
+
+    text: str
+    value: str
+    variables: Mapping[str, str]
 
 
 class Section(BaseModel):
@@ -25,6 +42,34 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+    _environment: dict[tuple[str, ...], FromEnvironment] = PrivateAttr(default_factory=dict)
+
+    @property
+    def environment(self) -> Mapping[tuple[str, ...], FromEnvironment]:
+        """The texts that came from environment variables, by their path."""
+        return self._environment
+
+    def remember(self, values: Mapping[tuple[str, ...], FromEnvironment]) -> None:
+        """Keeps which texts came from environment variables; called once, after reading."""
+        self._environment.update(values)
+
+    def to_save(self) -> dict[str, Any]:
+        """Returns the config as plain data for a file: without values of environment variables."""
+        data = self.model_dump(mode="json")
+        for path, value in self._environment.items():
+            _replace(data, path, value)
+        return data
+
+
+def _replace(data: Any, path: tuple[str, ...], value: FromEnvironment) -> None:
+    """Puts the interpolation in place of its value, unless something else is there by now."""
+    *above, last = (int(step) if step.isdecimal() else step for step in path)
+    for step in above:
+        data = data[step] if isinstance(data, list) else data.get(str(step))
+    there = isinstance(data, list) or (isinstance(data, dict) and str(last) in data)
+    key: Any = last if isinstance(data, list) else str(last)
+    if there and data[key] == value.value:
+        data[key] = value.text
 
 
 class BackboneConfig(Section):

@@ -88,7 +88,7 @@ def figure_svg(figure: Figure, *, title: str) -> str:
     import matplotlib
 
     data = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title}
     with matplotlib.rc_context(settings), _literal_text(figure):
         figure.savefig(data, format="svg", transparent=True)
     written = data.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from mmadapters.errors import first_line
 from mmadapters.files import write_text
 
 from .. import artifact
+from ..config.environment import masked
 from ..config.schema import JobConfig, Split
 from ..core.capabilities import Calibration, capability
 from ..core.device import default_device
@@ -145,6 +147,7 @@ def _write(
     run: Run, splits: Mapping[Split, Rows], records: dict[Split, list[Record]], *, rehearsal: bool
 ) -> None:
     config = run.task.config
+    _mask(run)
     metrics = metrics_of(run)
     artifact.save(
         run.folder / artifact.FOLDER,
@@ -174,6 +177,26 @@ def _write(
     else:
         run.unreported = reported(report, Path(config.output))
         shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _mask(run: Run) -> None:
+    """Takes the values of environment variables out of what is said about the data."""
+    values = run.task.config.environment
+    if not values:
+        return
+    for split, problems in run.problems.items():
+        run.problems[split] = [
+            dataclasses.replace(problem, reason=masked(problem.reason, values))
+            for problem in problems
+        ]
+    run.findings = [
+        dataclasses.replace(
+            finding,
+            sentence=masked(finding.sentence, values),
+            remedy=masked(finding.remedy, values),
+        )
+        for finding in run.findings
+    ]
 
 
 def reported(write: Callable[[], None], folder: Path) -> str:

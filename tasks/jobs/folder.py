@@ -211,7 +211,10 @@ def _holds_work(folder: Path) -> bool:
 def _check_config(folder: Path, config: Section) -> None:
     written = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
     before = NewNames().of(written, lambda path: str(folder / CONFIG))
-    changed = differences(before, config.model_dump(mode="json"))
+    changed = differences(before, config.to_save())
+    # A file of an earlier version holds the values of environment variables.
+    values = differences(before, config.model_dump(mode="json"))
+    changed = [key for key in changed if key in values]
     if fixed := [key for key in changed if key not in FREE]:
         raise ValueError(
             f"{folder} was begun with another config ({', '.join(fixed[:3])}): resume it with the "
@@ -222,8 +225,9 @@ def _check_config(folder: Path, config: Section) -> None:
 def make_folder(folder: Path, config: Section) -> None:
     """Makes the directory of a run, if it is not there, and writes its config."""
     folder.mkdir(parents=True, exist_ok=True)
-    resolved = config.model_dump(mode="json")
-    write_text(folder / CONFIG, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    write_text(
+        folder / CONFIG, yaml.safe_dump(config.to_save(), sort_keys=False, allow_unicode=True)
+    )
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -17,7 +17,6 @@ from ..core.errors import Problem
 from ..core.findings import Finding
 from ..core.metrics import Metric
 from ..core.results import Scores
-from ..data.load import load_splits
 from ..registry import task_class
 from ..reports.results import Run
 from ..reports.run_report import write_run_report
@@ -25,6 +24,7 @@ from .continual.config import FULL, ContinualConfig
 from .continual.report import write_continual_report
 from .continual.results import Continual, LearningSequence, Routing, ScoreCell
 from .ending import evaluate_splits
+from .evaluation import load_saved
 from .folder import CONFIG, METRICS, REPORT
 from .lock import locked
 from .multitask.config import MultitaskConfig
@@ -86,7 +86,7 @@ def _jobs(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
 def _report_job(folder: Path, metrics: Mapping[str, Any], overrides: Sequence[str]) -> None:
     opened = artifact.open_directory(folder, overrides=overrides)
     task = opened.task
-    splits = load_splits(task.config.data, task.columns, SPLITS)
+    splits = load_saved(task, SPLITS)
     check_groups(task, splits)
     run = _run(folder, task, metrics)
     run.model = opened.model

@@ -110,7 +110,8 @@ def read_contenders(config: ComparisonConfig) -> dict[str, JobConfig]:
     """
     plain = make_job(config, {}, "job")
     jobs = {}
-    for name, changes in {**config.methods, **config.references}.items():
+    saved = config.to_save()  # environment variables are read again with each job
+    for name, changes in {**saved["methods"], **saved["references"]}.items():
         section = "methods" if name in config.methods else "references"
         try:
             job = make_job(config, changes, name)
@@ -138,7 +139,7 @@ def make_job(config: ComparisonConfig, changes: Mapping[str, Any], name: str) ->
     """
     given = {
         **{"trainer.tensorboard": False, "evaluation.pictures": 0, "evaluation.before": False},
-        **config.overrides,
+        **config.to_save()["overrides"],
         **changes,
         **{"name": name, "output": f"{config.output}/{name}"},
     }

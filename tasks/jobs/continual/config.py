@@ -72,7 +72,7 @@ def contrast_jobs(config: ContinualConfig, jobs: Sequence[JobConfig]) -> list[Jo
     Raises:
         ValueError: `contrast_overrides` change the name, encoder or data of a job.
     """
-    changes = {**config.contrast_overrides, "trainer.mode": "full"}
+    changes = {**config.to_save()["contrast_overrides"], "trainer.mode": "full"}
     contrast = [_read(config, number, changes, FULL) for number in range(len(config.jobs))]
     for job, other in zip(contrast, jobs, strict=True):
         for section in ("name", "backbone", "data"):
@@ -87,8 +87,11 @@ def contrast_jobs(config: ContinualConfig, jobs: Sequence[JobConfig]) -> list[Jo
 def _read(
     config: ContinualConfig, number: int, changes: Mapping[str, Any], folder: str
 ) -> JobConfig:
+    # Environment variables are read again with each job.
+    overrides = config.to_save()["jobs"][number]["overrides"]
+    job = config.jobs[number].model_copy(update={"overrides": overrides})
     return read_job(
-        config.jobs[number],
+        job,
         f"jobs.{number}",
         seed=config.seed,
         output=Path(config.output) / folder,

@@ -106,8 +106,9 @@ def read_tasks(config: MultitaskConfig) -> list[JobConfig]:
         ValueError: the config of a job is wrong or sets keys of the joint training, two jobs have
             one name, a job is streamed, or the jobs have different encoders.
     """
-    trainer = config.trainer.model_dump(mode="json")
-    changes = {"adapter": config.adapter} | {
+    saved = config.to_save()  # environment variables are read again with each job
+    trainer = saved["trainer"]
+    changes = {"adapter": saved["adapter"]} | {
         f"trainer.{key}": value
         for key, value in trainer.items()
         if key not in _PER_JOB or value is not None
@@ -116,6 +117,7 @@ def read_tasks(config: MultitaskConfig) -> list[JobConfig]:
     for number, job in enumerate(config.tasks):
         place = f"tasks.{number}"
         _check_overrides(job.overrides, place)
+        job = job.model_copy(update={"overrides": saved["tasks"][number]["overrides"]})
         jobs.append(
             read_job(job, place, seed=config.seed, output=Path(config.output), changes=changes)
         )
