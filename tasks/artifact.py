@@ -19,6 +19,7 @@ import mmadapters
 from mmadapters import AdapterModel
 from mmadapters.adapters import storage
 from mmadapters.composition import parse
+from mmadapters.files import read_directory
 from mmadapters.model import bundles
 
 from .config.environment import described
@@ -182,9 +183,15 @@ def open_directory(
         FileNotFoundError, ValueError: the directory cannot be read (see `storage.read`), belongs to
             another encoder, or has no task.
     """
+    directory = adapter_directory(path)
+    opened = read_directory(directory, lambda: _open(directory, overrides))
+    opened.model.to(device or default_device()).eval()
+    return opened
+
+
+def _open(directory: Path, overrides: Sequence[str]) -> Opened:
     from .config.file import from_data
 
-    directory = adapter_directory(path)
     stored = storage.read(directory)
     metadata = stored.metadata
     missing = [key for key in ("task", "mode", "job", "state") if key not in metadata]
@@ -212,7 +219,7 @@ def open_directory(
         _restore(encoder, stored, directory)
     model = task.build(encoder)
     model.head.load_state_dict(stored.head)
-    return Opened(task, model.to(device or default_device()).eval(), metadata)
+    return Opened(task, model, metadata)
 
 
 def blocks_dropped(config: JobConfig) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..composition import from_data, parse
 from ..errors import first_line
-from ..files import replacing_directory
+from ..files import read_directory, replacing_directory, same_directory
 from . import fusion as fusions
 from . import saving
 from .store import AdapterStore
@@ -72,11 +72,21 @@ def load(
         FileNotFoundError, ValueError: see `AdapterModel.from_pretrained`.
     """
     folder = Path(directory)
-    index = read_index(folder)
-    modules = _read_modules(folder)
-    _check_modules(store.backbone, modules, folder)
-    composition = None if index["active"] is None else parse(from_data(index["active"]))
-    with store.all_or_nothing():
+    modules = read_directory(
+        folder, lambda: _load(store, folder, allow_different_weights=allow_different_weights)
+    )
+    parameters = dict(store.backbone.named_parameters())
+    for name, tensor in modules.items():
+        parameters[name].data.copy_(tensor)
+
+
+def _load(store: AdapterStore, folder: Path, *, allow_different_weights: bool) -> dict[str, Tensor]:
+    """Adds the adapters and fusions of one state of a directory, and returns its modules."""
+    with store.all_or_nothing(), same_directory(folder):
+        index = read_index(folder)
+        modules = _read_modules(folder)
+        _check_modules(store.backbone, modules, folder)
+        composition = None if index["active"] is None else parse(from_data(index["active"]))
         for name in index["adapters"]:
             saving.load(
                 store, folder / name, name=name, allow_different_weights=allow_different_weights
@@ -84,9 +94,7 @@ def load(
         for number in range(len(index["fusions"])):
             fusions.load(store, folder / _FUSIONS / str(number))
         store.activate(composition, 0)
-    parameters = dict(store.backbone.named_parameters())
-    for name, tensor in modules.items():
-        parameters[name].data.copy_(tensor)
+    return modules
 
 
 def trained_modules(backbone: nn.Module) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 LOSS = "loss"  # the value of evaluation.deciding that is no metric of any task
 Split = Literal["train", "validation", "test"]
+LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, with what is added to it
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -70,6 +71,25 @@ def _replace(data: Any, path: tuple[str, ...], value: FromEnvironment) -> None:
     key: Any = last if isinstance(data, list) else str(last)
     if there and data[key] == value.value:
         data[key] = value.text
+
+
+def _name_of_a_folder(value: str) -> str:
+    """Returns the name of a run, which becomes the name of a folder.
+
+    Raises:
+        ValueError: it leads to another folder, or is no name that a folder can have.
+    """
+    if value in ("", ".", "..") or len(value.encode("utf-8", "replace")) > LONGEST_NAME:
+        raise ValueError(f"{value!r} cannot name a folder: give 1 to {LONGEST_NAME} letters")
+    if not value.isprintable() or set(value) & set("/\\"):
+        raise ValueError(
+            f"{value!r} cannot name a folder: take out slashes and what cannot be seen; "
+            "output=… says where a run is written"
+        )
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_name_of_a_folder)]
 
 
 class BackboneConfig(Section):
@@ -293,7 +313,7 @@ class JobConfig(Section):
 
     task: str
     """The kind of job: segmentation, asr, vqa, retrieval, captioning or classification."""
-    name: str = "adapter"
+    name: FolderName = "adapter"
     """Name of the run and of its adapter."""
     output: str = "runs/${name}"
     """The run directory."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..media import MEDIA_SUFFIXES
 from ..parts import Parts, Piece
+from .links import is_circle
 from .masks import cut_split, image_mask_pairs
 
 if TYPE_CHECKING:
@@ -36,8 +37,12 @@ def media_parts(folder: Path) -> Parts:
 
 
 def media_files(folder: Path) -> Iterator[str]:
-    """Yields the paths of media relative to the folder, with forward slashes."""
-    for place, _, names in os.walk(folder, followlinks=True):
+    """Yields the paths of media relative to the folder, with forward slashes.
+
+    A link to a folder around it is not followed: every file would be read again below it.
+    """
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_circle(os.path.join(place, name))]
         relative = Path(place).relative_to(folder)
         for name in names:
             if os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES and not name.startswith("."):

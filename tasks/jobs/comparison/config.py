@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from ...config.file import read_as, read_config
-from ...config.schema import JobConfig, Section
+from ...config.schema import FolderName, JobConfig, Section
 
 NAME = re.compile(r"\w[\w+@ .-]*", re.ASCII)
 # Sections and trainer keys that must be equal for all methods, which share one job and budget.
@@ -26,7 +26,7 @@ _BUDGET = ("epochs", "max_steps", "batch_size", "accumulation", "evaluate_every"
 class ComparisonConfig(Section):
     """The keys of a comparison."""
 
-    name: str = "comparison"
+    name: FolderName = "comparison"
     """The name of the run."""
     output: str = "runs/${name}"
     """The run directory; every training has a folder in it."""

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from ...config.file import read_as
 from ...config.jobs import Job, check_jobs, read_job, several
-from ...config.schema import JobConfig, Section
+from ...config.schema import FolderName, JobConfig, Section
 
 FULL = "full"  # the folder of sequential full fine-tuning, next to the folders of the jobs
 
@@ -23,7 +23,7 @@ FULL = "full"  # the folder of sequential full fine-tuning, next to the folders 
 class ContinualConfig(Section):
     """The keys of a run of continual learning."""
 
-    name: str = "continual"
+    name: FolderName = "continual"
     """The name of the run."""
     output: str = "runs/${name}"
     """The run directory; each job has a run directory in it."""

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from ...config.file import read_as
 from ...config.jobs import Job, check_jobs, read_job, several
-from ...config.schema import JobConfig, Section, TrainerConfig
+from ...config.schema import FolderName, JobConfig, Section, TrainerConfig
 
 # Keys of the trainer section that each job may set for itself.
 _PER_JOB = ("batch_size", "eval_batch_size")
@@ -37,7 +37,7 @@ class JointTrainerConfig(TrainerConfig):
 class MultitaskConfig(Section):
     """The keys of a run of several tasks together."""
 
-    name: str = "multitask"
+    name: FolderName = "multitask"
     """The name of the run."""
     output: str = "runs/${name}"
     """The run directory; each task has a run directory in it."""

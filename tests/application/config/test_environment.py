@@ -99,9 +99,7 @@ def test_a_saved_config_reads_no_other_value(monkeypatch: pytest.MonkeyPatch) ->
         assert again.backbone.options == {"token": "${oc.env:TOKEN}"}
 
 
-def test_a_path_is_read_on_another_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_is_read_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, places = saved(read_config("pets.yaml"))
     (tmp_path / "elsewhere/pets/images").mkdir(parents=True)
     monkeypatch.setenv("PLACE", str(tmp_path / "elsewhere"))
