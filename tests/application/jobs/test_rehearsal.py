@@ -16,13 +16,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from mmadapters.tasks.artifact import Opened
 from mmadapters.tasks.cli.app import app
 from mmadapters.tasks.config.file import read_config
 from mmadapters.tasks.config.schema import SPLITS
+from mmadapters.tasks.core.errors import BadInputs
 from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.jobs import ending
 from mmadapters.tasks.jobs import run as runs
 from mmadapters.tasks.jobs.model import make_model, rows_to_fit, sizes
+from mmadapters.tasks.jobs.prediction import predict
 from mmadapters.tasks.jobs.rehearsal import rehearse
 from mmadapters.tasks.registry import task_class
 from mmadapters.tasks.reports.results import Run
@@ -259,7 +262,11 @@ def test_the_pages_of_several_jobs_are_made_again(command: str) -> None:
     assert sum(one != two for one, two in zip(before, after, strict=True)) <= 1
 
 
-def test_names_of_classes_are_no_formulas(tmp_path: Path) -> None:
+def test_names_of_classes_are_no_formulas_and_variables_stay_out_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", "xyzzy-9f1c")
+    monkeypatch.setenv("MATHS", str(tmp_path))
     names = ["$\\frac$", "$x_$", "\\$_{"]
     rows = [{"file_name": f"{number}.png", "label": names[number % 3]} for number in range(6)]
     for split in SPLITS:
@@ -270,10 +277,55 @@ def test_names_of_classes_are_no_formulas(tmp_path: Path) -> None:
             )
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / split / "metadata.jsonl").write_text(lines)
-    data, output = {"source": str(tmp_path)}, str(tmp_path / "run")
+    (tmp_path / "test/bad.png").write_bytes(b"no picture")
+    with open(tmp_path / "test/metadata.jsonl", "a") as file:
+        file.write(json.dumps({"file_name": "gone.png", "label": names[0]}) + "\n")
     evaluation = {"bootstrap": 0, "pictures": 2, "groups": ["label"]}
-    changes = {"data": data, "output": output, "evaluation": evaluation}
-    Path("maths.yaml").write_text(yaml.safe_dump(CONFIG | changes))
+    trainer = CONFIG["trainer"] | {"cache_folder": "${oc.env:TOKEN}"}
+    changes = {"data": {"source": "${oc.env:MATHS}"}, "evaluation": evaluation, "trainer": trainer}
+    Path("maths.yaml").write_text(yaml.safe_dump(CONFIG | {"name": "maths"} | changes))
     result = call("train", "maths.yaml", "--quiet")
     assert result.exit_code == 0, result.output
-    assert "Confusion matrix" in (tmp_path / "run/report.html").read_text()
+    run = Path("runs/maths")
+    assert "Confusion matrix" in (run / "report.html").read_text()
+    assert json.loads((run / "metrics.json").read_text())["bad_rows"]["test"]
+    for path in run.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert b"xyzzy-9f1c" not in data, path
+            assert str(tmp_path).encode() not in data, path
+    assert "${oc.env:TOKEN}" in (run / "config.yaml").read_text()
+    result = call("report", "runs/maths")
+    assert result.exit_code == 0, result.output
+    monkeypatch.delenv("MATHS")
+    result = call("report", "runs/maths")
+    assert result.exit_code == 1
+    assert "the saved config says ${oc.env:MATHS}" in told(result)
+    picture = str(tmp_path / "test/0.png")
+    result = call("predict", "runs/maths", picture)
+    assert result.exit_code == 0, result.output
+
+
+def test_predictions_are_written_as_they_come(tmp_path: Path) -> None:
+    config = read_config("few.yaml", ["trainer.eval_batch_size=1"])
+    rows = load_splits(config.data, task_class(config.task)(config).columns, ("train",))["train"]
+    task, model = make_model(config, rows)
+    for name in ("1", "3", "4"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    inputs = [str(tmp_path / "gone"), *(str(tmp_path / f"{name}.png") for name in range(1, 5))]
+    results = predict(Opened(task, model, {}), inputs, out=tmp_path / "out")
+
+    def lines() -> list[dict[str, Any]]:
+        text = (tmp_path / "out/predictions.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    first = next(results)
+    assert [line["input"] for line in lines()] == inputs[:2]
+    assert lines()[1] == first
+    next(results)
+    assert [line["input"] for line in lines()] == inputs[:4]
+    with pytest.raises(BadInputs, match="2 inputs cannot be used"):
+        list(results)
+    assert [line["input"] for line in lines()] == inputs
+    assert ["error" in line for line in lines()] == [True, False, True, False, False]
