@@ -304,7 +304,7 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
         for column in self.config.evaluation.groups:
             values: dict[str, list[Record]] = {}
             for record in records:
-                values.setdefault(str(record["row"][column]), []).append(record)
+                values.setdefault(str(record["row"].get(column)), []).append(record)
             groups[column] = {
                 value: error_rates(group, resamples=bootstrap, first=self.metric)
                 for value, group in sorted(values.items())

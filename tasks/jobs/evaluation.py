@@ -17,6 +17,7 @@ from ..core.task import Task
 from ..data.doctor import DataReport, examine
 from ..data.load import load_splits
 from ..registry import task_class
+from ..training.evaluate import check_groups
 from .ending import evaluate_split
 from .metrics import figures
 from .model import rows_to_fit
@@ -65,6 +66,7 @@ def evaluate_directory(
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}: name it in data.splits")
     rows = splits[split]
+    check_groups(task, splits)
     evaluation = evaluate_split(
         task, opened.model, rows, progress=lambda done: progress(done, len(rows))
     )

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from mmadapters import AdapterModel
-from mmadapters.suggest import nearest
 
 from ..config.schema import LOSS, Split
 from ..core.errors import BadRow, Problem, refuse
@@ -26,7 +25,7 @@ from ..core.rows import Rows
 from ..core.task import Task
 from ..data.examples import seeded_example
 from ..reports.results import Run
-from ..training.evaluate import mean_loss, plain_columns
+from ..training.evaluate import check_groups, mean_loss
 from .ending import MEASURED, finish, process_state
 
 PLACE = ".rehearsal.tmp"  # the folder in the run directory that the dry pass writes to
@@ -70,23 +69,6 @@ def rehearse(run: Run, splits: Mapping[Split, Rows]) -> None:
             if not there:
                 with contextlib.suppress(OSError):  # somebody else writes there
                     folder.rmdir()
-
-
-def check_groups(task: Task, splits: Mapping[Split, Rows]) -> None:
-    """Checks that the columns of `evaluation.groups` are in a split that is evaluated.
-
-    Raises:
-        ValueError: one of them is not, or holds no text and no numbers.
-    """
-    names = [name for name in MEASURED if name in splits]
-    known = [column for name in names for column in plain_columns(splits[name], task.columns)]
-    for column in task.config.evaluation.groups:
-        if column not in known:
-            raise ValueError(
-                f"evaluation.groups: the {' and '.join(names)} rows have no column {column!r} of "
-                f"text or numbers{nearest(column, known)}; they have "
-                f"{', '.join(dict.fromkeys(known)) or 'none'}"
-            )
 
 
 def check_drop(task: Task, encoder: AdapterModel) -> None:

@@ -20,17 +20,17 @@ from ..core.results import Scores
 from ..registry import task_class
 from ..reports.results import Run
 from ..reports.run_report import write_run_report
+from ..training.evaluate import check_groups
 from .continual.config import FULL, ContinualConfig
 from .continual.report import write_continual_report
 from .continual.results import Continual, LearningSequence, Routing, ScoreCell
-from .ending import evaluate_splits
+from .ending import MEASURED, evaluate_splits
 from .evaluation import load_saved
 from .folder import CONFIG, METRICS, REPORT
 from .lock import locked
 from .multitask.config import MultitaskConfig
 from .multitask.report import write_multitask_report
 from .multitask.results import Multitask
-from .rehearsal import check_groups
 
 
 def report_again(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Path:
@@ -87,7 +87,7 @@ def _report_job(folder: Path, metrics: Mapping[str, Any], overrides: Sequence[st
     opened = artifact.open_directory(folder, overrides=overrides)
     task = opened.task
     splits = load_saved(task, SPLITS)
-    check_groups(task, splits)
+    check_groups(task, {name: splits[name] for name in MEASURED if name in splits})
     run = _run(folder, task, metrics)
     run.model = opened.model
     run.scores = {}

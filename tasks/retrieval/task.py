@@ -197,7 +197,9 @@ class RetrievalTask(Task[RetrievalConfig], CacheableInputs, SecondPass, DataChec
             column: {
                 value: of(*queries)
                 for value, queries in grouped(
-                    [record["row"][column] for record in records], gallery.first, gallery.record_of
+                    [record["row"].get(column) for record in records],
+                    gallery.first,
+                    gallery.record_of,
                 ).items()
             }
             for column in self.config.evaluation.groups

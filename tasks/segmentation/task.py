@@ -187,7 +187,7 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         }
         groups: dict[str, dict[str, list]] = {}
         for column in self.config.evaluation.groups:
-            values = [str(record["row"][column]) for record in records]
+            values = [str(record["row"].get(column)) for record in records]
             groups[column] = {
                 value: metrics.metrics(
                     [part for part, group in zip(counts, values, strict=True) if group == value],

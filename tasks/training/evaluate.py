@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from mmadapters.suggest import nearest
+
 from ..config.schema import LOSS
 from ..core.capabilities import BatchGrouping, SecondPass, capability
 from ..core.device import autocast, processes, to_device
@@ -107,6 +109,22 @@ def evaluate(
     return result
 
 
+def check_groups(task: Task, splits: Mapping[Any, Rows]) -> None:
+    """Checks that the columns of `evaluation.groups` are in one of these splits.
+
+    Raises:
+        ValueError: one of them is not, or holds no text and no numbers.
+    """
+    known = [name for rows in splits.values() for name in _plain_columns(rows, task.columns)]
+    for column in task.config.evaluation.groups:
+        if column not in known:
+            raise ValueError(
+                f"evaluation.groups: the {' and '.join(splits)} rows have no column {column!r} of "
+                f"text or numbers{nearest(column, known)}; they have "
+                f"{', '.join(dict.fromkeys(known)) or 'none'}"
+            )
+
+
 def validated(
     task: Task, model: TaskModel, rows: Rows, *, cached: CachedSplit | None = None
 ) -> Scores:
@@ -200,12 +218,12 @@ def _gathered(result: Evaluation, world: int) -> Evaluation:
 
 def _add_rows(records: list[Record], rows: Rows, roles: Mapping[str, Column]) -> None:
     """Adds to every record the plain columns of its row, read by column and without any media."""
-    columns = {name: list(rows[name]) for name in plain_columns(rows, roles)}
+    columns = {name: list(rows[name]) for name in _plain_columns(rows, roles)}
     for record in records:
         record["row"] = {name: values[record["index"]] for name, values in columns.items()}
 
 
-def plain_columns(rows: Rows, roles: Mapping[str, Column]) -> Iterator[str]:
+def _plain_columns(rows: Rows, roles: Mapping[str, Column]) -> Iterator[str]:
     """Yields the names of the columns that hold text or numbers."""
     media = {role for role, column in roles.items() if column.kind in MEDIA}
     features = getattr(rows, "features", None)
