@@ -153,9 +153,8 @@ def tried_out(encoder: AdapterModel) -> Iterator[None]:
 def random_states_kept() -> Iterator[None]:
     """Restores the global random states of Python, NumPy and torch after the block."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
-    kind = torch.accelerator.current_accelerator() if devices else None
-    with torch.random.fork_rng(devices, device_type="cuda" if kind is None else kind.type):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:
