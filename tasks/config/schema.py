@@ -64,13 +64,16 @@ class Section(BaseModel):
 
 def _replace(data: Any, path: tuple[str, ...], value: FromEnvironment) -> None:
     """Puts the interpolation in place of its value, unless something else is there by now."""
-    *above, last = (int(step) if step.isdecimal() else step for step in path)
-    for step in above:
-        data = data[step] if isinstance(data, list) else data.get(str(step))
-    there = isinstance(data, list) or (isinstance(data, dict) and str(last) in data)
-    key: Any = last if isinstance(data, list) else str(last)
-    if there and data[key] == value.value:
-        data[key] = value.text
+    around: Any = None
+    key: Any = None
+    for step in path:
+        around, key = data, int(step) if isinstance(data, list) else step
+        there = range(len(data)) if isinstance(data, list) else data
+        if not isinstance(data, (list, dict)) or key not in there:
+            return
+        data = data[key]
+    if data == value.value:
+        around[key] = value.text
 
 
 def _name_of_a_folder(value: str) -> str:
