@@ -11,9 +11,13 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
+
+_TRIES = 100  # of reading a directory that is exchanged meanwhile
 ABANDONED = 600.0  # seconds without a change after which a dead process's directory is removed
 
 
@@ -70,6 +74,56 @@ def replacing_directory(path: Path) -> Iterator[Path]:
             os.rename(fresh, path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def read_directory(path: str | os.PathLike, read: Callable[[], T]) -> T:
+    """Returns what `read` returns, of one state of a directory.
+
+    A writer may exchange the directory for another (`replacing_directory`) while it is read: then
+    some files would be of the old state and some of the new one, or gone. It is read again then.
+
+    Args:
+        path: the directory.
+        read: reads its files and changes nothing else.
+
+    Raises:
+        OSError, ValueError, …: as `read`, if it raises on a directory that stays as it is; or a
+            `ValueError` if the directory was exchanged again and again.
+    """
+    for _ in range(_TRIES):
+        before = _identity(path)
+        try:
+            result = read()
+        except Exception:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return result
+    raise ValueError(f"{os.fspath(path)} is written again and again while it is read")
+
+
+@contextlib.contextmanager
+def same_directory(path: str | os.PathLike) -> Iterator[None]:
+    """Raises an error after the block if the directory was exchanged for another in it.
+
+    Raises:
+        ValueError: it was.
+    """
+    before = _identity(path)
+    yield
+    if _identity(path) != before:
+        raise ValueError(f"{os.fspath(path)} was written while it was read")
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, ...]:
+    """Returns numbers that differ after a directory was exchanged for another."""
+    try:
+        known = os.stat(path)
+    except OSError:
+        return ()
+    # A new directory may have the number of one that was removed, but not its times.
+    return known.st_dev, known.st_ino, known.st_mtime_ns, known.st_ctime_ns
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -20,8 +20,10 @@ from mmadapters import AdapterModel
 from mmadapters.adapters import storage
 from mmadapters.adapters.identity import check_backbone
 from mmadapters.composition import parse
+from mmadapters.files import read_directory
 from mmadapters.model import bundles
 
+from .config.environment import described
 from .config.schema import BackboneConfig, JobConfig
 from .core.device import default_device
 from .core.model import TaskModel
@@ -97,13 +99,21 @@ def _layer_drop_key(encoder: AdapterModel) -> str:
 
 
 def save(
-    directory: Path, task: Task, model: TaskModel, *, mode: str, metrics: dict[str, Any]
+    directory: Path,
+    task: Task,
+    model: TaskModel,
+    *,
+    mode: str,
+    metrics: dict[str, Any],
+    whole: bool = True,
 ) -> None:
     """Writes the directory; see `storage.write`.
 
     Args:
         mode: the `trainer.mode` of the training.
         metrics: figures to store with the adapter, as plain data.
+        whole: whether the weights of the encoder are written too in mode full. A directory without
+            them only shows that the rest can be written.
 
     Raises:
         ValueError: a whole encoder (mode full) would be saved with a composition.
@@ -113,10 +123,12 @@ def save(
         "mmadapters": mmadapters.__version__,
         "task": task.name,
         "mode": mode,
-        "job": task.config.model_dump(mode="json"),
+        "job": task.config.to_save(),
         "state": task.state,
         "metrics": metrics,
     }
+    if task.config.environment:
+        metadata["environment"] = described(task.config.environment)
     name = task.config.name
     if (composition := parse(task.config.composition)) is not None:
         if mode == "full":
@@ -130,7 +142,7 @@ def save(
         encoder.save_adapter(directory, name, head=model.head, metadata=metadata)
         return
     tensors = {}
-    if mode == "full":
+    if mode == "full" and whole:
         tensors = {_FULL + key: value for key, value in encoder.backbone.state_dict().items()}
     stored = storage.Stored(
         name=name,
@@ -172,9 +184,15 @@ def open_directory(
         FileNotFoundError, ValueError: the directory cannot be read (see `storage.read`), belongs to
             another encoder, or has no task.
     """
+    directory = adapter_directory(path)
+    opened = read_directory(directory, lambda: _open(directory, overrides))
+    opened.model.to(device or default_device()).eval()
+    return opened
+
+
+def _open(directory: Path, overrides: Sequence[str]) -> Opened:
     from .config.file import from_data
 
-    directory = adapter_directory(path)
     stored = storage.read(directory)
     metadata = stored.metadata
     missing = [key for key in ("task", "mode", "job", "state") if key not in metadata]
@@ -183,7 +201,10 @@ def open_directory(
             f"{directory} holds an adapter without a task (no {', '.join(missing)}): load it with "
             "AdapterModel.load_adapter"
         )
-    config: JobConfig = from_data(metadata["job"], overrides, source=str(directory))
+    environment = metadata.get("environment", ())
+    config: JobConfig = from_data(
+        metadata["job"], overrides, source=str(directory), environment=environment
+    )
     task = task_class(config.task)(config, metadata["state"])
     encoder = mmadapters.init(make_backbone(config.backbone))
     drop = blocks_dropped(config)
@@ -199,7 +220,7 @@ def open_directory(
         _restore(encoder, stored, directory)
     model = task.build(encoder)
     model.head.load_state_dict(stored.head)
-    return Opened(task, model.to(device or default_device()).eval(), metadata)
+    return Opened(task, model, metadata)
 
 
 def blocks_dropped(config: JobConfig) -> int:

@@ -9,9 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmadapters import files
-from mmadapters.files import exchange, replacing_directory, write_text
+from mmadapters.adapters import storage
+from mmadapters.files import exchange, read_directory, replacing_directory, write_text
 
 
 def made(path: Path, text: str) -> Path:
@@ -99,3 +101,51 @@ def test_leftovers_of_dead_processes_are_removed_and_others_kept(tmp_path: Path)
     with replacing_directory(tmp_path / "a") as fresh:
         write_text(fresh / "text", "x")
     assert {path.name for path in tmp_path.iterdir()} == {"a", new.name, mine.name, other.name}
+
+
+def test_a_reader_sees_one_state_of_a_directory(tmp_path: Path) -> None:
+    target = made(tmp_path / "a", "0")
+    (target / "other").write_text("0")
+    writes = iter(range(1, 4))
+
+    def read() -> tuple[str, str]:
+        text = (target / "text").read_text()
+        for number in writes:  # a writer exchanges the directory between the two files
+            with replacing_directory(target) as fresh:
+                for name in ("text", "other"):
+                    write_text(fresh / name, str(number))
+            break
+        return text, (target / "other").read_text()
+
+    assert read_directory(target, read) == ("3", "3")
+    with pytest.raises(FileNotFoundError):
+        read_directory(tmp_path / "b", (tmp_path / "b/text").read_text)
+
+
+def test_an_adapter_is_read_whole_while_others_are_written(tmp_path: Path) -> None:
+    def stored(value: float) -> storage.Stored:
+        return storage.Stored(
+            name=f"{value:g}",
+            config={"method": "lora"},
+            backbone={"towers": {"vision": {"width": 1, "depth": 1, "weights": ""}}},
+            tensors={"a": torch.full((64,), value)},
+        )
+
+    target, stop = tmp_path / "a", threading.Event()
+    storage.write(target, stored(0))
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            storage.write(target, stored(number % 7))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(150):
+            read = storage.read(target)
+            assert torch.equal(read.tensors["a"], torch.full((64,), float(read.name)))
+    finally:
+        stop.set()
+        writer.join()

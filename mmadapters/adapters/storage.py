@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..files import replacing_directory
+from ..files import read_directory, replacing_directory
 
 FORMAT = 1
 WEIGHTS_FILE, JSON_FILE = "adapter.safetensors", "adapter.json"
@@ -126,6 +126,10 @@ def read(directory: str | os.PathLike) -> Stored:
         ValueError: the format is unknown, a file is truncated or changed, or a value is not finite.
     """
     path = Path(directory)
+    return read_directory(path, lambda: _read(path))
+
+
+def _read(path: Path) -> Stored:
     for name in (JSON_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not an adapter directory: it has no {name}")

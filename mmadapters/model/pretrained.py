@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..composition import from_data, parse
 from ..errors import first_line
-from ..files import replacing_directory
+from ..files import read_directory, replacing_directory, same_directory
 from . import fusion as fusions
 from . import saving
 from .encoder import AdaptedEncoder
@@ -79,13 +79,22 @@ def load(
     Raises:
         FileNotFoundError, ValueError: see `AdapterModel.from_pretrained`.
     """
-    store = model.store
     folder = Path(directory)
-    index = read_index(folder)
-    modules = _read_modules(folder)
-    _check_modules(store.backbone, modules, folder)
-    composition = None if index["active"] is None else parse(from_data(index["active"]))
-    with _given(store, modules), store.all_or_nothing():
+    read_directory(
+        folder, lambda: _load(model, folder, allow_different_weights=allow_different_weights)
+    )
+
+
+def _load(model: AdaptedEncoder, folder: Path, *, allow_different_weights: bool) -> None:
+    """Loads one state of a directory, or nothing if it raises."""
+    store = model.store
+    with store.all_or_nothing(), _restored(store) as give, same_directory(folder):
+        index = read_index(folder)
+        modules = _read_modules(folder)
+        _check_modules(store.backbone, modules, folder)
+        composition = None if index["active"] is None else parse(from_data(index["active"]))
+        # Adapters may depend on these parts, so they are compared with an encoder that has them.
+        give(modules)
         for name in index["adapters"]:
             saving.load(
                 store, folder / name, name=name, allow_different_weights=allow_different_weights
@@ -97,26 +106,27 @@ def load(
 
 
 @contextlib.contextmanager
-def _given(store: AdapterStore, modules: Mapping[str, Tensor]) -> Iterator[None]:
-    """Gives the encoder values, which its adapters may depend on, and takes them back on an error.
-
-    The identity of the encoder is that with these values.
-    """
+def _restored(store: AdapterStore) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
+    """Yields a function that gives the encoder values; after an error it has those of before."""
     tensors = tensors_of(store.backbone)
-    before = {name: tensors[name].detach().clone() for name in modules}
+    before: dict[str, Tensor] = {}
 
     def give(values: Mapping[str, Tensor]) -> None:
+        for name in values:
+            before.setdefault(name, tensors[name].detach().clone())
+        put(values)
+
+    def put(values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, value in values.items():
                 tensors[name].copy_(value)
         if values:
             store.identity(anew=True)
 
-    give(modules)
     try:
-        yield
+        yield give
     except BaseException:
-        give(before)
+        put(before)
         raise
 
 

@@ -311,7 +311,7 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
         for column in self.config.evaluation.groups:
             values: dict[str, list[Record]] = {}
             for record in records:
-                values.setdefault(str(record["row"][column]), []).append(record)
+                values.setdefault(str(record["row"].get(column)), []).append(record)
             groups[column] = {
                 value: error_rates(group, resamples=bootstrap, first=self.metric)
                 for value, group in sorted(values.items())
@@ -362,14 +362,19 @@ class ASRTask(Task[ASRConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
         return pictures.illustrate(records, scores.groups, count=count)
 
     def predict(
-        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+        self,
+        model: TaskModel,
+        inputs: Sequence[str],
+        *,
+        out: Path | None,
+        bad: InputErrors | None = None,
     ) -> Iterator[dict[str, Any]]:
         rate = self.state["rate"]
         hop, _ = hop_and_field(self.state["layers"])
-        bad = InputErrors()
+        bad = bad or InputErrors()
         for name in inputs:
             wave = None
-            with bad.guarded(f"{name}: "):
+            with bad.guarded(name, f"{name}: "):
                 samples = torch.from_numpy(read_audio(name, rate))
                 if self._frames(len(samples)) < 1:
                     raise BadRow("it is too short for one frame of the encoder")

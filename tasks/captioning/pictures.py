@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import BadRow
+from ..core.plots import figure_png
 from ..core.results import Figure, Table
 from ..core.rows import Rows
 from ..data import media
@@ -49,9 +49,7 @@ def gallery(rows: Rows, images: Sequence[Image]) -> bytes:
     for (left, right), image in zip(axes, images, strict=True):
         _show(left, rows, image)
         _tell(right, image)
-    data = io.BytesIO()
-    canvas.savefig(data, format="png", dpi=150)
-    return data.getvalue()
+    return figure_png(canvas, dpi=150)
 
 
 def _show(axis: Axes, rows: Rows, image: Image) -> None:

@@ -186,14 +186,19 @@ class CaptioningTask(Task[CaptioningConfig], CacheableInputs, DataChecks, Report
         return pictures.illustrate(rows, metrics.images_of(records), count=count)
 
     def predict(
-        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+        self,
+        model: TaskModel,
+        inputs: Sequence[str],
+        *,
+        out: Path | None,
+        bad: InputErrors | None = None,
     ) -> Iterator[dict[str, Any]]:
         assert isinstance(model, CaptioningModel)
-        bad = InputErrors()
+        bad = bad or InputErrors()
         for start in range(0, len(inputs), PREDICTED_AT_ONCE):
             read: dict[int, Tensor] = {}
             for number, path in enumerate(inputs[start : start + PREDICTED_AT_ONCE], start):
-                with bad.guarded(f"{path}: "):
+                with bad.guarded(path, f"{path}: "):
                     read[number] = self.pixels(path)
             if not read:
                 continue

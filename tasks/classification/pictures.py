@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..core.errors import BadRow
+from ..core.plots import figure_png
 from ..core.results import Figure, Table
 from ..core.rows import Record, Rows
 from ..data import media
@@ -87,7 +87,9 @@ class Answers:
             colour = RIGHT if is_right(record, self.threshold) else WRONG
             axis.text(0.5, -0.03, _short(truth), **_below(axis), color="black")
             axis.text(0.5, -0.17, _short(prediction), **_below(axis), color=colour)
-        return Figure(title, png(canvas), f"{caption} Above the truth, below the prediction.")
+        return Figure(
+            title, figure_png(canvas, dpi=110), f"{caption} Above the truth, below the prediction."
+        )
 
     def listing(self, rows: Rows, records: Sequence[Record], title: str, caption: str) -> Table:
         """Returns a table of recordings with truth and prediction."""
@@ -191,11 +193,4 @@ def _matrix(matrix: np.ndarray, names: Sequence[str]) -> bytes:
             color=colour,
             fontsize=size,
         )
-    return png(canvas)
-
-
-def png(canvas: Any) -> bytes:
-    """Returns the matplotlib figure as PNG data."""
-    data = io.BytesIO()
-    canvas.savefig(data, format="png", dpi=110)
-    return data.getvalue()
+    return figure_png(canvas, dpi=110)

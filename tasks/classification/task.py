@@ -184,6 +184,7 @@ class ClassificationTask(
                 "head.alpha and head.beta are searched on a validation split, and there is none: "
                 "cut one with data.fractions: {validation: 0.2}, or write both"
             )
+        self._check_train(splits)
         if config.finetune:
             self._fill(model, head, splits)
             head.alpha.fill_(ALPHA if config.alpha is None else config.alpha)
@@ -214,14 +215,17 @@ class ClassificationTask(
         head.beta.fill_(beta)
         return {"tip_adapter": {**told, "alpha": alpha, "beta": beta}}
 
-    def _fill(
-        self, model: EmbeddingClassifier, head: TipAdapterHead, splits: Mapping[Split, Rows]
-    ) -> None:
+    def _check_train(self, splits: Mapping[Split, Rows]) -> None:
         if "train" not in splits:
             raise ValueError(
                 "the cache of tip_adapter holds training pictures, and there is no training split: "
                 "name it in data.splits"
             )
+
+    def _fill(
+        self, model: EmbeddingClassifier, head: TipAdapterHead, splits: Mapping[Split, Rows]
+    ) -> None:
+        self._check_train(splits)
         config = self.config.head
         rows = self._drawn(splits["train"], config.shots)
         head.fill(*few_shot.embedded(self, model, rows, epochs=config.augment_epochs))
@@ -384,16 +388,21 @@ class ClassificationTask(
         return shown.illustrate(rows, records, kind=self.kind, count=count)
 
     def predict(
-        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+        self,
+        model: TaskModel,
+        inputs: Sequence[str],
+        *,
+        out: Path | None,
+        bad: InputErrors | None = None,
     ) -> Iterator[dict[str, Any]]:
         assert isinstance(model, Classifier)
         trainer = self.config.trainer
         size = trainer.eval_batch_size or trainer.batch_size
-        bad = InputErrors()
-        for part in _parts(inputs, size):
+        bad = bad or InputErrors()
+        for start in range(0, len(inputs), size):
             names, examples = [], []
-            for name in part:
-                with bad.guarded(f"{name} cannot be classified: "):
+            for name in inputs[start : start + size]:
+                with bad.guarded(name, f"{name} cannot be classified: "):
                     examples.append(self._input(name, train=False))
                     names.append(name)
             if not names:
@@ -416,11 +425,6 @@ class ClassificationTask(
             chosen = (probabilities >= self.config.threshold).nonzero().flatten().tolist()
             return {"labels": [names[index] for index in chosen], "top": top}
         return {**top[0], "top": top}
-
-
-def _parts(inputs: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(inputs), size):
-        yield inputs[start : start + size]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The commands that apply a saved adapter: `evaluate` and `predict`."""
+"""The commands that apply a saved adapter: `evaluate`, `report` and `predict`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ def evaluate(
 
 
 @friendly
+def report(
+    directory: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
+    overrides: Overrides = None,
+) -> None:
+    """Make the report of a finished run again: its splits are evaluated, nothing is trained.
+
+    Changes concern the report alone: evaluation.pictures=24.
+    """
+    quiet_libraries()
+    from ..jobs.reporting import report_again
+
+    page = report_again(directory, overrides or [])
+    Console().print(f"Report: {page}", soft_wrap=True)
+
+
+@friendly
 def predict(
     directory: Directory,
     inputs: Annotated[
@@ -63,22 +79,9 @@ def predict(
     Inputs that cannot be used are named at the end, with exit code 1.
     """
     quiet_libraries()
-    from mmadapters.files import write_text
-
     from ..artifact import open_directory
-    from ..core.errors import BadInputs
     from ..jobs.prediction import predict as results
 
     opened = open_directory(directory, overrides=change or [])
-    lines = []
-    bad: BadInputs | None = None
-    try:
-        for result in results(opened, inputs, out=out):
-            lines.append(json.dumps(result, ensure_ascii=False))
-            typer.echo(lines[-1])
-    except BadInputs as error:
-        bad = error
-    if lines and out is not None:
-        write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-    if bad is not None:
-        raise bad
+    for result in results(opened, inputs, out=out):
+        typer.echo(json.dumps(result, ensure_ascii=False))

@@ -54,6 +54,7 @@ def train(
     read = read_config(config, overrides or [])
     quiet_libraries()
     from ..jobs import run as runs
+    from ..jobs.folder import REPORT
 
     with runs.processes(read):
         done = runs.train(read, resume=resume, overwrite=overwrite, quiet=quiet)
@@ -64,7 +65,19 @@ def train(
         for split, scores in done.scores.items():
             print_scores(console, scores, split)
         print_facts(console, done.facts)
-        console.print(f"Report: {done.folder / runs.REPORT}", soft_wrap=True)
+        if not done.unreported:
+            console.print(f"Report: {done.folder / REPORT}", soft_wrap=True)
+    _end_badly_without_report(done.unreported)
+
+
+def _end_badly_without_report(reason: str) -> None:
+    """Ends a command with exit code 1 if a report could not be made; the reason is printed already.
+
+    Raises:
+        typer.Exit: there is a reason.
+    """
+    if reason:
+        raise typer.Exit(1)
 
 
 def _list_keys(config: str) -> None:
@@ -107,6 +120,7 @@ def continual(
         done = learning.learn(read, overwrite=overwrite, quiet=quiet, tell=tell)
     if IS_FIRST:
         show(done, Console())
+    _end_badly_without_report(done.unreported)
 
 
 @friendly
@@ -181,6 +195,7 @@ def multitask(
         done = joint.learn(read, resume=resume, overwrite=overwrite, quiet=quiet)
     if IS_FIRST:
         show(done, Console())
+    _end_badly_without_report(done.unreported)
 
 
 @friendly

@@ -9,7 +9,7 @@ override, that the value came from. A ConfigError lists all mistakes, one senten
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from omegaconf.errors import (
 from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
+from .environment import from_environment, restored
 from .errors import ConfigError
 from .keys import sections_at, with_defaults
 from .problems import Place, S, Source, dotted, validate
@@ -69,18 +70,24 @@ def read_as(cls: type[S], name_or_path: str, overrides: Sequence[str] = ()) -> S
 
 
 def from_data(
-    data: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "the job"
+    data: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "the job",
+    environment: Iterable[Any] = (),
 ) -> JobConfig:
-    """Returns the config of the data that `JobConfig.model_dump(mode="json")` gave, with changes.
+    """Returns the config of the data that `JobConfig.to_save` gave, with changes.
 
     Args:
         overrides: as of `read_config`.
         source: where the data came from, for messages.
+        environment: the places of values that come from environment variables, as
+            `environment.described` gave them.
 
     Raises:
         ConfigError: as `read_config`.
     """
-    text = yaml.safe_dump(_literal(dict(data)), allow_unicode=True)
+    text = yaml.safe_dump(_literal(restored(dict(data), environment)), allow_unicode=True)
     return _read(Source(source, text, lines=False), overrides)
 
 
@@ -90,7 +97,9 @@ def _literal(data: Any) -> Any:
         return {key: _literal(value) for key, value in data.items()}
     if isinstance(data, list):
         return [_literal(value) for value in data]
-    return data.replace("${", "\\${") if isinstance(data, str) else data
+    if not isinstance(data, str):
+        return data
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", data)
 
 
 def _read(source: Source, overrides: Sequence[str]) -> JobConfig:
@@ -104,8 +113,11 @@ def _finish(source: Source, tree: DictConfig, overrides: Sequence[str], cls: typ
     names = NewNames()
     for override in overrides:
         _override(source, tree, override, cls, names)
-    data = _resolve(source, OmegaConf.create(with_defaults(cls, _plain(tree))))
-    return validate(source, cls, data)
+    tree = OmegaConf.create(with_defaults(cls, _plain(tree)))
+    data = _resolve(source, tree)
+    config = validate(source, cls, data)
+    config.remember(from_environment(tree, data, cls))
+    return config
 
 
 def config_names(kind: str = "job") -> dict[str, str]:

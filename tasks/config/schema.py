@@ -6,13 +6,31 @@ string below an attribute is its description, which `--help` prints.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 LOSS = "loss"  # the value of evaluation.deciding that is no metric of any task
 Split = Literal["train", "validation", "test"]
+LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, with what is added to it
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class FromEnvironment:
+    """A text of a config that holds values of environment variables.
+
+    Attributes:
+        text: the text with interpolations in place of the values (${oc.env:DATA}/pets).
+        value: the resolved text.
+        variables: the values of the variables by name.
+    """
+
+    text: str
+    value: str
+    variables: Mapping[str, str]
 
 
 class Section(BaseModel):
@@ -25,6 +43,56 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+    _environment: dict[tuple[str, ...], FromEnvironment] = PrivateAttr(default_factory=dict)
+
+    @property
+    def environment(self) -> Mapping[tuple[str, ...], FromEnvironment]:
+        """The texts that came from environment variables, by their path."""
+        return self._environment
+
+    def remember(self, values: Mapping[tuple[str, ...], FromEnvironment]) -> None:
+        """Keeps which texts came from environment variables; called once, after reading."""
+        self._environment.update(values)
+
+    def to_save(self) -> dict[str, Any]:
+        """Returns the config as plain data for a file: without values of environment variables."""
+        data = self.model_dump(mode="json")
+        for path, value in self._environment.items():
+            _replace(data, path, value)
+        return data
+
+
+def _replace(data: Any, path: tuple[str, ...], value: FromEnvironment) -> None:
+    """Puts the interpolation in place of its value, unless something else is there by now."""
+    around: Any = None
+    key: Any = None
+    for step in path:
+        around, key = data, int(step) if isinstance(data, list) else step
+        there = range(len(data)) if isinstance(data, list) else data
+        if not isinstance(data, (list, dict)) or key not in there:
+            return
+        data = data[key]
+    if data == value.value:
+        around[key] = value.text
+
+
+def _name_of_a_folder(value: str) -> str:
+    """Returns the name of a run, which becomes the name of a folder.
+
+    Raises:
+        ValueError: it leads to another folder, or is no name that a folder can have.
+    """
+    if value in ("", ".", "..") or len(value.encode("utf-8", "replace")) > LONGEST_NAME:
+        raise ValueError(f"{value!r} cannot name a folder: give 1 to {LONGEST_NAME} letters")
+    if not value.isprintable() or set(value) & set("/\\"):
+        raise ValueError(
+            f"{value!r} cannot name a folder: take out slashes and what cannot be seen; "
+            "output=… says where a run is written"
+        )
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_name_of_a_folder)]
 
 
 class BackboneConfig(Section):
@@ -248,7 +316,7 @@ class JobConfig(Section):
 
     task: str
     """The kind of job: segmentation, asr, vqa, retrieval, captioning or classification."""
-    name: str = "adapter"
+    name: FolderName = "adapter"
     """Name of the run and of its adapter."""
     output: str = "runs/${name}"
     """The run directory."""

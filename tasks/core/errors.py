@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -72,27 +72,43 @@ class BadInputs(ValueError):
 class InputErrors:
     """Collects the inputs of `predict` that cannot be used, so that the others can.
 
+    Args:
+        tell: is called with the name of such an input and the reason, as soon as it is met.
+
     Attributes:
         reasons: a sentence for each of them, with its name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str, str], None] = lambda name, reason: None) -> None:
         self.reasons: list[str] = []
+        self._tell = tell
 
     @contextmanager
-    def guarded(self, start: str = "") -> Iterator[None]:
+    def guarded(self, name: str, start: str = "") -> Iterator[None]:
         """Records the error of the block if it says that an input cannot be used.
 
         Args:
+            name: the input.
             start: what stands before the reason of a `BadRow`, such as "a.png: ". The messages of
                 other ValueErrors name their input themselves.
         """
         try:
             yield
         except BadRow as error:
-            self.reasons.append(f"{start}{error}")
+            self.add(name, str(error), f"{start}{error}")
         except ValueError as error:
-            self.reasons.append(str(error))
+            self.add(name, str(error), str(error))
+
+    def add(self, name: str, reason: str, sentence: str) -> None:
+        """Records an input that cannot be used.
+
+        Args:
+            name: the input.
+            reason: why it cannot be used.
+            sentence: the reason with the name of the input.
+        """
+        self.reasons.append(sentence)
+        self._tell(name, reason)
 
     def end(self) -> None:
         """Raises an error that names the inputs that could not be used, if there are any.

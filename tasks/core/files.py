@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,6 +48,29 @@ def open_file(path: str | Path) -> BinaryIO:
         raise BadRow(f"no such file: {str(path)!r} (no path has a null character)") from None
     except OSError as error:
         raise BadRow(why_unopened(path, error)) from None
+
+
+def output_names(inputs: Sequence[str]) -> list[str]:
+    """Returns a name, without a suffix, for what is written about each input file.
+
+    It is the path of the file below the folder that all of them have in common. No two names are
+    equal, also where upper and lower case are the same: a second "a" becomes "a_2", unless another
+    input has that name.
+    """
+    paths = [os.path.abspath(name) for name in inputs]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    plain = [os.path.splitext(os.path.relpath(path, common))[0] for path in paths]
+    taken = {name.casefold() for name in plain}
+    given: set[str] = set()
+    names = []
+    for name in plain:
+        unique, count = name, 1
+        while unique.casefold() in given or (count > 1 and unique.casefold() in taken):
+            count += 1
+            unique = f"{name}_{count}"
+        given.add(unique.casefold())
+        names.append(unique)
+    return names
 
 
 def why_unopened(path: str | Path, error: OSError) -> str:

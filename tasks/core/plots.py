@@ -5,13 +5,14 @@ matplotlib is imported when something is drawn, without pyplot: no state is kept
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import html
 import io
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,25 @@ PAGE = Colours(ink="#010101", muted="#020202", line="#030303", accent="#040404",
 def figure_png(figure: Figure, *, dpi: int = 160) -> bytes:
     """Returns a matplotlib figure as PNG data, on white."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=dpi, facecolor="white")
+    with _literal_text(figure):
+        figure.savefig(data, format="png", dpi=dpi, facecolor="white")
     return data.getvalue()
+
+
+@contextlib.contextmanager
+def _literal_text(figure: Figure) -> Iterator[None]:
+    """Inside the block every text of a figure is drawn as it is written.
+
+    Labels and captions come from data, in which dollar signs make no formula.
+    """
+    import matplotlib
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+        yield
 
 
 def figure_svg(figure: Figure, *, title: str) -> str:
@@ -70,7 +88,8 @@ def figure_svg(figure: Figure, *, title: str) -> str:
     import matplotlib
 
     data = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title}
+    with matplotlib.rc_context(settings), _literal_text(figure):
         figure.savefig(data, format="svg", transparent=True)
     written = data.getvalue()
     box = re.search(r'viewBox="([^"]*)"', written)

@@ -18,6 +18,7 @@ from torch import nn
 from mmadapters import AdapterModel
 
 from ..config.schema import LOSS, JobConfig
+from .errors import InputErrors
 from .model import TaskModel
 from .results import Scores
 from .rows import Batch, Column, Example, Record, Rows
@@ -121,7 +122,12 @@ class Task(ABC, Generic[C]):
 
     @abstractmethod
     def predict(
-        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+        self,
+        model: TaskModel,
+        inputs: Sequence[str],
+        *,
+        out: Path | None,
+        bad: InputErrors | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Returns a JSON-ready result for each input.
 
@@ -129,7 +135,8 @@ class Task(ABC, Generic[C]):
             model: in eval mode.
             inputs: arguments of the command line; `usage` says what they are.
             out: the folder for results that are files (masks, overlays); None for no files.
+            bad: collects the inputs that cannot be used.
 
         Raises:
-            ValueError: an input cannot be read; the message says which one.
+            BadInputs: `bad` holds inputs that cannot be used; raised after the last result.
         """

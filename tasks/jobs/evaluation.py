@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import artifact
-from ..config.schema import SPLITS, JobConfig
+from ..config.environment import unread
+from ..config.schema import SPLITS, JobConfig, Split
 from ..core.errors import Problem
 from ..core.results import Scores
+from ..core.rows import Rows
+from ..core.task import Task
 from ..data.doctor import DataReport, examine
 from ..data.load import load_splits
 from ..registry import task_class
+from ..training.evaluate import check_groups
+from .ending import evaluate_split
 from .metrics import figures
 from .model import rows_to_fit
-from .run import evaluate_split
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,33 @@ def evaluate_directory(
     opened = artifact.open_directory(path, overrides=overrides)
     task = opened.task
     wanted: Any = split
-    splits: Any = load_splits(task.config.data, task.columns, (wanted,))
+    splits: Any = load_saved(task, (wanted,))
     if split not in splits:
         raise ValueError(f"the data has no split {split!r}: name it in data.splits")
     rows = splits[split]
+    check_groups(task, splits)
     evaluation = evaluate_split(
         task, opened.model, rows, progress=lambda done: progress(done, len(rows))
     )
     scores = task.score(evaluation.records, bootstrap=task.config.evaluation.bootstrap)
     return SplitResult(scores, evaluation.problems)
+
+
+def load_saved(task: Task, splits: Sequence[Split]) -> dict[Split, Rows]:
+    """Loads the data of a task whose config was saved.
+
+    Raises:
+        ValueError: the config names an environment variable that has another value here, or none;
+            or the data cannot be loaded.
+    """
+    data = task.config.data
+    if (text := unread(data.model_dump(mode="json"))) is not None:
+        raise ValueError(
+            f"the saved config says {text}, and this variable is not set here, or not as it was: "
+            f"give the value as a change, for instance 'data.source={text}' to read the variable "
+            "of this machine"
+        )
+    return load_splits(data, task.columns, splits)
 
 
 def examine_data(config: JobConfig) -> DataReport:

@@ -35,9 +35,10 @@ CONFIG, METRICS, REPORT = "config.yaml", "metrics.json", "report.html"
 
 # Keys that training does not read. They may change when a run is resumed.
 FREE = (
-    *("evaluation.bootstrap", "evaluation.groups", "evaluation.pictures"),
+    *("evaluation.bootstrap", "evaluation.groups", "evaluation.pictures", "evaluation.before"),
     *("evaluation.adapter_drop", "trainer.eval_batch_size", "trainer.workers"),
     *("trainer.log_every", "trainer.tensorboard", "trainer.wandb"),
+    *("trainer.cache_folder", "trainer.cache_budget", "top"),
 )
 
 
@@ -188,7 +189,7 @@ def state_of(folder: Path, result: str = METRICS) -> RunState:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether a file is what a killed process has left of writing another."""
+    """Whether a file or folder is what a killed process has left of writing another."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
@@ -200,10 +201,12 @@ def _holds_work(folder: Path) -> bool:
         return True
     empty = (CHECKPOINTS, "tensorboard")
     for path in folder.iterdir():
+        if _is_leftover(path):
+            continue
         if path.is_dir():
             if path.name not in empty and _holds_work(path):
                 return True
-        elif path.name != CONFIG and not _is_leftover(path):
+        elif path.name != CONFIG:
             return True
     return False
 
@@ -211,8 +214,12 @@ def _holds_work(folder: Path) -> bool:
 def _check_config(folder: Path, config: Section) -> None:
     written = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
     before = NewNames().of(written, lambda path: str(folder / CONFIG))
-    changed = differences(before, config.model_dump(mode="json"))
-    if fixed := [key for key in changed if key not in FREE]:
+    changed = differences(before, config.to_save())
+    # A file of an earlier version holds the values of environment variables.
+    values = differences(before, config.model_dump(mode="json"))
+    changed = [key for key in changed if key in values]
+    # Several jobs have such keys in the overrides of each.
+    if fixed := [key for key in changed if (key.partition(".overrides.")[2] or key) not in FREE]:
         raise ValueError(
             f"{folder} was begun with another config ({', '.join(fixed[:3])}): resume it with the "
             "same one, or choose another output"
@@ -222,12 +229,19 @@ def _check_config(folder: Path, config: Section) -> None:
 def make_folder(folder: Path, config: Section) -> None:
     """Makes the directory of a run, if it is not there, and writes its config."""
     folder.mkdir(parents=True, exist_ok=True)
-    resolved = config.model_dump(mode="json")
-    write_text(folder / CONFIG, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    write_text(
+        folder / CONFIG, yaml.safe_dump(config.to_save(), sort_keys=False, allow_unicode=True)
+    )
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """Returns the dotted keys whose values differ between two nested mappings."""
+    """Returns the dotted keys whose values differ between two nested mappings.
+
+    Lists of equal length are compared by place, if they hold mappings.
+    """
+    both = isinstance(before, list) and isinstance(now, list) and len(before) == len(now)
+    if both and all(isinstance(part, dict) for part in [*before, *now]):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
         parts = [

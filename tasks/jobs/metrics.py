@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ..core.metrics import Metric
 from ..core.results import Scores
 from ..reports.results import Run
 
+NAMED = 1000  # the most bad rows of a split that are listed with their reasons
 _PACKAGES = (
     *("mmadapters", "torch", "transformers", "timm", "open_clip_torch", "torchaudio"),
     *("accelerate", "datasets", "torchvision"),
@@ -35,6 +37,13 @@ def metrics_of(run: Run) -> dict[str, Any]:
         "before": None if run.before is None else figures(run.before),
         **({"fusion_attention": run.attention} if run.attention else {}),
         "skipped": {split: len(problems) for split, problems in run.problems.items()},
+        "bad_rows": {
+            split: [[problem.index, problem.reason] for problem in problems[:NAMED]]
+            for split, problems in run.problems.items()
+            if problems
+        },
+        "findings": [dataclasses.asdict(finding) for finding in run.findings],
+        "log": run.history,
         "environment": environment(),
     }
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Opened
-from ..core.errors import BadInputs, InputErrors
+from ..core.errors import InputErrors
 from ..core.rows import Column
 from ..data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES
+
+PREDICTIONS = "predictions.jsonl"
 
 
 def predict(
@@ -23,29 +27,49 @@ def predict(
     Args:
         inputs: files, folders, or what else the task takes. A folder stands for the pictures or
             recordings in it that the task reads, in the order of their names.
-        out: a folder for larger results (masks, pictures).
+        out: a folder for larger results (masks, pictures), and for `predictions.jsonl`. It has a
+            line for each result, written as soon as there is one, and for each input that cannot be
+            used, with the reason under "error".
 
     Raises:
         ValueError: there is no input.
         BadInputs: some could not be used; raised at the end.
     """
-    bad = InputErrors()
-    suffixes = suffixes_of(opened.task.columns)
-    expanded: list[str] = []
-    for name in inputs:
-        with bad.guarded():
-            expanded += expand(name, suffixes)
-    if not expanded:
+    with _lines(out) as write:
+        bad = InputErrors(lambda name, reason: write({"input": name, "error": reason}))
+        suffixes = suffixes_of(opened.task.columns)
+        expanded: list[str] = []
+        for name in inputs:
+            with bad.guarded(name):
+                expanded += expand(name, suffixes)
+        if not expanded:
+            bad.end()
+            raise ValueError(f"there is nothing to predict; give {opened.task.usage}")
+        opened.model.eval()
+        for result in opened.task.predict(opened.model, expanded, out=out, bad=bad):
+            write(result)
+            yield result
         bad.end()
-        raise ValueError(f"there is nothing to predict; give {opened.task.usage}")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    opened.model.eval()
-    try:
-        yield from opened.task.predict(opened.model, expanded, out=out)
-    except BadInputs as error:
-        bad.reasons += error.reasons
-    bad.end()
+
+
+@contextlib.contextmanager
+def _lines(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields a function that adds a line to `predictions.jsonl`, or does nothing without `out`.
+
+    A kill leaves all lines that were written before it.
+    """
+    if out is None:
+        yield lambda line: None
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    # A file name that is not in UTF-8 becomes an escape that JSON has too.
+    with open(out / PREDICTIONS, "w", encoding="utf-8", errors="backslashreplace") as file:
+
+        def write(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+
+        yield write
 
 
 def suffixes_of(columns: Mapping[str, Column]) -> tuple[str, ...]:

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import set_seed
 
-from mmadapters.files import write_text
-
-from .. import artifact
 from ..config.schema import SPLITS, JobConfig, Split
 from ..core.capabilities import Calibration, capability
-from ..core.device import default_device
 from ..core.model import TaskModel
-from ..core.results import Scores
-from ..core.rows import Record, Rows
+from ..core.rows import Rows
 from ..core.task import Task
 from ..data.load import load_splits
 from ..data.stream import Stream
-from ..data.workers import readers
 from ..registry import task_class
 from ..reports.results import Run
-from ..reports.run_report import write_run_report
-from ..training.checkpoint import CHECKPOINTS
-from ..training.evaluate import Evaluation, evaluate
 from ..training.trainer import TaskTrainer
-from .folder import METRICS, REPORT, RunFolder, run_folder
-from .metrics import metrics_of
+from .ending import (
+    device_of,
+    evaluate_split,
+    finish,
+    measured_split,
+    process_state,
+    scored,
+    without_test,
+)
+from .folder import RunFolder, run_folder
 from .model import adapter_config, make_model, rows_to_fit, sizes
 from .preview import look_at_data
+from .rehearsal import rehearse
 
 
 def train(
@@ -94,6 +92,7 @@ def train_model(
     *,
     folder: Path | None = None,
     checkpoint: Path | None = None,
+    rehearsed: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Trains and evaluates a model that is already built.
@@ -102,6 +101,7 @@ def train_model(
         splits: the rows by split.
         folder: the directory that is written to; by default the config's `output`.
         checkpoint: the checkpoint from which training goes on.
+        rehearsed: whether the dry pass before the first step was made already.
         quiet: no progress bar.
 
     Raises:
@@ -118,6 +118,8 @@ def train_model(
         with _untrained(run):
             run.before = scored(run, evaluate_split(task, model, rows), name)
     capability(task, Calibration).prepare(model, without_test(splits))
+    if not rehearsed:
+        rehearse(run, splits)
     if any(parameter.requires_grad for parameter in model.parameters()):
         _fit(run, splits, checkpoint, quiet=quiet or not first)
     finish(run, splits)
@@ -131,25 +133,6 @@ def chosen(task: Task, splits: dict[Split, Rows]) -> dict[Split, Rows]:
     return {**splits, "train": capability(task, Calibration).choose(splits["train"])}
 
 
-def without_test(splits: dict[Split, Rows]) -> dict[Split, Rows]:
-    """Returns the splits that a task may read before it is measured."""
-    return {name: rows for name, rows in splits.items() if name != "test"}
-
-
-def finish(run: Run, splits: dict[Split, Rows]) -> None:
-    """Evaluates a trained model and writes the run directory; every process calls it."""
-    task, model, encoder = run.task, run.model, run.model.encoder
-    state = process_state(task.config)
-    calibration = capability(task, Calibration)
-    run.facts |= calibration.calibrate(model.eval(), without_test(splits))
-    model.eval()  # the report's pictures need the model too, and must not change its statistics
-    with encoder.using(encoder.active_adapters, drop=artifact.blocks_dropped(task.config)):
-        records = _evaluate(run, splits)
-        if state.is_main_process:
-            _write(run, splits, records)
-    state.wait_for_everyone()
-
-
 @contextlib.contextmanager
 def processes(config: JobConfig) -> Iterator[None]:
     """Joins the process group of torchrun or accelerate launch, and leaves it after the block."""
@@ -157,70 +140,6 @@ def processes(config: JobConfig) -> Iterator[None]:
     yield
     state.wait_for_everyone()
     state.destroy_process_group()
-
-
-def process_state(config: JobConfig) -> PartialState:
-    """Returns the process group of this process; makes it at the first call."""
-    return PartialState(cpu=device_of(config) == "cpu")
-
-
-def device_of(config: JobConfig) -> str:
-    """Returns the type of the device that a job runs on."""
-    return "cpu" if config.trainer.device == "cpu" else default_device()
-
-
-def evaluate_split(
-    task: Task,
-    model: TaskModel,
-    rows: Rows,
-    *,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> Evaluation:
-    """Evaluates a split with the batch size, workers and precision of the config.
-
-    Args:
-        progress: is called after each batch with the number of rows done.
-    """
-    trainer = task.config.trainer
-    return evaluate(
-        task,
-        model,
-        rows,
-        batch_size=trainer.eval_batch_size or trainer.batch_size,
-        workers=readers(trainer),
-        precision=trainer.precision,
-        progress=progress,
-    )
-
-
-def measured_split(splits: dict[Split, Rows]) -> tuple[Split, Rows]:
-    """Returns the split of a run's headline figure: test, or validation without a test.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    for name in ("test", "validation"):
-        if name in splits:
-            return name, splits[name]
-    raise ValueError(
-        "there is neither a test nor a validation split to evaluate: give data.fractions"
-    )
-
-
-def _evaluate(run: Run, splits: dict[Split, Rows]) -> dict[Split, list[Record]]:
-    records: dict[Split, list[Record]] = {}
-    measured: tuple[Split, ...] = ("validation", "test")
-    for name in measured:
-        if name in splits:
-            with run.model.encoder.recorded_fusion() as attention:
-                result = evaluate_split(run.task, run.model, splits[name])
-            run.attention = {
-                fusion: {site: weights.tolist() for site, weights in sites.items()}
-                for fusion, sites in attention.items()
-            }
-            run.scores[name] = scored(run, result, name)
-            records[name] = result.records
-    return records
 
 
 @contextlib.contextmanager
@@ -236,12 +155,6 @@ def _untrained(run: Run) -> Iterator[None]:
         return
     with encoder.using(None):
         yield
-
-
-def scored(run: Run, result: Evaluation, split: str) -> Scores:
-    """Returns the scores of an evaluated split, and adds its bad rows to the run."""
-    run.problems[split] = result.problems
-    return run.task.score(result.records, bootstrap=run.task.config.evaluation.bootstrap)
 
 
 def _fit(run: Run, splits: dict[Split, Rows], checkpoint: Path | None, *, quiet: bool) -> None:
@@ -260,28 +173,3 @@ def _fit(run: Run, splits: dict[Split, Rows], checkpoint: Path | None, *, quiet:
     run.facts |= trainer.fit(checkpoint)
     run.history = trainer.state.log_history
     run.problems["train"] = list(trainer.problems.values())
-
-
-def _write(run: Run, splits: dict[Split, Rows], records: dict[Split, list[Record]]) -> None:
-    config = run.task.config
-    metrics = metrics_of(run)
-    artifact.save(
-        run.folder / artifact.FOLDER,
-        run.task,
-        run.model,
-        mode=config.trainer.mode,
-        metrics=metrics["splits"],
-    )
-    metrics["adapter_bytes"] = sum(
-        file.stat().st_size for file in (run.folder / artifact.FOLDER).iterdir()
-    )
-    run.facts["adapter_bytes"] = metrics["adapter_bytes"]
-    write_text(run.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    write_run_report(
-        run.folder / REPORT,
-        run,
-        splits=splits,
-        records=records,
-        environment=metrics["environment"],
-    )
-    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)

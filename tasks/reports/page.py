@@ -7,6 +7,7 @@ of the page as data. A Content-Security-Policy forbids the page to load or run a
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,8 +100,12 @@ def render(report: RunReport) -> str:
     )
 
 
+@functools.cache
 def template(name: str) -> Template:
-    """Returns a template of `templates/` with filters that show metrics, cells and pictures."""
+    """Returns a template of `templates/` with filters that show metrics, cells and pictures.
+
+    It is compiled once: the dry pass of a run needs it, and its report.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

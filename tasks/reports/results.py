@@ -31,6 +31,7 @@ class Run:
         findings: what is suspicious about the data, as seen at the start.
         attention: by fusion and site, the mean weight (0 to 1) of each member on the split that
             was measured last.
+        unreported: why the report could not be made; empty if it was.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     attention: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    unreported: str = ""
 
     @property
     def headline(self) -> Metric:

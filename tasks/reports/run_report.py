@@ -66,7 +66,7 @@ def write_run_report(
         problems=run.problems,
         findings=run.findings,
         environment=environment,
-        config=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(config.to_save(), sort_keys=False, allow_unicode=True),
     )
     write_report(path, report)
 

@@ -118,7 +118,9 @@ def search_index(
             "one"
         )
     try:
-        lines = [json.loads(line) for line in (index / ITEMS).read_text("utf-8").splitlines()]
+        text = (index / ITEMS).read_text("utf-8")
+        # A text may hold characters at which `splitlines` would cut it, such as U+2028.
+        lines = [json.loads(line) for line in text.removesuffix("\n").split("\n")]
         vectors = faiss.read_index(str(index / VECTORS))
     except (ValueError, RuntimeError):
         raise ValueError(f"the files of {index} are damaged: build the index again") from None

@@ -5,13 +5,13 @@ Shape legend: H, W of a picture in pixels.
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.plots import figure_png
 from ..core.results import Figure
 from ..core.rows import Record, Rows
 from ..data import media
@@ -79,7 +79,7 @@ def text_queries(
         for axis, image, label in zip(line[1:], images, labels, strict=False):
             _show(axis, _picture(gallery, rows, records, image), framed=image == right)
             axis.set_xlabel(label, fontsize=7, color=INK, labelpad=2)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def image_queries(
@@ -114,7 +114,7 @@ def image_queries(
                 va="center",
                 parse_math=False,
             )
-    return _png(figure)
+    return figure_png(figure)
 
 
 def _grid(lines: int, columns: int, widths: Sequence[float]) -> tuple[Any, np.ndarray]:
@@ -150,9 +150,3 @@ def _picture(gallery: Gallery, rows: Rows, records: Sequence[Record], image: int
     """Returns the picture of an image's first record, (H, W, 3) uint8."""
     row = rows[records[gallery.first[image]]["index"]]
     return np.asarray(media.picture_to_show(row["image"]))
-
-
-def _png(figure: Any) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=160)
-    return data.getvalue()

@@ -19,7 +19,7 @@ EMBEDDINGS, TABLE = "embeddings", "similarities.csv"
 
 
 def matches(
-    embedder: Embedder, inputs: Sequence[str], *, out: Path | None
+    embedder: Embedder, inputs: Sequence[str], *, out: Path | None, bad: InputErrors
 ) -> Iterator[dict[str, Any]]:
     """Returns a result for each image and text.
 
@@ -30,18 +30,19 @@ def matches(
         out: the folder for vectors, as `embeddings/NUMBER-NAME.npy` ((E,) float32), and, if there
             are images and texts, for their cosines, as `similarities.csv`. None puts the vectors
             into the results.
+        bad: collects the inputs that cannot be used.
 
     Raises:
         BadInputs: some inputs cannot be used; raised after the results of the others.
     """
-    bad = InputErrors()
     asked: list[Item] = []
     for text in inputs:
-        with bad.guarded():
+        with bad.guarded(text):
             asked += items([text])
     unread: dict[int, str] = {}
     vectors = embedder.embed(asked, unread=unread).numpy()
-    bad.reasons += unread.values()
+    for number, reason in unread.items():
+        bad.add(asked[number].value, reason, reason)
     read = [number for number in range(len(asked)) if number not in unread]
     asked, vectors = [asked[number] for number in read], vectors[read]
     images = [number for number, item in enumerate(asked) if item.kind == "image"]

@@ -5,6 +5,7 @@ Shape legend: N items, L text tokens, H and W of a picture, E width of the embed
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ def _items(text: str) -> Iterator[Item]:
     path = Path(text)
     suffix = path.suffix.lower()
     if suffix == ".txt" and _is_file(path):
-        lines = [line.strip() for line in _read(path).splitlines()]
+        # `splitlines` would also cut a text at other characters, such as U+2028.
+        lines = [line.strip() for line in io.StringIO(_read(path), newline=None)]
         texts = [Item("text", line) for line in lines if line]
         if not texts:
             raise ValueError(f"{text} holds no text")

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmadapters import AdapterModel
 
 from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures, SecondPass, TowerRow
-from ..core.errors import Problem
+from ..core.errors import InputErrors, Problem
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
 from ..core.rows import Batch, Column, Example, Record, Rows
@@ -197,7 +197,9 @@ class RetrievalTask(Task[RetrievalConfig], CacheableInputs, SecondPass, DataChec
             column: {
                 value: of(*queries)
                 for value, queries in grouped(
-                    [record["row"][column] for record in records], gallery.first, gallery.record_of
+                    [record["row"].get(column) for record in records],
+                    gallery.first,
+                    gallery.record_of,
                 ).items()
             }
             for column in self.config.evaluation.groups
@@ -211,10 +213,15 @@ class RetrievalTask(Task[RetrievalConfig], CacheableInputs, SecondPass, DataChec
         return list(figures(Gallery.of(records), rows, records, count=count))
 
     def predict(
-        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+        self,
+        model: TaskModel,
+        inputs: Sequence[str],
+        *,
+        out: Path | None,
+        bad: InputErrors | None = None,
     ) -> Iterator[dict[str, Any]]:
         assert isinstance(model, RetrievalModel)
-        yield from matches(self.embedder(model), inputs, out=out)
+        yield from matches(self.embedder(model), inputs, out=out, bad=bad or InputErrors())
 
     def check(self, rows: Rows) -> list[Problem]:
         """Returns problems of captions that are longer than the encoder reads."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 from PIL import Image
 
 from mmadapters.files import replacing_file
+
+from ..core.plots import figure_png
 
 OPACITY = 0.5
 RIGHT, WRONG, IGNORED = (46, 125, 80), (214, 39, 40), (128, 128, 128)
@@ -94,7 +95,7 @@ def comparison(panels: Mapping[str, np.ndarray], legend: Mapping[str, Sequence[i
     height, width = next(iter(panels.values())).shape[:2]
     side = 2.8
     tall = min(max(side * height / width, 1.0), 6.0)
-    figure = Figure(figsize=(side * len(panels), tall + 0.65), layout="constrained", dpi=110)
+    figure = Figure(figsize=(side * len(panels), tall + 0.65), layout="constrained")
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, picture) in zip(axes, panels.items(), strict=True):
         axis.imshow(picture, interpolation="nearest" if height < 200 else "antialiased")
@@ -116,6 +117,4 @@ def comparison(panels: Mapping[str, np.ndarray], legend: Mapping[str, Sequence[i
         fontsize=8,
         frameon=False,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure_png(figure, dpi=110)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from mmadapters import AdapterModel
 from ..config.schema import Split
 from ..core.capabilities import CacheableInputs, DataChecks, ReportPictures, inspected
 from ..core.errors import InputErrors, Problem
+from ..core.files import output_names
 from ..core.findings import Finding
 from ..core.model import TaskModel
 from ..core.results import Figure, Scores, Table
@@ -190,7 +190,7 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         }
         groups: dict[str, dict[str, list]] = {}
         for column in self.config.evaluation.groups:
-            values = [str(record["row"][column]) for record in records]
+            values = [str(record["row"].get(column)) for record in records]
             groups[column] = {
                 value: metrics.metrics(
                     [part for part, group in zip(counts, values, strict=True) if group == value],
@@ -253,18 +253,23 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
         return classes.cpu().numpy()
 
     def predict(
-        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+        self,
+        model: TaskModel,
+        inputs: Sequence[str],
+        *,
+        out: Path | None,
+        bad: InputErrors | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Yields the share of each class in each image.
 
-        With `out`, it also writes `<stem>_mask.png` (class ids, with a palette) and
-        `<stem>_overlay.png`.
+        With `out`, it also writes `<name>_mask.png` (class ids, with a palette) and
+        `<name>_overlay.png`, see `output_names`.
         """
-        taken: Counter[str] = Counter()
-        bad = InputErrors()
-        for name in inputs:
+        names = output_names(inputs)
+        bad = bad or InputErrors()
+        for number, name in enumerate(inputs):
             image = None
-            with bad.guarded(f"{name}: "):
+            with bad.guarded(name, f"{name}: "):
                 image = read_image(name, bits=self.bits)
             if image is None:
                 continue
@@ -280,18 +285,15 @@ class SegmentationTask(Task[SegmentationConfig], CacheableInputs, DataChecks, Re
                 },
             }
             if out is not None:
-                stem = Path(name).stem
-                taken[stem] += 1
-                # Files in two folders may have the same name.
-                unique = stem if taken[stem] == 1 else f"{stem}_{taken[stem]}"
-                result |= self._write(out, unique, image, classes)
+                result |= self._write(out, names[number], image, classes)
             yield result
         bad.end()
 
     def _write(
-        self, out: Path, stem: str, image: Image.Image, classes: np.ndarray
+        self, out: Path, name: str, image: Image.Image, classes: np.ndarray
     ) -> dict[str, str]:
-        mask, overlay = out / f"{stem}_mask.png", out / f"{stem}_overlay.png"
+        mask, overlay = out / f"{name}_mask.png", out / f"{name}_overlay.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
         pictures.write_mask(mask, classes, self.colours)
         mixed = pictures.overlay(image, classes, self.colours, clear=self.background)
         pictures.write_png(overlay, Image.fromarray(mixed))

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from mmadapters.suggest import nearest
+
 from ..config.schema import LOSS
 from ..core.capabilities import BatchGrouping, SecondPass, capability
 from ..core.device import autocast, processes, to_device
@@ -105,6 +107,22 @@ def evaluate(
         model.train(was_training)
     _add_rows(result.records, rows, task.columns)
     return result
+
+
+def check_groups(task: Task, splits: Mapping[Any, Rows]) -> None:
+    """Checks that the columns of `evaluation.groups` are in one of these splits.
+
+    Raises:
+        ValueError: one of them is not, or holds no text and no numbers.
+    """
+    known = [name for rows in splits.values() for name in _plain_columns(rows, task.columns)]
+    for column in task.config.evaluation.groups:
+        if column not in known:
+            raise ValueError(
+                f"evaluation.groups: the {' and '.join(splits)} rows have no column {column!r} of "
+                f"text or numbers{nearest(column, known)}; they have "
+                f"{', '.join(dict.fromkeys(known)) or 'none'}"
+            )
 
 
 def validated(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import BadRow
+from ..core.plots import figure_png
 from ..core.results import Figure, Table
 from ..core.rows import Record, Rows
 from ..data import media
@@ -71,9 +71,7 @@ def gallery(rows: Rows, records: Sequence[Record]) -> bytes:
         axis.set_axis_off()
     for axis, record in zip(axes, records, strict=False):
         _show(axis, rows, record)
-    data = io.BytesIO()
-    canvas.savefig(data, format="png", dpi=130)
-    return data.getvalue()
+    return figure_png(canvas, dpi=130)
 
 
 def _show(axis: Axes, rows: Rows, record: Record) -> None:

@@ -283,13 +283,18 @@ class VQATask(Task[VQAConfig], CacheableInputs, BatchGrouping, DataChecks, Repor
         return pictures.illustrate(rows, records, count=count)
 
     def predict(
-        self, model: TaskModel, inputs: Sequence[str], *, out: Path | None
+        self,
+        model: TaskModel,
+        inputs: Sequence[str],
+        *,
+        out: Path | None,
+        bad: InputErrors | None = None,
     ) -> Iterator[dict[str, Any]]:
-        bad = InputErrors()
+        bad = bad or InputErrors()
         for start in range(0, len(inputs), PREDICTED_AT_ONCE):
             part, examples = [], []
             for text in inputs[start : start + PREDICTED_AT_ONCE]:
-                with bad.guarded():
+                with bad.guarded(text):
                     pair = _pair(text)
                     examples.append(self._asked(*pair))
                     part.append(pair)

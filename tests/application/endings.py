@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mmadapters.tasks.core.errors import BadInputs
+from mmadapters.tasks.core.errors import BadInputs, InputErrors
+
+
+class Told(InputErrors):
+    """Collects bad inputs, with their names in the order in which they were told."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        super().__init__(lambda name, reason: self.names.append(name))
 
 
 def until_error(results: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:

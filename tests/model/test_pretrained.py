@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import transformers
 from torch import nn
 
 from mmadapters import AdapterModel, BottleneckConfig, Fuse, LoRAConfig, Stack, init
+from mmadapters.model import saving
 
 
 def encoder() -> nn.Module:
@@ -227,6 +229,26 @@ def test_a_damaged_directory_loads_nothing(
         AdapterModel.from_pretrained(saved, backbone)
     assert "\n" not in str(caught.value)
     init(backbone)  # it was given back without hooks
+
+
+def test_a_directory_that_is_written_meanwhile_is_read_in_one_state(
+    saved: Path, model: AdapterModel, bare: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, calls = saving.load, iter(range(9))
+
+    def written_between(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1:  # between the first adapter and the second
+            with torch.no_grad():
+                for parameter in model.adapters.parameters():
+                    parameter.add_(1)
+            model.save_pretrained(saved)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(saving, "load", written_between)
+    again = AdapterModel.from_pretrained(saved, copy.deepcopy(bare))
+    for name in ("pets", "night"):
+        tensors = again.adapter(name).tensors()
+        assert all(torch.equal(t, tensors[k]) for k, t in model.adapter(name).tensors().items())
 
 
 def test_what_is_not_ours_is_not_replaced(model: AdapterModel, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ..tables.read import TABLES
 from ..wanted import Wanted
 from .folder import folder_parts
 from .known import known_parts
+from .links import is_circle
 from .table_files import table_parts
 
 
@@ -30,6 +31,8 @@ def local_parts(wanted: Wanted) -> Parts | None:
         parts = known_parts(wanted, path)
         return table_parts(wanted, [path]) if parts is None else parts
     if files := sorted(Path(name) for name in glob.glob(str(path), recursive=True)):
+        if "**" in source:  # it follows links to folders
+            files = [file for file in files if not any(is_circle(str(p)) for p in file.parents)]
         return table_parts(wanted, [file for file in files if file.is_file()])
     pattern = re.search(r"[*?\[]", source)
     if pattern or path.suffix.lower() in TABLES or source.startswith((".", "~", os.sep)):

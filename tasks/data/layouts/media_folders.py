@@ -11,6 +11,7 @@ from ...core.files import is_system_entry
 from ..media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from ..parts import Parts, Piece
 from ..wanted import Wanted
+from .links import is_circle
 from .masks import cut_split
 from .passed_over import lost_classes, unread_findings
 
@@ -57,11 +58,16 @@ def class_parts(wanted: Wanted, folder: Path, files: Sequence[str]) -> Parts:
 def every_file(folder: Path) -> list[str]:
     """Returns the paths of all files relative to the folder, sorted, with forward slashes.
 
-    Hidden files and folders and those of systems are left out.
+    Hidden files and folders and those of systems are left out. A link to a folder around it is not
+    followed: every file would be read again below it.
     """
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_system_entry(name)]
+        folders[:] = [
+            name
+            for name in folders
+            if not is_system_entry(name) and not is_circle(os.path.join(place, name))
+        ]
         start = Path(place).relative_to(folder).as_posix()
         prefix = "" if start == "." else f"{start}/"
         files += [prefix + name for name in names if not is_system_entry(name)]

@@ -25,6 +25,9 @@ UNKNOWN_SIZE = 0x7FFF0000
 # A windowed sinc has as many taps as the product of the reduced rates. Usual rates need at most
 # 3e5; 44,101 to 16,000 Hz would need gigabytes and is resampled in the spectrum instead.
 LARGEST_FILTERS = 1_000_000
+# Samples lie within [-1, 1]. Floats may go somewhat beyond, and some programs write integers as
+# floats; squares and sums of anything larger are no longer finite in float32.
+LOUDEST = 2.0**32
 LOST = 0.01  # a recording that lacks more than this share of its announced length was cut off
 ROUNDED = 0.05  # seconds by which a table's times may pass the end of a recording
 # Compressed formats that libsndfile does not read.
@@ -44,7 +47,8 @@ def read_audio(value: Any, rate: int) -> np.ndarray:
             this part is read.
 
     Raises:
-        BadRow: the recording cannot be read, was cut off, is empty, or holds NaN or infinity.
+        BadRow: the recording cannot be read, was cut off, is empty, or holds NaN, infinity or
+            samples beyond `LOUDEST`.
     """
     if isinstance(value, dict) and value.get("array") is not None:
         samples, original = _audio_array(value)
@@ -54,6 +58,11 @@ def read_audio(value: Any, rate: int) -> np.ndarray:
         raise BadRow("the recording is empty (no samples)")
     if not np.isfinite(samples).all():
         raise BadRow("the recording holds samples that are not finite numbers")
+    if (loudest := max(float(samples.max()), -float(samples.min()))) > LOUDEST:
+        raise BadRow(
+            f"the recording holds samples of {loudest:.3g}, and the largest is 1: its header names "
+            "another type than that of its samples, or it is damaged"
+        )
     mono = samples.mean(axis=1, dtype=np.float32)
     return np.ascontiguousarray(_resample(mono, original, rate))
 

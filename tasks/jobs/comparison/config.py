@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from ...config.file import read_as, read_config
-from ...config.schema import JobConfig, Section
+from ...config.schema import FolderName, JobConfig, Section
 
 NAME = re.compile(r"\w[\w+@ .-]*", re.ASCII)
 # Sections and trainer keys that must be equal for all methods, which share one job and budget.
@@ -26,7 +26,7 @@ _BUDGET = ("epochs", "max_steps", "batch_size", "accumulation", "evaluate_every"
 class ComparisonConfig(Section):
     """The keys of a comparison."""
 
-    name: str = "comparison"
+    name: FolderName = "comparison"
     """The name of the run."""
     output: str = "runs/${name}"
     """The run directory; every training has a folder in it."""
@@ -110,7 +110,8 @@ def read_contenders(config: ComparisonConfig) -> dict[str, JobConfig]:
     """
     plain = make_job(config, {}, "job")
     jobs = {}
-    for name, changes in {**config.methods, **config.references}.items():
+    saved = config.to_save()  # environment variables are read again with each job
+    for name, changes in {**saved["methods"], **saved["references"]}.items():
         section = "methods" if name in config.methods else "references"
         try:
             job = make_job(config, changes, name)
@@ -138,7 +139,7 @@ def make_job(config: ComparisonConfig, changes: Mapping[str, Any], name: str) ->
     """
     given = {
         **{"trainer.tensorboard": False, "evaluation.pictures": 0, "evaluation.before": False},
-        **config.overrides,
+        **config.to_save()["overrides"],
         **changes,
         **{"name": name, "output": f"{config.output}/{name}"},
     }

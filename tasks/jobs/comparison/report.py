@@ -41,7 +41,7 @@ def write_comparison_report(done: Comparison, environment: Mapping[str, Any]) ->
         picture=Figure("Methods and bottlenecks of their size", image, CHARTED),
         comparison=table,
         environment=environment,
-        config=yaml.safe_dump(done.config.model_dump(mode="json"), sort_keys=False),
+        config=yaml.safe_dump(done.config.to_save(), sort_keys=False),
         created=datetime.now().astimezone(),
     )
     write_bytes(done.folder / CHART, image)

@@ -30,10 +30,11 @@ from ...core.metrics import Metric
 from ...core.rows import Rows
 from ...data.load import load_splits
 from ...registry import task_class
+from ..ending import measured_split, process_state
 from ..folder import RunFolder, make_folder, run_folder
 from ..metrics import environment
 from ..model import make_model, rows_to_fit
-from ..run import begin, end, measured_split, process_state, train_model
+from ..run import begin, end, train_model
 from .config import ComparisonConfig, make_job, read_contenders
 from .cost import costs
 from .report import write_comparison_report

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from ...config.file import read_as
 from ...config.jobs import Job, check_jobs, read_job, several
-from ...config.schema import JobConfig, Section
+from ...config.schema import FolderName, JobConfig, Section
 
 FULL = "full"  # the folder of sequential full fine-tuning, next to the folders of the jobs
 
@@ -23,7 +23,7 @@ FULL = "full"  # the folder of sequential full fine-tuning, next to the folders 
 class ContinualConfig(Section):
     """The keys of a run of continual learning."""
 
-    name: str = "continual"
+    name: FolderName = "continual"
     """The name of the run."""
     output: str = "runs/${name}"
     """The run directory; each job has a run directory in it."""
@@ -72,7 +72,7 @@ def contrast_jobs(config: ContinualConfig, jobs: Sequence[JobConfig]) -> list[Jo
     Raises:
         ValueError: `contrast_overrides` change the name, encoder or data of a job.
     """
-    changes = {**config.contrast_overrides, "trainer.mode": "full"}
+    changes = {**config.to_save()["contrast_overrides"], "trainer.mode": "full"}
     contrast = [_read(config, number, changes, FULL) for number in range(len(config.jobs))]
     for job, other in zip(contrast, jobs, strict=True):
         for section in ("name", "backbone", "data"):
@@ -87,8 +87,11 @@ def contrast_jobs(config: ContinualConfig, jobs: Sequence[JobConfig]) -> list[Jo
 def _read(
     config: ContinualConfig, number: int, changes: Mapping[str, Any], folder: str
 ) -> JobConfig:
+    # Environment variables are read again with each job.
+    overrides = config.to_save()["jobs"][number]["overrides"]
+    job = config.jobs[number].model_copy(update={"overrides": overrides})
     return read_job(
-        config.jobs[number],
+        job,
         f"jobs.{number}",
         seed=config.seed,
         output=Path(config.output) / folder,

@@ -45,7 +45,7 @@ def write_continual_report(done: Continual, environment: Mapping[str, Any]) -> N
         routing=_routing(done.routing),
         reports=_reports(done),
         environment=environment,
-        config=yaml.safe_dump(done.config.model_dump(mode="json"), sort_keys=False),
+        config=yaml.safe_dump(done.config.to_save(), sort_keys=False),
         created=datetime.now().astimezone(),
     )
     write_text(done.folder / REPORT, page)

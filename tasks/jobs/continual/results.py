@@ -142,6 +142,7 @@ class Continual:
         adapters: the scores with an adapter for each job.
         full: the scores with sequential full fine-tuning; None if it was not asked for.
         routing: the routing, or the reason why it was not measured; None if it was not asked for.
+        unreported: why a report could not be made; empty if all were.
     """
 
     config: ContinualConfig
@@ -150,3 +151,4 @@ class Continual:
     adapters: LearningSequence
     full: LearningSequence | None = None
     routing: Routing | str | None = None
+    unreported: str = ""

@@ -13,6 +13,7 @@ measured, and not assumed, that adapters forget nothing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -31,15 +32,26 @@ from mmadapters.files import write_text
 
 from ... import artifact
 from ...config.schema import SPLITS, JobConfig, Split
+from ...core.capabilities import Calibration, capability
 from ...core.model import TaskModel
 from ...core.rows import Record, Rows
 from ...core.task import Task
 from ...data.load import load_splits
 from ...registry import task_class
+from ...reports.results import Run
+from ..ending import (
+    device_of,
+    evaluate_split,
+    measured_split,
+    process_state,
+    reported,
+    without_test,
+)
 from ..folder import METRICS, RunFolder, make_folder, run_folder
 from ..metrics import environment
-from ..model import build_model, make_encoder, rows_to_fit
-from ..run import begin, end, evaluate_split, measured_split, process_state, train_model
+from ..model import build_model, make_encoder, rows_to_fit, sizes
+from ..rehearsal import random_states_kept, rehearse, tried_out
+from ..run import begin, chosen, end, train_model
 from . import router
 from .config import ContinualConfig, contrast_jobs, read_jobs
 from .report import write_continual_report
@@ -100,7 +112,10 @@ def _learn(
         for job in [*jobs, *others]:
             make_folder(folder.inside(job.output), job)
     state.wait_for_everyone()
+    learner.rehearse(jobs)
+    learner.rehearse(others)
     done = Continual(config, list(jobs), folder.place, learner.learn())
+    done.unreported += learner.unreported
     if config.routing:
         done.routing = learner.route()
     if others:
@@ -109,6 +124,7 @@ def _learn(
             others, splits, folder, quiet=quiet, tell=lambda text: tell(f"{text}, full")
         )
         done.full = contrast.learn()
+        done.unreported += contrast.unreported
     if state.is_main_process:
         _write(done)
     state.wait_for_everyone()
@@ -147,6 +163,7 @@ class _Learner:
         self.encoder = make_encoder(backbone)
         self.models: list[TaskModel] = []
         self.records: list[list[Record]] = []
+        self.unreported = ""
         self.splits, self.folder, self.quiet, self.tell = splits, folder, quiet, tell
 
     def learn(self) -> LearningSequence:
@@ -158,7 +175,10 @@ class _Learner:
             set_seed(task.config.seed)
             self.models.append(build_model(task, self.encoder))
             place = self.folder.inside(task.config.output)
-            train_model(task, self.models[-1], splits, folder=place, quiet=self.quiet)
+            run = train_model(
+                task, self.models[-1], splits, folder=place, rehearsed=True, quiet=self.quiet
+            )
+            self.unreported += run.unreported
             self.records = []
             row = [self._measure(job) for job in range(step + 1)]
             sequence.cells.append([*row, *[None] * (len(self.tasks) - len(row))])
@@ -166,6 +186,25 @@ class _Learner:
         sequence.encoder_unchanged = after == before
         sequence.seconds = round(time.perf_counter() - started, 1)
         return sequence
+
+    def rehearse(self, jobs: Sequence[JobConfig]) -> None:
+        """Makes the dry pass of each job, with a model that is gone again afterwards.
+
+        So an error in the last job's evaluation ends the run before the first job is learned.
+
+        Args:
+            jobs: those of the learner or, with other modes of training, those of the contrast.
+        """
+        for job, fitted, splits in zip(jobs, self.tasks, self.splits, strict=False):
+            task = type(fitted)(job, copy.deepcopy(fitted.state))
+            with random_states_kept(), tried_out(self.encoder):
+                model = build_model(task, self.encoder)
+                place = self.folder.inside(job.output)
+                run = Run(place, task, model, facts=sizes(model, job.name))
+                model.to(device_of(job))
+                used = chosen(task, splits)
+                capability(task, Calibration).prepare(model, without_test(used))
+                rehearse(run, used)
 
     def _measure(self, job: int) -> ScoreCell:
         """Measures a job on its test split, with its own adapter and head; keeps the records."""
@@ -258,6 +297,9 @@ def metrics_of(done: Continual) -> dict[str, Any]:
 def _sequence(sequence: LearningSequence) -> dict[str, Any]:
     return {
         "matrix": [[None if c is None else c.metric.value for c in row] for row in sequence.cells],
+        "metrics": [
+            [None if c is None else c.metric.to_dict() for c in row] for row in sequence.cells
+        ],
         "outputs": [[None if c is None else c.outputs for c in row] for row in sequence.cells],
         "last": {
             name: metric.to_dict()
@@ -284,4 +326,6 @@ def _write(done: Continual) -> None:
     metrics = metrics_of(done)
     text = json.dumps(metrics, indent=2, ensure_ascii=False)
     write_text(done.folder / METRICS, text + "\n")
-    write_continual_report(done, metrics["environment"])
+    done.unreported += reported(
+        lambda: write_continual_report(done, metrics["environment"]), Path(done.config.output)
+    )

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from ...config.file import read_as
 from ...config.jobs import Job, check_jobs, read_job, several
-from ...config.schema import JobConfig, Section, TrainerConfig
+from ...config.schema import FolderName, JobConfig, Section, TrainerConfig
 
 # Keys of the trainer section that each job may set for itself.
 _PER_JOB = ("batch_size", "eval_batch_size")
@@ -37,7 +37,7 @@ class JointTrainerConfig(TrainerConfig):
 class MultitaskConfig(Section):
     """The keys of a run of several tasks together."""
 
-    name: str = "multitask"
+    name: FolderName = "multitask"
     """The name of the run."""
     output: str = "runs/${name}"
     """The run directory; each task has a run directory in it."""
@@ -106,8 +106,9 @@ def read_tasks(config: MultitaskConfig) -> list[JobConfig]:
         ValueError: the config of a job is wrong or sets keys of the joint training, two jobs have
             one name, a job is streamed, or the jobs have different encoders.
     """
-    trainer = config.trainer.model_dump(mode="json")
-    changes = {"adapter": config.adapter} | {
+    saved = config.to_save()  # environment variables are read again with each job
+    trainer = saved["trainer"]
+    changes = {"adapter": saved["adapter"]} | {
         f"trainer.{key}": value
         for key, value in trainer.items()
         if key not in _PER_JOB or value is not None
@@ -116,6 +117,7 @@ def read_tasks(config: MultitaskConfig) -> list[JobConfig]:
     for number, job in enumerate(config.tasks):
         place = f"tasks.{number}"
         _check_overrides(job.overrides, place)
+        job = job.model_copy(update={"overrides": saved["tasks"][number]["overrides"]})
         jobs.append(
             read_job(job, place, seed=config.seed, output=Path(config.output), changes=changes)
         )

@@ -45,7 +45,7 @@ def write_multitask_report(done: Multitask, environment: Mapping[str, Any]) -> N
         charts=_charts(done),
         reports=[f"{name}/{REPORT}" for name in done.runs],
         environment=environment,
-        config=yaml.safe_dump(done.config.model_dump(mode="json"), sort_keys=False),
+        config=yaml.safe_dump(done.config.to_save(), sort_keys=False),
         created=datetime.now().astimezone(),
     )
     write_text(done.folder / REPORT, page)

@@ -25,6 +25,7 @@ class Multitask:
         steps: the optimiser steps of each task; their sum is `facts["steps"]`.
         history: transformers' `log_history`.
         facts: figures of the model (parameters, shared ones once) and of the training, JSON-ready.
+        unreported: why a report could not be made; empty if all were.
     """
 
     config: MultitaskConfig
@@ -33,6 +34,7 @@ class Multitask:
     steps: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    unreported: str = ""
 
     @property
     def deciding(self) -> dict[str, Metric]:

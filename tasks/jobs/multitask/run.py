@@ -29,22 +29,22 @@ from ...data.load import load_splits
 from ...registry import task_class
 from ...reports.results import Run
 from ...training.checkpoint import CHECKPOINTS
-from ..folder import METRICS, RunFolder, make_folder, run_folder
-from ..metrics import environment, figures
-from ..model import make_encoder, sizes
-from ..preview import look_at_data
-from ..run import (
-    begin,
-    chosen,
+from ..ending import (
     device_of,
-    end,
     evaluate_split,
     finish,
     measured_split,
     process_state,
+    reported,
     scored,
     without_test,
 )
+from ..folder import METRICS, RunFolder, make_folder, run_folder
+from ..metrics import environment, figures
+from ..model import make_encoder, sizes
+from ..preview import look_at_data
+from ..rehearsal import rehearse
+from ..run import begin, chosen, end
 from .config import MultitaskConfig, read_tasks
 from .report import write_multitask_report
 from .results import Multitask, history_of
@@ -111,6 +111,10 @@ def _learn(
         with model.encoder.using(name):
             calibration = capability(run.task, Calibration)
             calibration.prepare(run.model, without_test(splits[name]))
+    for name, run in done.runs.items():
+        with model.encoder.using(name):
+            run.facts = sizes(run.model, name)
+            rehearse(run, splits[name])
     _fit(done, tasks, model, splits, folder.checkpoint, quiet=quiet or not state.is_main_process)
     for name in tasks:
         _finish(done, name, splits[name])
@@ -265,6 +269,7 @@ def metrics_of(done: Multitask) -> dict[str, Any]:
             }
             for name, run in done.runs.items()
         },
+        "log": done.history,
         "environment": environment(),
     }
 
@@ -273,5 +278,8 @@ def _write(done: Multitask) -> None:
     metrics = metrics_of(done)
     text = json.dumps(metrics, indent=2, ensure_ascii=False)
     write_text(done.folder / METRICS, text + "\n")
-    write_multitask_report(done, metrics["environment"])
+    done.unreported = "".join(run.unreported for run in done.runs.values())
+    done.unreported += reported(
+        lambda: write_multitask_report(done, metrics["environment"]), Path(done.config.output)
+    )
     shutil.rmtree(done.folder / CHECKPOINTS, ignore_errors=True)

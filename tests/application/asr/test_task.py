@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from application.endings import until_error
+from application.endings import Told, until_error
 from families import speech
 from torch.utils.data import DataLoader
 
@@ -507,7 +507,8 @@ def test_a_bad_recording_does_not_end_the_others(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(sound(3300)["bytes"])
     (tmp_path / "b.wav").write_bytes(b"RIFF0000WAVE")
     names = [str(tmp_path / name) for name in ("a.flac", "b.wav", "c.flac", "gone.wav")]
-    results, reasons = until_error(task.predict(model, names, out=None))
+    results, reasons = until_error(task.predict(model, names, out=None, bad=(told := Told())))
+    assert told.names == [names[1], names[3]]
     assert [Path(result["input"]).name for result in results] == ["a.flac", "c.flac"]
     assert len(reasons) == 2
     assert reasons[0].startswith(f"{names[1]}: the audio cannot be decoded")

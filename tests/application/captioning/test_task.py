@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from application.endings import until_error
+from application.endings import Told, until_error
 from families import blip
 from PIL import Image
 
@@ -260,7 +260,10 @@ def test_a_bad_picture_does_not_end_the_others(
     expected = list(task.predict(model, good, out=None))
     bad = str(tmp_path / "bad.png")
     Path(bad).write_bytes(b"no picture")
-    results, reasons = until_error(task.predict(model, [good[0], bad, good[1]], out=None))
+    results, reasons = until_error(
+        task.predict(model, [good[0], bad, good[1]], out=None, bad=(told := Told()))
+    )
+    assert told.names == [bad]
     assert [reason.partition(": ")[2] for reason in reasons] == [
         "the image file is in no format that can be read"
     ]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from application.endings import until_error
+from application.endings import Told, until_error
 from families import Family, families
 from families.small import randomise
 from PIL import Image
@@ -523,7 +523,8 @@ def test_a_bad_picture_does_not_end_the_others(tmp_path: Path) -> None:
         path.write_bytes(row["image"]["bytes"])
     expected = list(task.predict(model, [str(path) for path in good], out=None))
     names = [str(tmp_path / "gone.png"), str(good[0]), str(tmp_path), str(good[1])]
-    results, reasons = until_error(task.predict(model, names, out=None))
+    results, reasons = until_error(task.predict(model, names, out=None, bad=(told := Told())))
+    assert told.names == [names[0], names[2]]
     assert [result["label"] for result in results] == [result["label"] for result in expected]
     assert len(reasons) == 2
     assert "no such file" in reasons[0]

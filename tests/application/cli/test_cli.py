@@ -254,7 +254,11 @@ def test_predict_goes_on_after_a_bad_file_and_names_it_at_the_end() -> None:
     Path("empty").mkdir(exist_ok=True)
     result = call("predict", "runs/shapes", "some_bad", "empty", "--out", "some_out")
     assert result.exit_code == 1
-    lines = Path("some_out/predictions.jsonl").read_text().splitlines()
+    every = Path("some_out/predictions.jsonl").read_text().splitlines()
+    lines = [line for line in every if "error" not in json.loads(line)]
+    refused = {json.loads(line)["input"]: json.loads(line)["error"] for line in {*every} - {*lines}}
+    assert refused.keys() == {"some_bad/1.png", "empty"}
+    assert refused["some_bad/1.png"].startswith("the image file is in no format")
     assert [Path(json.loads(line)["input"]).name for line in lines] == ["0.png", "2.png"]
     told = " ".join(result.output.split())
     assert all(line in result.output for line in lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmadapters.tasks.core.errors import BadRow
-from mmadapters.tasks.core.files import open_file, why_unopened
+from mmadapters.tasks.core.files import open_file, output_names, why_unopened
 from mmadapters.tasks.data.media import read_audio, read_image
 from mmadapters.tasks.jobs.prediction import expand
 
@@ -60,3 +60,22 @@ def test_a_folder_stands_for_the_files_that_a_task_reads(tmp_path: Path) -> None
     assert expand("a text " * 100, (".wav",)) == ["a text " * 100]
     with pytest.raises(ValueError, match=r"d\.wav has no file that is read \(\.wav\)"):
         expand(str(tmp_path / "d.wav"), (".wav",))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names"),
+    [
+        (["x/a.png", "x/a_2.png", "y/a.png"], ["x/a", "x/a_2", "y/a"]),
+        (["x/a.png", "x/b.png"], ["a", "b"]),
+        (["a.png", "a.jpg", "a_2.png", "a.gif"], ["a", "a_3", "a_2", "a_4"]),
+        (["x/a.png", "x/a.png", "x/A.png"], ["a", "a_2", "A_3"]),
+        (["x/a.b.png", "../z.png"], ["here/x/a.b", "z"]),
+        ([], []),
+    ],
+)
+def test_output_names_keep_folders_and_are_unique(
+    inputs: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert output_names(inputs) == names

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import io
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mmadapters.tasks.core.metrics import Metric
@@ -121,3 +123,16 @@ def test_svg_of_one_page_share_no_id_and_refer_to_their_own() -> None:
 def test_svg_of_the_same_chart_is_the_same() -> None:
     one, two = (figure_svg(curve(*POINTS, title="loss"), title="loss") for _ in range(2))
     assert one == two
+
+
+def test_all_text_is_drawn_as_it_is_written() -> None:
+    figure = Figure(figsize=(2, 2), layout="constrained")
+    axes = figure.subplots()
+    formula = "$\\frac$"  # no formula that can be drawn
+    axes.plot([0, 1], label=formula)
+    axes.set(title=formula, xlabel=formula, ylabel=formula)
+    axes.set_xticks([0, 1], [formula, "$x$"])
+    axes.text(0, 0, formula)
+    figure.legend()
+    assert figure_png(figure)
+    assert html.escape(formula) in figure_svg(figure, title=formula)

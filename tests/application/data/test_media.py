@@ -445,3 +445,15 @@ def test_names_and_digests(picture: np.ndarray, tmp_path: Path) -> None:
     assert media.media_digest({"bytes": None, "path": "missing.png"}) is None
     recorded = {"array": [0.0, 0.5], "sampling_rate": RATE}
     assert media.media_digest(recorded) != media.media_digest({**recorded, "array": [0.0, 0.25]})
+
+
+@pytest.mark.parametrize("loudest", [3e38, -3e38])
+def test_samples_that_would_overflow_are_a_bad_row(loudest: float, tmp_path: Path) -> None:
+    samples = np.zeros((800, 2), np.float32)
+    samples[7] = loudest
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    with pytest.raises(BadRow, match=r"holds samples of 3e\+38, and the largest is 1"):
+        media.read_audio(str(tmp_path / "a.wav"), 16000)
+    array = {"array": np.full(800, 2.0**31, np.float32), "sampling_rate": 8000}
+    loud = media.read_audio(array, 16000)
+    assert np.isfinite(np.square(loud).sum())

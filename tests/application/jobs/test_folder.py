@@ -22,6 +22,7 @@ from mmadapters.tasks.core.errors import AlreadyFinished
 from mmadapters.tasks.jobs import run as runs
 from mmadapters.tasks.jobs.folder import RunState, make_folder, run_folder, state_of
 from mmadapters.tasks.jobs.lock import locked
+from mmadapters.tasks.jobs.multitask.config import MultitaskConfig
 from mmadapters.tasks.training.checkpoint import mark_whole
 
 CONFIG: dict[str, Any] = {
@@ -114,9 +115,12 @@ def test_an_interrupted_replacement_is_resumed_and_takes_its_place(
 ) -> None:
     before = contents(RUN)
     config = read_config("shapes.yaml", ["seed=1"])
+    save = artifact.save
 
     def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+        if kwargs["whole"]:  # the disk was not full yet in the dry pass before training
+            raise OSError(28, "No space left on device")
+        save(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(artifact, "save", full)
@@ -153,7 +157,7 @@ def test_a_run_is_neither_written_over_nor_begun_again_without_a_flag() -> None:
     assert "--overwrite" in result.output
 
 
-@pytest.mark.parametrize("left", ["nothing", "config", "temporary", "incomplete"])
+@pytest.mark.parametrize("left", ["nothing", "config", "temporary", "incomplete", "rehearsal"])
 def test_a_failed_start_blocks_nothing(left: str, tmp_path: Path) -> None:
     output = f"output={tmp_path / 'run'}"
     assert call(output, "data.columns.label=cuont").exit_code == 1
@@ -164,6 +168,9 @@ def test_a_failed_start_blocks_nothing(left: str, tmp_path: Path) -> None:
         (tmp_path / "run/.config.yaml.tmp").write_text("task:")
     elif left != "nothing":
         make_folder(tmp_path / "run", config)
+    if left == "rehearsal":
+        (tmp_path / "run/.rehearsal.tmp").mkdir()
+        (tmp_path / "run/.rehearsal.tmp/metrics.json").write_text("{}")
     if left == "incomplete":
         (tmp_path / "run/checkpoints/checkpoint-1").mkdir(parents=True)
     result = call(output)
@@ -194,6 +201,26 @@ def test_an_unfinished_run_is_resumed_or_replaced_only_if_asked(tmp_path: Path) 
     assert not checkpoint.exists()
 
 
+def test_keys_that_training_does_not_read_may_change_in_each_of_several_jobs(
+    tmp_path: Path,
+) -> None:
+    def config(**changes: Any) -> MultitaskConfig:
+        jobs = [{"config": "a", "overrides": {"name": name, **changes}} for name in ("a", "b")]
+        return MultitaskConfig.model_validate({"tasks": jobs})
+
+    make_folder(tmp_path / "run", config(**{"evaluation": {"bootstrap": 1}, "seed": 1}))
+    (tmp_path / "run/work").write_text("")
+    changed = config(**{"evaluation": {"bootstrap": 2, "pictures": 3}, "seed": 1})
+    with run_folder(tmp_path / "run", changed, resume=True, overwrite=False) as resumed:
+        assert resumed.goes_on
+    other = config(**{"evaluation": {"bootstrap": 1}, "seed": 2})
+    with (
+        pytest.raises(ValueError, match=r"another config \(tasks.0.overrides.seed"),
+        run_folder(tmp_path / "run", other, resume=True, overwrite=False),
+    ):
+        pass
+
+
 def test_other_files_are_never_taken_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for flags in ([], ["--resume"], ["--overwrite"]):
@@ -220,6 +247,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from mmadapters.tasks.jobs.lock import locked
+from mmadapters.tasks.jobs.multitask.config import MultitaskConfig
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from application.endings import until_error
+from application.endings import Told, until_error
 
 from mmadapters.tasks.core.errors import BadInputs
 from mmadapters.tasks.retrieval.index import build_index, fingerprint, search_index
@@ -153,6 +153,17 @@ def test_an_index_of_texts_is_searched_by_picture(
 
 
 @faiss
+def test_a_text_of_an_index_may_hold_line_separators(
+    zero_shot: Pair, files: list[Path], tmp_path: Path
+) -> None:
+    texts = ["a star\u2028below a ring", "two\x85crosses", "a\x0cmoon"]
+    (tmp_path / "texts.txt").write_text("\r\n".join(texts), "utf-8")
+    assert build_index(*zero_shot, [str(tmp_path / "texts.txt")], tmp_path / "index") == 3
+    results = search_index(*zero_shot, tmp_path / "index", str(files[0]), count=9)
+    assert {result["text"] for result in results} == {*texts}
+
+
+@faiss
 def test_an_index_of_another_adapter_is_refused(
     zero_shot: Pair, files: list[Path], known: SceneRows, tmp_path: Path
 ) -> None:
@@ -259,7 +270,8 @@ def test_a_bad_input_does_not_end_the_others(
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     inputs = [str(broken), str(files[0]), "gone.png", "a star"]
-    results, reasons = until_error(task.predict(model, inputs, out=None))
+    results, reasons = until_error(task.predict(model, inputs, out=None, bad=(told := Told())))
+    assert told.names == ["gone.png", str(broken)]
     assert results == predicted(zero_shot, [files[0], "a star"])
     assert reasons[0] == "there is no file gone.png"
     assert reasons[1].startswith(f"{broken}: the image file is in no format")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from application.endings import until_error
+from application.endings import Told, until_error
 from application.segmentation.scenes import CLASSES, Scenes, batch_of, job, made, miou, train
 from PIL import Image
 
@@ -158,11 +158,11 @@ def test_predictions_are_written_with_a_palette_and_shares(
     out.mkdir()
     results = list(task.predict(model, [str(path) for path in inputs], out=out))
     json.dumps(results)
-    assert sorted(path.name for path in out.iterdir()) == [
-        "scene_2_mask.png",
-        "scene_2_overlay.png",
-        "scene_mask.png",
-        "scene_overlay.png",
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.png")) == [
+        "a/scene_mask.png",
+        "a/scene_overlay.png",
+        "b/scene_mask.png",
+        "b/scene_overlay.png",
     ]
     for result, row in zip(results, rows.rows, strict=True):
         mask = read_mask(result["mask"])
@@ -358,8 +358,9 @@ def test_a_bad_picture_does_not_end_the_others(
     good = tmp_path / "good.png"
     good.write_bytes(Scenes(1, seed=7, sizes=((33, 57),)).rows[0]["image"]["bytes"])
     results, reasons = until_error(
-        task.predict(model, [str(tmp_path / "gone.png"), str(good)], out=None)
+        task.predict(model, [str(tmp_path / "gone.png"), str(good)], out=None, bad=(told := Told()))
     )
+    assert told.names == [str(tmp_path / "gone.png")]
     assert "gone.png: no such file" in reasons[0]
     assert [result["input"] for result in results] == [str(good)]
 

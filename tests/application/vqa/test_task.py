@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from application.endings import until_error
+from application.endings import Told, until_error
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -467,8 +467,9 @@ def test_a_bad_input_does_not_end_the_others(
     task, model = fusion
     good = f"{squares['image'][0]}::{squares['question'][0]}"
     results, reasons = until_error(
-        task.predict(model, ["a.png", good, "gone.png::what?"], out=None)
+        task.predict(model, ["a.png", good, "gone.png::what?"], out=None, bad=(told := Told()))
     )
+    assert told.names == ["a.png", "gone.png::what?"]
     assert [result["image"] for result in results] == [squares["image"][0]]
     assert "is no pair" in reasons[0]
     assert reasons[1] == "gone.png::what?: no such file: gone.png"
