@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..parts import Parts
 from ..wanted import Wanted
-from . import language, sound
+from . import archives, language, sound
 
-LAYOUTS = (*language.LAYOUTS, *sound.LAYOUTS)
+LAYOUTS = (*archives.LAYOUTS, *language.LAYOUTS, *sound.LAYOUTS)
 
 
 def known_parts(wanted: Wanted, path: Path) -> Parts | None:

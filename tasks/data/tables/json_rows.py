@@ -99,7 +99,7 @@ def _rows(text: str, columns: frozenset[str]) -> Iterator[tuple[int | None, dict
         raise ValueError("it is empty")
     document = _document(start, columns)
     if start.startswith("["):
-        rows = _loaded(text)
+        rows = load_json(text)
     elif document is not None:
         rows = _only_list(document)
     else:
@@ -121,7 +121,7 @@ def rows_of_lines(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     for number, line in enumerate(lines, 1):
         if line.strip():
-            row = _loaded(line, number)
+            row = load_json(line, number)
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is {short_json(row)}, and no object with keys")
             yield number, row
@@ -132,7 +132,7 @@ def _document(text: str, columns: frozenset[str]) -> dict[str, Any] | None:
     first, _, rest = text.partition("\n")
     if not text.startswith("{") or (rest and _is_json(first)):
         return None
-    value = _loaded(text)
+    value = load_json(text)
     return value if isinstance(value, dict) and columns.isdisjoint(value) else None
 
 
@@ -163,7 +163,15 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _loaded(text: str, line: int | None = None) -> Any:
+def load_json(text: str, line: int | None = None) -> Any:
+    """Returns the value of a JSON text, whose fractions keep their text.
+
+    Args:
+        line: the number of the line in the file; None if the text is the whole file.
+
+    Raises:
+        ValueError: it is not valid JSON.
+    """
     try:
         return json.loads(text, parse_float=_Fraction)
     except json.JSONDecodeError as error:

@@ -11,23 +11,20 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from application.data.streamed import PICTURES, load, red, refused, streamed, written
 from PIL import Image
 
 from mmadapters.tasks.asr.task import ASRTask
-from mmadapters.tasks.config.schema import DataConfig, Split
-from mmadapters.tasks.core.rows import Column, Rows
+from mmadapters.tasks.core.rows import Column
 from mmadapters.tasks.data import media
-from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.data.stream import Stream
-from mmadapters.tasks.data.tables import delimited, json_lines, shards
+from mmadapters.tasks.data.tables import json_lines, shards
 from mmadapters.tasks.data.tables.encodings import read_lines, read_text
 
 TEXTS = {"text": Column("text"), "label": Column("label", required=False)}
-PICTURES = {"image": Column("image"), "label": Column("label", required=False)}
 SPEECH = ASRTask.columns
 
 
@@ -36,45 +33,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def load(source: Path | str, roles: dict[str, Column], /, **settings: Any) -> dict[Split, Rows]:
-    return load_splits(DataConfig(source=str(source), **settings), roles)
-
-
-def streamed(
-    source: Path | str, roles: dict[str, Column], /, **settings: Any
-) -> dict[Split, list[dict[str, Any]]]:
-    """The rows of each split as a stream, which are those of the whole data."""
-    whole = load(source, roles, **settings)
-    rows = load(source, roles, streaming=True, **settings)
-    assert list(rows) == list(whole)
-    assert "train" not in rows or isinstance(rows["train"], Stream)
-    lists = {split: list(part) for split, part in rows.items()}
-    for split, part in lists.items():
-        assert part == list(whole[split])
-        assert set(rows[split].column_names) == set(whole[split].column_names)
-    return lists
-
-
-def refused(message: str, source: Path | str, roles: dict[str, Column], /, **settings: Any) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        load(source, roles, streaming=True, **settings)
-    assert "\n" not in str(caught.value)
-
-
-def written(file: Path, text: str, encoding: str = "utf-8") -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(text.encode(encoding))
-    return file
-
-
 def picture(file: Path, red: int) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (4, 4), (red, 0, 0)).save(file)
     return file
-
-
-def red(row: dict[str, Any]) -> int:
-    return media.read_image(row["image"]).getpixel((0, 0))[0]
 
 
 # Tables
@@ -89,7 +51,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CSV = {
-    "csv": 'text,number,split\n"a, b",1,train\n007,2,train\n"two\nlines ""x""",,test\n\nNA,3,train\n',
+    "csv": 'text,n,split\n"a, b",1,train\n007,2,train\n"two\nlines ""x""",,test\n\nNA,3,train\n',
     "crlf": "text,number\r\na,1\r\nb,2.0\r\nc,\r\n",
     "semicolons": "text;number\na, b;1\nc;2\n",
     "bars": "text | number\n a | 1\n b | 2\n",
@@ -168,3 +130,176 @@ def test_several_tables_are_one(tmp_path: Path, small_blocks: None) -> None:
     assert [row["n"] for row in rows] == [1, 2, None, None]
     written(tmp_path / "train-1.csv", "")
     refused("train-1.csv cannot be read: it is empty", tmp_path, TEXTS)
+
+
+def test_every_error_of_a_table_is_told_before_training(tmp_path: Path) -> None:
+    lines = "".join(f"a{i},1\n" for i in range(100))
+    refused(
+        "line 102 has 1 cells and not 2", written(tmp_path / "a.csv", f"text,n\n{lines}b\n"), TEXTS
+    )
+    lines = "".join(f'{{"text": "{i}"}}\n' for i in range(2000))
+    for end, message in (("[1]", "line 2001 is .1., and no object"), ("{", "line 2001, column 2")):
+        refused(message, written(tmp_path / "a.jsonl", lines + end), TEXTS)
+    refused(
+        "2000 has .1. under 'text'",
+        written(tmp_path / "a.jsonl", lines.replace('"1999"', "[1]")),
+        TEXTS,
+    )
+    twice = written(tmp_path / "twice.csv", "text,text\na,b\n")
+    refused("more than one column 'text'", twice, TEXTS)
+    refused("has no rows", written(tmp_path / "none.csv", "text\n"), TEXTS)
+    refused("no column 'text'", written(tmp_path / "other.csv", "words\na\n"), TEXTS)
+
+
+def test_lines_that_cross_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmadapters.tasks.data.tables import encodings
+
+    monkeypatch.setattr(encodings, "_PIECE", 8)
+    for encoding in ("utf-8-sig", "utf-16"):
+        file = written(tmp_path / "a.txt", "\nßßßß\n\n" + 30 * "€" + "\nend", encoding)
+        assert list(read_lines(file, None)) == read_text(file, None).split("\n")
+        assert read_text(file, None).startswith("\nß")
+    written(tmp_path / "b.txt", 7 * "line\n" + "caf\xe9\n", "latin-1")
+    with pytest.raises(ValueError, match=r"line 8 is not utf-8 .byte 0xe9"):
+        list(read_lines(tmp_path / "b.txt", None))
+
+
+# Splits, filters and the order
+
+
+def test_splits_by_a_column_filters_and_limits(tmp_path: Path, small_blocks: None) -> None:
+    rows = [f"t{i},{'abc'[i % 3]},{i % 2}" for i in range(12)]
+    file = written(tmp_path / "a.csv", "\n".join(("words,set,label", *rows)))
+    settings: dict[str, Any] = {"split_column": "set", "splits": {"train": ["a", "b"], "test": "c"}}
+    settings |= {"columns": {"text": "words"}, "keep": {"train": {"words": ["t0", "t1", "t3"]}}}
+    settings |= {"drop": {"train": {"label": [0]}}}
+    rows = streamed(file, TEXTS, **settings)
+    assert [row["text"] for row in rows["train"]] == ["t1", "t3"]
+    limited = load(file, TEXTS, streaming=True, **settings, limit={"test": 2, "train": 1})
+    assert [len(limited["test"]), len(limited["train"])] == [2, 1]
+    wrong: dict[str, Any] = {**settings, "keep": {"train": {"label": [0, 7]}}}
+    refused("no row of train has label '7'; there are 0, 1", file, TEXTS, **wrong)
+    refused(
+        "no row of train is left", file, TEXTS, **{**settings, "drop": {"train": {"label": [0, 1]}}}
+    )
+    wrong = {**settings, "drop": {"train": {"lable": [1]}}}
+    refused("no column 'lable'; did you mean 'label'", file, TEXTS, **wrong)
+    refused("no column 'st'; did you mean 'set'", file, TEXTS, **{**settings, "split_column": "st"})
+    refused(
+        "no test rows can be cut from a stream",
+        file,
+        TEXTS,
+        **{**settings, "splits": {"train": "a"}, "fractions": {"test": 0.5}},
+    )
+    refused("data.revision is for hub", file, TEXTS, revision="main")
+
+
+class Words(torch.utils.data.IterableDataset):
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Any:
+        return (row["text"] for row in self.stream)
+
+
+def test_order_and_workers(tmp_path: Path) -> None:
+    for name in "abc":
+        written(
+            tmp_path / f"train-{name}.csv", "text\n" + "".join(f"{name}{i}\n" for i in range(9))
+        )
+    stream = load(tmp_path, TEXTS, streaming=True)["train"]
+    orders = [list(Words(stream.shuffle(5, seed))) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == list(Words(stream))
+    shuffled = Words(stream.shuffle(5, 0))
+    loader = torch.utils.data.DataLoader(shuffled, batch_size=None, num_workers=1)
+    assert list(loader) == orders[0] == list(pickle.loads(pickle.dumps(shuffled)))
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    import tracemalloc
+
+    text = 200 * "x"
+    peaks = []
+    for name, rows in (("small", 10_000), ("large", 30_000)):
+        file = written(tmp_path / f"{name}.csv", "text,n\n" + rows * f"{text},1\n")
+        pa.default_memory_pool().release_unused()
+        tracemalloc.start()
+        before = pa.total_allocated_bytes()
+        most = 0
+        for i, _ in enumerate(load(file, TEXTS, streaming=True)["train"]):
+            if i % 2500 == 0:
+                most = max(most, pa.total_allocated_bytes() - before)
+        peaks.append(tracemalloc.get_traced_memory()[1] + most)
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+# Media
+
+
+def test_folders_of_pictures(tmp_path: Path) -> None:
+    for i, name in enumerate(("train/cat", "train/dog", "test/cat")):
+        picture(tmp_path / "folder" / name / f"{i}.png", i)
+    rows = streamed(tmp_path / "folder", PICTURES)
+    assert [(red(row), row["label"]) for row in rows["train"]] == [(0, "cat"), (1, "dog")]
+
+
+def test_a_table_of_pictures_and_its_root(tmp_path: Path) -> None:
+    for i in range(3):
+        picture(tmp_path / "media" / f"{i}.png", i)
+    file = written(
+        tmp_path / "tables" / "a.jsonl",
+        "".join(
+            json.dumps({"file_name": f"{i}.png", "label": "ab"[i % 2]}) + "\n" for i in range(3)
+        ),
+    )
+    rows = streamed(file, PICTURES, root=str(tmp_path / "media"))["train"]
+    assert [red(row) for row in rows] == [0, 1, 2]
+    refused(f"data.root: .* but in {tmp_path / 'media'}", file, PICTURES)
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Callable[[str], Path]:
+    def write(name: str) -> Path:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(file, np.repeat(np.float32([0.125, 0.25, 0.5]), 4000), 4000)
+        return file
+
+    return write
+
+
+def test_parts_of_recordings(tmp_path: Path, sound: Callable[[str], Path]) -> None:
+    sound("wavs/a.wav")
+    lines = [
+        {"audio_filepath": "wavs/a.wav", "text": "x", "offset": i, "duration": 1.0}
+        for i in range(3)
+    ]
+    file = written(tmp_path / "manifest.json", "\n".join(map(json.dumps, lines)))
+    rows = streamed(file, SPEECH)["train"]
+    levels = [media.read_audio(row["audio"], 4000) for row in rows]
+    assert [(len(part), float(part[2000])) for part in levels] == [
+        *((4000, 0.125), (4000, 0.25), (4000, 0.5)),
+    ]
+    table = written(
+        tmp_path / "a.csv",
+        "audio,text,begin,end\n" + "".join(f"wavs/a.wav,x,{i},{i + 1}\n" for i in range(3)),
+    )
+    refused("would all read the whole of it", table, SPEECH)
+    columns = {"offset": "begin", "end": "end"}
+    assert streamed(table, SPEECH, columns=columns)["train"][1]["audio"]["duration"] == 1
+
+
+def test_folders_of_sounds(tmp_path: Path, sound: Callable[[str], Path]) -> None:
+    for name in ("train/yes", "train/no", "valid/yes"):
+        sound(f"speech/{name}/a.wav")
+    roles = {"audio": Column("audio"), "label": Column("label")}
+    rows = streamed(tmp_path / "speech", roles)
+    assert [row["label"] for row in rows["train"]] == ["no", "yes"]
+
+
+def test_a_saved_data_set(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": [f"{i}" for i in range(5)], "label": range(5)})
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "saved")
+    assert len(streamed(tmp_path / "saved", TEXTS)["train"]) == 5
