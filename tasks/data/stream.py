@@ -194,6 +194,15 @@ class Stream:
             few = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
         return to_roles(few, self.by_role, self.roles, None)
 
+    def to_fit(self, count: int) -> Dataset:
+        """Returns the rows to which a task is fitted, the first `count` ones, as a data set in
+        memory.
+
+        Raises:
+            ValueError: there are no rows.
+        """
+        return self.head(count)
+
     def _value(self, role: str, value: Any) -> Any:
         if self.roles[role].kind != "text" or isinstance(value, list | dict):
             return value

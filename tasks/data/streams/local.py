@@ -273,6 +273,7 @@ class LocalStream(Stream):
     def __init__(self, shards: Sequence[RoleShard]) -> None:
         import datasets
 
+        self._labels = {r for r, c in shards[0].roles.items() if c.kind == "label"}
         self.features = datasets.Features()
         for block in _firsts(shards):
             for name, feature in block.features.items():
@@ -297,10 +298,34 @@ class LocalStream(Stream):
         return stream
 
     def head(self, count: int | None) -> Dataset:
+        return self._dataset(list(itertools.islice(self, count)))
+
+    def to_fit(self, count: int) -> Dataset:
+        """Returns `count` rows that are drawn from all, and the first one with each label.
+
+        The first rows of a folder of classes are all of one class. Without labels, the first rows
+        are returned.
+        """
+        labels = [role for role in self.column_names if role in self._labels]
+        if not labels:
+            return self.head(count)
+        rng = np.random.default_rng(0)
+        drawn: list[tuple[int, Row]] = []
+        firsts: dict[str, tuple[int, Row]] = {}
+        for number, row in enumerate(self):
+            for role in labels:
+                firsts.setdefault(f"{role} {row[role]!r}", (number, row))
+            if number < count:
+                drawn.append((number, row))
+            elif (place := int(rng.integers(number + 1))) < count:
+                drawn[place] = (number, row)
+        rows = dict([*drawn, *firsts.values()])
+        return self._dataset([rows[number] for number in sorted(rows)])
+
+    def _dataset(self, rows: list[Row]) -> Dataset:
         import datasets
         import pyarrow as pa
 
-        rows = list(itertools.islice(self, count))
         if not rows:
             raise ValueError("there are no rows")
         table = pa.Table.from_pylist(rows, schema=self.features.arrow_schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -15,14 +16,19 @@ import pytest
 import soundfile
 import torch
 from application.data.streamed import PICTURES, load, red, refused, streamed, written
+from application.training.tints import Pictures, TintTask, job, task_and_model
 from PIL import Image
 
 from mmadapters.tasks.asr.task import ASRTask
+from mmadapters.tasks.config.file import read_config
 from mmadapters.tasks.core.rows import Column
 from mmadapters.tasks.data import media
+from mmadapters.tasks.data.batches import StreamExamples
 from mmadapters.tasks.data.stream import Stream
 from mmadapters.tasks.data.tables import json_lines, shards
 from mmadapters.tasks.data.tables.encodings import read_lines, read_text
+from mmadapters.tasks.jobs import run as runs
+from mmadapters.tasks.training.trainer import TaskTrainer
 
 TEXTS = {"text": Column("text"), "label": Column("label", required=False)}
 SPEECH = ASRTask.columns
@@ -303,3 +309,79 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": [f"{i}" for i in range(5)], "label": range(5)})
     datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "saved")
     assert len(streamed(tmp_path / "saved", TEXTS)["train"]) == 5
+
+
+# Training
+
+
+def test_all_classes_are_among_the_rows_to_fit(tmp_path: Path) -> None:
+    lines = "".join(f"t{i},{i // 10}\n" for i in range(50))
+    stream = load(written(tmp_path / "a.csv", f"text,label\n{lines}"), TEXTS, streaming=True)[
+        "train"
+    ]
+    assert isinstance(stream, Stream)
+    rows = stream.to_fit(12)
+    assert set(rows["label"]) == set(range(5))
+    assert 12 <= len(rows) <= 16
+    assert rows["text"][:] == [t for t in (f"t{i}" for i in range(50)) if t in set(rows["text"])]
+    texts = load(tmp_path / "a.csv", {"text": Column("text")}, streaming=True)["train"]
+    assert texts.to_fit(3)["text"][:] == ["t0", "t1", "t2"]
+
+
+def test_passes_have_orders_of_their_own_and_processes_share_them(tmp_path: Path) -> None:
+    class Texts(TintTask):
+        def example(self, row: Any, *, train: bool) -> dict[str, Any]:
+            return {"text": row["text"]}
+
+    file = written(tmp_path / "a.csv", "text\n" + "".join(f"{i}\n" for i in range(9)))
+    stream = load(file, {"text": Column("text")}, streaming=True)["train"]
+    read = [
+        [
+            e["text"]
+            for e in itertools.islice(
+                StreamExamples(Texts(job()), stream, seed=0, rank=rank, world=world), 18
+            )
+        ]
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+    ]
+    assert sorted(read[0][:9]) == sorted(read[0][9:]) == [str(i) for i in range(9)]
+    assert read[0][:9] != read[0][9:]
+    assert [*itertools.chain.from_iterable(zip(read[1], read[2], strict=True))][:18] == read[0]
+
+
+def test_a_stream_trains_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    pictures = Pictures(20)
+    rows = [{k: v for k, v in pictures[i].items() if k != "group"} for i in range(20)]
+    rows = [{**row, "image": row["image"].tolist()} for row in rows]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    heads = []
+    for folder, checkpoint, workers in (
+        ("a", None, 0),
+        ("b", tmp_path / "a/checkpoints/checkpoint-4", 1),
+    ):
+        task, model = task_and_model(job(max_steps=6, save_every=2, workers=workers))
+        stream = load(tmp_path / "a.parquet", task.columns, streaming=True)["train"]
+        trainer = TaskTrainer(
+            task, model, train=stream, validation=None, folder=tmp_path / folder, quiet=True
+        )
+        trainer.fit(checkpoint)
+        assert trainer.state.global_step == 6
+        heads.append(model.head[1].weight.detach().clone())
+    assert torch.equal(*heads)
+
+
+def test_a_folder_of_classes_is_trained_on_as_a_stream(tmp_path: Path) -> None:
+    for i in range(24):
+        name = "red" if i < 12 else "dark"
+        picture(tmp_path / "pictures" / "train" / name / f"{i}.png", 255 * (i < 12) - i)
+        picture(tmp_path / "pictures" / "test" / name / f"{i}.png", 255 * (i < 12))
+    settings = [f"data.source={tmp_path / 'pictures'}", "data.streaming=true", "data.fractions={}"]
+    settings += ["backbone.name=nano/vit", "trainer.max_steps=3", "trainer.batch_size=4"]
+    settings += [
+        f"output={tmp_path / 'run'}",
+        "trainer.early_stopping=null",
+        "evaluation.bootstrap=20",
+    ]
+    run = runs.train(read_config("classify_folder", settings), quiet=True)
+    assert run.task.state["labels"]["names"] == ["dark", "red"]
+    assert run.scores["test"] and not run.problems["train"]
