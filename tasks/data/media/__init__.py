@@ -12,6 +12,7 @@ from .files import (
     IMAGE_SUFFIXES,
     MEDIA_SUFFIXES,
     media_digest,
+    media_file,
     media_name,
     tar_reference,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "highest_value",
     "image_size",
     "media_digest",
+    "media_file",
     "media_name",
     "picture_bits",
     "picture_to_show",

@@ -54,6 +54,12 @@ def tar_reference(tar: Path, name: str, start: int, size: int) -> str:
     return f"tar://{tar.as_posix()}/{start}+{size}/{name.rpartition('/')[2]}"
 
 
+def media_file(path: str) -> str:
+    """Returns the file on this machine that holds the media at a path: the path, or its tar."""
+    member = _IN_TAR.fullmatch(path)
+    return path if member is None else member[1]
+
+
 def media_digest(value: Any) -> str | None:
     """Returns a hash of the encoded picture or recording, equal for equal files; None if it cannot
     be read."""

@@ -99,14 +99,12 @@ class _Delimited:
 
 
 @dataclass(frozen=True)
-class _JsonList:
-    wanted: Wanted
-    file: Path
+class _InMemory:
+    table: pa.Table
 
     def blocks(self) -> Iterator[pa.Table]:
-        table = read_json(self.wanted, self.file)
-        for start in range(0, len(table), MOST_ROWS):
-            yield table.slice(start, MOST_ROWS)
+        for start in range(0, len(self.table), MOST_ROWS):
+            yield self.table.slice(start, MOST_ROWS)
 
 
 def table_shards(
@@ -146,7 +144,9 @@ def _looked_through(wanted: Wanted, file: Path, numbers: WholeNumbers) -> tuple[
         lines: JsonLines | None = json_lines(wanted, file)
         if lines is not None:
             return lines, pa.schema(dict(lines.types))
-        return _JsonList(wanted, file), read_json(wanted, file).schema
+        whole = read_json(wanted, file)
+        check_names(file, whole.column_names)
+        return _InMemory(whole), whole.schema
     table = delimited_table(wanted, file)
     check_names(file, table.names)
     for block in table.blocks(CHARACTERS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from application.data.streamed import PICTURES, load, red, refused, streamed, written
+from application.training.tints import TintTask, job
 from PIL import Image
 
 from mmadapters.tasks.captioning.task import CaptioningTask
@@ -24,6 +26,7 @@ from mmadapters.tasks.core.rows import Column
 from mmadapters.tasks.data import media
 from mmadapters.tasks.data.layouts.archives import shards
 from mmadapters.tasks.data.layouts.archives.webdataset import expanded
+from mmadapters.tasks.training.cache.identity import rows_identity
 
 CAPTIONS = CaptioningTask.columns
 
@@ -86,6 +89,11 @@ def test_media_of_a_tar_are_read_where_they_lie(folder: Path) -> None:
     assert row["image"]["bytes"] is None
     assert media.media_name(row["image"]) == "000002.png"
     assert media.media_digest(row["image"]) == media.media_digest(picture(2))
+    task = TintTask(job())
+    before = rows_identity(task, load(folder, PICTURES)["train"])
+    assert before == rows_identity(task, load(folder, PICTURES)["train"])
+    os.utime(folder / "0000.tar", (1, 1))
+    assert before != rows_identity(task, load(folder, PICTURES)["train"])
     (folder / "0000.tar").write_bytes((folder / "0000.tar").read_bytes()[:5000])
     with pytest.raises(BadRow, match=r"0000.tar is shorter than it was"):
         media.read_image(row["image"])

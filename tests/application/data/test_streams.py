@@ -384,4 +384,5 @@ def test_a_folder_of_classes_is_trained_on_as_a_stream(tmp_path: Path) -> None:
     ]
     run = runs.train(read_config("classify_folder", settings), quiet=True)
     assert run.task.state["labels"]["names"] == ["dark", "red"]
-    assert run.scores["test"] and not run.problems["train"]
+    assert run.scores["test"]
+    assert not run.problems["train"]

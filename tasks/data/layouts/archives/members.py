@@ -48,7 +48,7 @@ class Member:
 
 
 @dataclass
-class Rows:
+class MemberRows:
     """The rows of members.
 
     Attributes:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...parts import Piece
 from ...tables.json_rows import rows_table, text_columns
 from ...wanted import Wanted
-from .members import Member, Rows, role_columns
+from .members import Member, MemberRows, role_columns
 from .tars import is_compressed, tar_members
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ class ArchiveShard:
                 f"{self.place} is compressed, and all its media would be held in memory: set "
                 "data.streaming: true, or decompress it"
             )
-        return self._taken(Rows(self._members(), passed_over), None)
+        return self._taken(MemberRows(self._members(), passed_over), None)
 
     def first(self, passed_over: Counter[str]) -> Dataset | None:
         """Returns the first rows, or None if there are none."""
         return next(self._blocks(ROWS, passed_over), None)
 
     def _blocks(self, size: int, passed_over: Counter[str]) -> Iterator[Dataset]:
-        rows = iter(Rows(self._members(), passed_over))
+        rows = iter(MemberRows(self._members(), passed_over))
         while block := self._taken(rows, size):
             yield as_dataset(block, self.texts, self.place)
 
