@@ -123,8 +123,8 @@ class DataConfig(Section):
     """The data set, its splits and columns."""
 
     source: str
-    """A hub name; a folder with metadata.csv or .jsonl; a .csv, .json(l) or .parquet file, or a
-    glob of them; or builtin/NAME for data that is generated or that a package ships."""
+    """A hub name; a folder with metadata.csv or .jsonl; a .csv, .json(l), .parquet or .tar file, or
+    a glob of them; or builtin/NAME for data that is generated or that a package ships."""
     root: str | None = None
     """The folder from which relative paths in the tables start; by default the folder of the
     table."""
@@ -135,7 +135,8 @@ class DataConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of a builtin source."""
     streaming: bool = False
-    """Read the training split of a hub data set while it downloads; needs trainer.max_steps."""
+    """Read the training rows while the model trains: those of a hub data set as they download, and
+    those of tables, folders and tars in blocks; needs trainer.max_steps."""
     separator: str | None = Field(default=None, min_length=1, max_length=1)
     """The character between the cells of a CSV file; by default it is recognised: a comma, a tab, a
     semicolon or a bar."""

@@ -13,7 +13,9 @@ from ..core.errors import BadRow, Problem
 from ..core.rows import Example
 from ..core.task import Task
 from .examples import seeded_example
+from .stream import Stream
 
+SHUFFLED = 1000  # rows of a stream that wait together; each next one is drawn from them
 _POOL = 50  # number of batches whose examples are sorted by length together
 
 
@@ -156,18 +158,19 @@ def _endless(batches: EpochBatches, step: int) -> Iterator[list[tuple[int, int]]
 
 
 class StreamExamples(IterableDataset):
-    """Examples of a stream of rows in the stream's order; of n processes, each takes every n-th
-    row.
+    """Examples of a stream of rows without an end; of n processes, each takes every n-th row.
 
-    At most one worker reads, since a stream has one order.
+    Every pass over the stream has an order of its own, by a buffer of `SHUFFLED` rows. At most one
+    worker reads, since a stream has one order. The index of an example counts the rows that were
+    read, over all passes.
     """
 
-    def __init__(self, task: Task, stream: Any, *, seed: int, rank: int, world: int) -> None:
+    def __init__(self, task: Task, stream: Stream, *, seed: int, rank: int, world: int) -> None:
         self.task, self.stream, self.seed = task, stream, seed
         self.rank, self.world = rank, world
 
     def __iter__(self) -> Iterator[Example | Problem]:
-        for index, row in enumerate(self.stream):
+        for index, row in enumerate(self._rows()):
             if index % self.world != self.rank:
                 continue
             seed = int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])
@@ -177,6 +180,14 @@ class StreamExamples(IterableDataset):
                 yield Problem(index, str(error))
             else:
                 yield {**example, "index": index, "problems": []}
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for number in itertools.count():
+            row = None
+            for row in self.stream.shuffle(SHUFFLED, self.seed + number):
+                yield row
+            if row is None:
+                raise ValueError("the training split has no rows")
 
 
 def share_of(batch_size: int, accumulation: int, world: int) -> int:

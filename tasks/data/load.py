@@ -9,18 +9,18 @@ import numpy as np
 
 from ..config.schema import SPLITS, DataConfig, Split
 from ..core.rows import Column, Rows
-from .columns import find_columns, to_roles
+from .columns import to_roles
 from .hub import hub_parts, hub_streams
 from .layouts.find import local_parts
-from .layouts.roots import check_parts, check_root
+from .layouts.roots import piece_columns
 from .parts import Parts, Piece
 from .rows import RowSelection, by_values, cut, keep, limit
-from .splits import find_splits
-from .stream import read_streams
+from .splits import SPLIT_COLUMN, check_split_column, find_splits
+from .stream import read_hub_streams
+from .streams.local import read_local_streams
 from .wanted import Wanted
 
 BUILTIN = "builtin/"
-SPLIT_COLUMN = "split"
 
 
 def load_splits(
@@ -40,8 +40,7 @@ def load_splits(
             says what there is.
     """
     if config.streaming:
-        _check_hub_only(Wanted(config, columns))
-        return read_streams(hub_streams(config), config, columns, splits)
+        return _streamed(config, columns, splits)
     source = _Source(config, columns)
     present = find_splits(config, source.names)
     shares = {s: share for s, share in config.fractions.items() if s not in present}
@@ -82,10 +81,7 @@ class _Source:
         self.config, self.columns = config, columns
         self.parts = _parts(Wanted(config, columns))
         self.whole: Mapping[str, RowSelection] = {}
-        if len(self.parts) > 1 and config.split_column is not None:
-            raise ValueError(
-                f"data.split_column: the data comes in splits already, {', '.join(self.parts)}"
-            )
+        check_split_column(config, list(self.parts))
         if len(self.parts) == 1:
             name, pieces = next(iter(self.parts.items()))
             self.whole = self._by_column(name or "train", self._read(pieces))
@@ -112,11 +108,7 @@ class _Source:
         parts = []
         for piece in pieces:
             dataset = piece.read()
-            known = {role: name for role, name in piece.columns.items() if role in self.columns}
-            mapping = {**known, **self.config.columns}
-            names = find_columns(self.columns, mapping, dataset.column_names)
-            check_parts(dataset, names, self.columns)
-            check_root(dataset, names, self.columns, piece.folder)
+            names = piece_columns(piece, dataset, self.config, self.columns)
             parts.append(to_roles(dataset, names, self.columns, piece.folder))
         whole = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         if not len(whole):
@@ -155,12 +147,26 @@ def _check_tables(config: DataConfig) -> None:
         raise ValueError(f"data.root is for tables on this machine, and {config.source} is none")
 
 
-def _check_hub_only(wanted: Wanted) -> None:
-    config = wanted.config
-    _check_tables(config)
-    if config.source.startswith(BUILTIN) or local_parts(wanted) is not None:
+def _streamed(
+    config: DataConfig, columns: Mapping[str, Column], splits: Sequence[Split]
+) -> dict[Split, Rows]:
+    """Returns the rows of a hub data set, or of tables and folders, as streams.
+
+    Raises:
+        ValueError: as `load_splits`, or the source cannot be streamed.
+    """
+    if config.source.startswith(BUILTIN):
         raise ValueError(
-            f"data.streaming is for hub data sets, and {config.source} is on this machine"
+            f"data.streaming is for hub data sets, tables and folders, and {config.source} is none"
         )
+    wanted = Wanted(config, columns)
+    parts = local_parts(wanted)
+    if parts is not None:
+        _check_local(config)
+        return read_local_streams(parts, wanted, splits)
+    _check_tables(config)
     if config.split_column is not None:
-        raise ValueError("data.split_column needs the whole data set: not with data.streaming")
+        raise ValueError(
+            "data.split_column needs the whole data set of a hub: not with data.streaming"
+        )
+    return read_hub_streams(hub_streams(config), config, columns, splits)

@@ -14,6 +14,7 @@ ALIASES: dict[Split, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+SPLIT_COLUMN = "split"  # the column that names the splits of rows, where no setting says another
 KNOWN = frozenset(alias for aliases in ALIASES.values() for alias in aliases)
 
 
@@ -48,6 +49,19 @@ def find_splits(config: DataConfig, names: Sequence[str]) -> dict[Split, tuple[s
         )
     _check(config, {*known, *config.fractions})
     return known
+
+
+def check_split_column(config: DataConfig, names: Sequence[str]) -> None:
+    """Checks that the splits of a source are named once.
+
+    Args:
+        names: the splits that its files have.
+
+    Raises:
+        ValueError: data.split_column names them too.
+    """
+    if len(names) > 1 and config.split_column is not None:
+        raise ValueError(f"data.split_column: the data comes in splits already, {', '.join(names)}")
 
 
 def _check(config: DataConfig, present: Collection[Split]) -> None:

@@ -1,4 +1,5 @@
-"""Rows of a hub data set that are read while they download."""
+"""Rows that are read in their order while a model trains, as those of a hub data set while they
+download."""
 
 from __future__ import annotations
 
@@ -23,10 +24,31 @@ READ_AT_ONCE = 16
 SHUFFLED = 10  # rows in the buffer for each row that a limit draws
 
 
-def read_streams(
+def read_hub_streams(
     source: Mapping[str, IterableDataset],
     config: DataConfig,
     roles: Mapping[str, Column],
+    splits: Sequence[Split],
+) -> dict[Split, Rows]:
+    """Reads the splits of a hub data set as `read_streams`.
+
+    Raises:
+        ValueError: as `load_splits`.
+    """
+
+    def stream(split: Split, names: Sequence[str]) -> Stream:
+        dataset = _joined([source[name] for name in names])
+        columns = _names(dataset)
+        by_role = find_columns(roles, config.columns, columns)
+        return Stream(dataset, by_role, roles, wanted=_filter(config, split, by_role, columns))
+
+    return read_streams(list(source), stream, config, splits)
+
+
+def read_streams(
+    names: Sequence[str],
+    stream_of: Callable[[Split, Sequence[str]], Stream],
+    config: DataConfig,
     splits: Sequence[Split],
 ) -> dict[Split, Rows]:
     """Returns the training rows as a `Stream`; the other splits, and training rows with a
@@ -34,22 +56,22 @@ def read_streams(
 
     A limit draws from a buffer of ten times as many rows, since many data sets are sorted by class.
 
+    Args:
+        names: the source's names of its splits.
+        stream_of: makes the stream of a split from the source's splits of these names.
+
     Raises:
         ValueError: as `load_splits`.
     """
-    present = find_splits(config, list(source))
+    present = find_splits(config, names)
     if missing := [split for split in config.fractions if split not in present]:
         raise ValueError(
             f"data.fractions: no {missing[0]} rows can be cut from a stream; the data has the "
-            f"splits {', '.join(source)}"
+            f"splits {', '.join(names)}"
         )
     rows: dict[Split, Any] = {}
     for split in (split for split in SPLITS if split in splits and split in present):
-        dataset = _joined([source[name] for name in present[split]])
-        names = _names(dataset)
-        by_role = find_columns(roles, config.columns, names)
-        wanted = _filter(config, split, by_role, names)
-        stream = Stream(dataset, by_role, roles, wanted=wanted)
+        stream = stream_of(split, present[split])
         count = config.limit.get(split)
         if split == "train" and count is None:
             rows[split] = stream
@@ -171,6 +193,15 @@ class Stream:
             table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
             few = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
         return to_roles(few, self.by_role, self.roles, None)
+
+    def to_fit(self, count: int) -> Dataset:
+        """Returns the rows to which a task is fitted, the first `count` ones, as a data set in
+        memory.
+
+        Raises:
+            ValueError: there are no rows.
+        """
+        return self.head(count)
 
     def _value(self, role: str, value: Any) -> Any:
         if self.roles[role].kind != "text" or isinstance(value, list | dict):

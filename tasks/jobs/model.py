@@ -106,8 +106,8 @@ def add_adapters(config: JobConfig, encoder: AdapterModel) -> None:
 
 
 def rows_to_fit(rows: Any) -> Rows | None:
-    """Returns the rows to which a task is fitted: all training rows, or the first of a stream."""
-    return rows.head(STREAMED) if isinstance(rows, Stream) else rows
+    """Returns the rows to which a task is fitted: all training rows, or some of a stream."""
+    return rows.to_fit(STREAMED) if isinstance(rows, Stream) else rows
 
 
 def adapter_config(config: JobConfig) -> mmadapters.MethodConfig | None:

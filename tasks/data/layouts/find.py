@@ -12,6 +12,8 @@ from mmadapters.suggest import nearest
 from ..parts import Parts
 from ..tables.read import TABLES
 from ..wanted import Wanted
+from .archives.tars import is_tar
+from .archives.webdataset import braced_parts, tar_parts
 from .folder import folder_parts
 from .known import known_parts
 from .links import is_circle
@@ -30,10 +32,15 @@ def local_parts(wanted: Wanted) -> Parts | None:
     if path.is_file():
         parts = known_parts(wanted, path)
         return table_parts(wanted, [path]) if parts is None else parts
+    if (parts := braced_parts(wanted)) is not None:
+        return parts
     if files := sorted(Path(name) for name in glob.glob(str(path), recursive=True)):
         if "**" in source:  # it follows links to folders
             files = [file for file in files if not any(is_circle(str(p)) for p in file.parents)]
-        return table_parts(wanted, [file for file in files if file.is_file()])
+        files = [file for file in files if file.is_file()]
+        if files and all(map(is_tar, files)):
+            return tar_parts(wanted, files)
+        return table_parts(wanted, files)
     pattern = re.search(r"[*?\[]", source)
     if pattern or path.suffix.lower() in TABLES or source.startswith((".", "~", os.sep)):
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..parts import Parts
 from ..wanted import Wanted
-from . import language, pictures, sound
+from . import archives, language, pictures, sound
 
-LAYOUTS = (*language.LAYOUTS, *pictures.LAYOUTS, *sound.LAYOUTS)
+LAYOUTS = (*archives.LAYOUTS, *language.LAYOUTS, *pictures.LAYOUTS, *sound.LAYOUTS)
 
 
 def known_parts(wanted: Wanted, path: Path) -> Parts | None:

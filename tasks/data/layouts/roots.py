@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...config.schema import DataConfig
 from ...core.rows import Column
-from ..columns import MEDIA
+from ..columns import MEDIA, find_columns
+from ..parts import Piece
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,6 +26,24 @@ STARTS = (
     *(("start_seconds", "end_seconds"), ("onset", "offset"), ("begin", "end")),
 )
 LOOKED_AT = 10  # paths of a column
+
+
+def piece_columns(
+    piece: Piece, dataset: Dataset, config: DataConfig, roles: Mapping[str, Column]
+) -> dict[str, str]:
+    """Returns the column of each role in the rows of a piece, after all checks of the rows.
+
+    Args:
+        dataset: the rows, or the first ones.
+
+    Raises:
+        ValueError: a required role has no column, or the columns do not fit the files.
+    """
+    known = {role: name for role, name in piece.columns.items() if role in roles}
+    names = find_columns(roles, {**known, **config.columns}, dataset.column_names)
+    check_parts(dataset, names, roles)
+    check_root(dataset, names, roles, piece.folder)
+    return names
 
 
 def check_root(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from ..parts import Parts, Piece
 from ..splits import KNOWN
 from ..tables.read import TABLES, read_tables
+from ..tables.shards import table_shards
 from ..wanted import Wanted
 
 
@@ -47,6 +49,7 @@ def table_pieces(wanted: Wanted, files: Sequence[Path]) -> list[Piece]:
         Piece(
             lambda some=tuple(some): read_tables(wanted, some),  # type: ignore[misc]
             wanted.root(folder),
+            shards=functools.partial(table_shards, wanted, tuple(some)),
         )
         for folder, some in by_folder.items()
     ]

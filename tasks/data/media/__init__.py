@@ -7,7 +7,15 @@ different errors on broken files, and none of them may end a run.
 
 from .audio import audio_samples, read_audio
 from .depth import bits_in_use, picture_bits, picture_to_show, spread
-from .files import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MEDIA_SUFFIXES, media_digest, media_name
+from .files import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
+    MEDIA_SUFFIXES,
+    media_digest,
+    media_file,
+    media_name,
+    tar_reference,
+)
 from .images import highest_value, image_size, read_image, read_mask
 from .orientation import SIDEWAYS, exif_orientation, turned, upright_size
 
@@ -22,6 +30,7 @@ __all__ = [
     "highest_value",
     "image_size",
     "media_digest",
+    "media_file",
     "media_name",
     "picture_bits",
     "picture_to_show",
@@ -29,6 +38,7 @@ __all__ = [
     "read_image",
     "read_mask",
     "spread",
+    "tar_reference",
     "turned",
     "upright_size",
 ]

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ AUDIO_SUFFIXES = (
     *(".caf", ".w64", ".rf64", ".sph", ".nist", ".voc", ".ircam", ".avr", ".paf", ".pvf"),
     *(".wave", ".bwf", ".mp2", ".htk", ".iff", ".svx", ".8svx", ".sds", ".sf", ".wve"),
 )
+_IN_TAR = re.compile(r"tar://(.+)/(\d+)\+(\d+)/[^/]+", re.DOTALL)
 MEDIA_SUFFIXES = frozenset((*IMAGE_SUFFIXES, *AUDIO_SUFFIXES))
 
 
@@ -39,6 +41,24 @@ def media_name(value: Any) -> str | None:
         return None
     offset = value.get("offset") if isinstance(value, dict) else None
     return Path(path).name if offset is None else f"{Path(path).name} from {offset:g} s"
+
+
+def tar_reference(tar: Path, name: str, start: int, size: int) -> str:
+    """Returns the path of a picture or a recording that lies in a tar that is not compressed.
+
+    Args:
+        tar: an absolute path.
+        name: of the member.
+        start: of its bytes in the tar.
+        size: of the member in bytes.
+    """
+    return f"tar://{tar.as_posix()}/{start}+{size}/{name.rpartition('/')[2]}"
+
+
+def media_file(path: str) -> str:
+    """Returns the file on this machine that holds the media at a path: the path, or its tar."""
+    member = _IN_TAR.fullmatch(path)
+    return path if member is None else member[1]
 
 
 def media_digest(value: Any) -> str | None:
@@ -95,6 +115,9 @@ def opened(value: Any, noun: str) -> Iterator[BinaryIO]:
         raise BadRow(f"there is no {noun}")
     if not isinstance(value, str | Path):
         raise BadRow(f"a value of type {type(value).__name__} is no {noun}")
+    if (member := _IN_TAR.fullmatch(str(value))) is not None:
+        yield _from_tar(member[1], int(member[2]), int(member[3]))
+        return
     if "://" in str(value):
         yield _fetched(str(value))
         return
@@ -102,6 +125,17 @@ def opened(value: Any, noun: str) -> Iterator[BinaryIO]:
         if os.fstat(file.fileno()).st_size == 0:
             raise BadRow(f"the {noun} file is empty (0 bytes)")
         yield file
+
+
+def _from_tar(tar: str, start: int, size: int) -> ByteStream:
+    with open_file(tar) as file:
+        file.seek(start)
+        data = file.read(size)
+    if len(data) < size:
+        raise BadRow(f"{tar} is shorter than it was: it ends within a file that is read from it")
+    if not data:
+        raise BadRow(f"a file in {tar} is empty (0 bytes)")
+    return ByteStream(data)
 
 
 def _fetched(url: str) -> ByteStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterator
 from pathlib import Path
 
 _MARKS = (
@@ -10,6 +11,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_PIECE = 1 << 20  # bytes that are decoded at once
 _START = 4096  # bytes from which UTF-16 without a byte order mark is recognised
 
 
@@ -22,19 +24,58 @@ def read_text(file: Path, encoding: str | None) -> str:
     Raises:
         ValueError: the text is in another encoding.
     """
-    data = file.read_bytes()
-    name = encoding or _recognised(data)
-    try:
-        return data.decode(name).removeprefix("\ufeff")
-    except LookupError:
-        raise ValueError(f"data.encoding: there is no encoding {name!r}; cp1252 is one") from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        wrong = f"{data[error.start : error.start + 1].hex()}"
-        advice = "name its encoding in data.encoding"
-        if encoding is None:
-            advice += f", as cp1252{_as_cp1252(data, error.start)}"
-        raise ValueError(f"line {line} is not {name} (byte 0x{wrong}): {advice}") from None
+    return "".join(_pieces(file, encoding))
+
+
+def read_lines(file: Path, encoding: str | None) -> Iterator[str]:
+    """Yields the lines of a file, as `read_text(…).split("\\n")`, without holding all of it.
+
+    Raises:
+        ValueError: the text is in another encoding.
+    """
+    rest: list[str] = []
+    for piece in _pieces(file, encoding):
+        first, *others = piece.split("\n")
+        rest.append(first)
+        if others:
+            yield "".join(rest)
+            yield from others[:-1]
+            rest = others[-1:]
+    yield "".join(rest)
+
+
+def _pieces(file: Path, encoding: str | None) -> Iterator[str]:
+    with open(file, "rb") as stream:
+        data = stream.read(_PIECE)
+        name = encoding or _recognised(data)
+        try:
+            decoder = codecs.getincrementaldecoder(name)()
+        except LookupError:
+            raise ValueError(
+                f"data.encoding: there is no encoding {name!r}; cp1252 is one"
+            ) from None
+        lines, started = 0, False  # line breaks in the text so far
+        while True:
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise ValueError(_undecoded(error, name, encoding, lines)) from None
+            if not started and text:
+                text, started = text.removeprefix("\ufeff"), True
+            yield text
+            if not data:
+                return
+            lines += text.count("\n")
+            data = stream.read(_PIECE)
+
+
+def _undecoded(error: UnicodeDecodeError, name: str, encoding: str | None, lines: int) -> str:
+    data, place = error.object, error.start
+    line = lines + data.count(b"\n", 0, place) + 1
+    advice = "name its encoding in data.encoding"
+    if encoding is None:
+        advice += f", as cp1252{_as_cp1252(data, place)}"
+    return f"line {line} is not {name} (byte 0x{data[place : place + 1].hex()}): {advice}"
 
 
 def _recognised(data: bytes) -> str:

@@ -7,7 +7,7 @@ Arrow reads JSON lines fast, and guesses the type of each column. Where a guess 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def read_json(wanted: Wanted, file: Path) -> pa.Table:
     import pyarrow as pa
     from pyarrow import json as lines
 
-    texts = {wanted.source_name(r) for r, c in wanted.columns.items() if c.kind == "text"}
+    texts = text_columns(wanted)
     text = read_text(file, wanted.config.encoding)  # Arrow would not notice another encoding
     if _begins_with_a_row(text):
         options = lines.ReadOptions(block_size=_BLOCK)
@@ -57,9 +57,19 @@ def read_json(wanted: Wanted, file: Path) -> pa.Table:
         several = table is not None and table.num_rows > 1
         if several and not any(_guessed(field, texts) for field in table.schema):
             return table
-    columns = {FILE, *map(wanted.source_name, wanted.columns)}
-    rows = list(_rows(text, columns))
-    return _table([row for _, row in rows], [line for line, _ in rows], texts)
+    rows = list(_rows(text, role_columns(wanted)))
+    return rows_table([row for _, row in rows], [line for line, _ in rows], texts)
+
+
+def text_columns(wanted: Wanted) -> frozenset[str]:
+    """Returns the columns that the task reads as text."""
+    texts = (role for role, column in wanted.columns.items() if column.kind == "text")
+    return frozenset(map(wanted.source_name, texts))
+
+
+def role_columns(wanted: Wanted) -> frozenset[str]:
+    """Returns the columns that the task may read."""
+    return frozenset((FILE, *map(wanted.source_name, wanted.columns)))
 
 
 def _begins_with_a_row(text: str) -> bool:
@@ -78,7 +88,7 @@ def _guessed(field: pa.Field, texts: Collection[str]) -> bool:
     return pa.types.is_temporal(kind) or (field.name in texts and pa.types.is_floating(kind))
 
 
-def _rows(text: str, columns: set[str]) -> Iterator[tuple[int | None, dict[str, Any]]]:
+def _rows(text: str, columns: frozenset[str]) -> Iterator[tuple[int | None, dict[str, Any]]]:
     """Yields the rows, each with the number of its line; None in a list.
 
     Args:
@@ -89,16 +99,11 @@ def _rows(text: str, columns: set[str]) -> Iterator[tuple[int | None, dict[str, 
         raise ValueError("it is empty")
     document = _document(start, columns)
     if start.startswith("["):
-        rows = _loaded(text)
+        rows = load_json(text)
     elif document is not None:
         rows = _only_list(document)
     else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                row = _loaded(line, number)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is {short_json(row)}, and no object with keys")
-                yield number, row
+        yield from rows_of_lines(text.split("\n"))
         return
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -108,12 +113,26 @@ def _rows(text: str, columns: set[str]) -> Iterator[tuple[int | None, dict[str, 
         yield None, row
 
 
-def _document(text: str, columns: set[str]) -> dict[str, Any] | None:
+def rows_of_lines(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the rows of JSON lines, each with the number of its line.
+
+    Raises:
+        ValueError: a line is not valid JSON, or no object.
+    """
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            row = load_json(line, number)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is {short_json(row)}, and no object with keys")
+            yield number, row
+
+
+def _document(text: str, columns: frozenset[str]) -> dict[str, Any] | None:
     """Returns the one object of a file that is no row, or None if the file has lines of rows."""
     first, _, rest = text.partition("\n")
     if not text.startswith("{") or (rest and _is_json(first)):
         return None
-    value = _loaded(text)
+    value = load_json(text)
     return value if isinstance(value, dict) and columns.isdisjoint(value) else None
 
 
@@ -144,7 +163,15 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _loaded(text: str, line: int | None = None) -> Any:
+def load_json(text: str, line: int | None = None) -> Any:
+    """Returns the value of a JSON text, whose fractions keep their text.
+
+    Args:
+        line: the number of the line in the file; None if the text is the whole file.
+
+    Raises:
+        ValueError: it is not valid JSON.
+    """
     try:
         return json.loads(text, parse_float=_Fraction)
     except json.JSONDecodeError as error:
@@ -163,33 +190,101 @@ def invalid_json(error: json.JSONDecodeError, line: int | None = None) -> str:
     return f"line {number}, column {error.colno} is not valid JSON: {error.msg}"
 
 
-def _table(rows: list[dict[str, Any]], lines: list[int | None], texts: Collection[str]) -> pa.Table:
+def rows_table(
+    rows: Sequence[dict[str, Any]], lines: Sequence[int | None], texts: Collection[str]
+) -> pa.Table:
+    """Returns a table of rows, whose columns are the keys of all of them.
+
+    Args:
+        lines: the number of each row's line in its file; None in a list.
+        texts: the columns that hold texts.
+
+    Raises:
+        ValueError: a column of texts holds a list or an object in some rows.
+    """
     import pyarrow as pa
 
+    columns: dict[str, JsonColumn] = {}
     names = dict.fromkeys(key for row in rows for key in row)
-    return pa.table(
-        {n: _column(n, [row.get(n) for row in rows], lines, text=n in texts) for n in names}
-    )
+    for name in names:
+        column = columns[name] = JsonColumn(name, text=name in texts)
+        column.look_at([row.get(name) for row in rows], lines)
+    return pa.table({n: c.array([row.get(n) for row in rows]) for n, c in columns.items()})
 
 
-def _column(name: str, values: list[Any], lines: list[int | None], *, text: bool) -> pa.Array:
+class JsonColumn:
+    """The type of a column, as the values of several blocks of rows show it.
+
+    A text column is text. So is another column whose values are of several kinds.
+    """
+
+    def __init__(self, name: str, *, text: bool) -> None:
+        self.name, self.text = name, text
+        self.kinds: set[type] = set()
+        self.nested: str | None = None  # the place and the start of the first list or object
+        self.type: pa.DataType | None = None  # that Arrow gives to all values so far
+        self.mixed = False
+
+    def look_at(self, values: Sequence[Any], lines: Sequence[int | None]) -> None:
+        """Notes the kinds of the values of some rows.
+
+        Args:
+            lines: the number of each row's line; None in a list.
+
+        Raises:
+            ValueError: it is a text column, and holds a list or an object in some rows.
+        """
+        import pyarrow as pa
+
+        kinds = {type(value) for value in values if value is not None}
+        if kinds & {list, dict} and self.nested is None:
+            row = next(i for i, value in enumerate(values) if type(value) in (list, dict))
+            where = f"row {row}" if lines[row] is None else f"line {lines[row]}"
+            self.nested = f"{where} has {short_json(values[row])}"
+        self.kinds |= kinds
+        nested = self.kinds & {list, dict}
+        if self.text and nested and self.kinds - nested:
+            raise ValueError(
+                f"{self.nested} under {self.name!r}, where other rows have a text: write a text "
+                "there"
+            )
+        self.mixed = self.mixed or bool(nested and len(self.kinds) > 1)
+        if self.mixed or (self.text and not nested):
+            return
+        try:
+            kind = pa.array(values).type
+            self.type = kind if self.type is None else _unified(self.type, kind)
+        except (pa.ArrowException, OverflowError):
+            self.mixed = True  # the kinds differ, here or further inside
+
+    @property
+    def arrow(self) -> pa.DataType:
+        """The type that holds all values."""
+        import pyarrow as pa
+
+        nested = self.kinds & {list, dict}
+        text = self.mixed or (self.text and not nested) or self.type is None
+        return pa.string() if text else self.type
+
+    def array(self, values: Sequence[Any]) -> pa.Array:
+        """Returns values of rows that were looked at in the type of the whole column."""
+        return json_array(values, self.arrow)
+
+
+def json_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Returns values as an array of a type; as texts they are as they are written."""
     import pyarrow as pa
 
-    kinds = {type(value) for value in values if value is not None}
-    nested = kinds & {list, dict}
-    if text and nested and kinds - nested:
-        row = next(i for i, value in enumerate(values) if type(value) in nested)
-        where = f"row {row}" if lines[row] is None else f"line {lines[row]}"
-        raise ValueError(
-            f"{where} has {short_json(values[row])} under {name!r}, where other rows have a text: "
-            "write a text there"
-        )
-    if not (text and not nested) and (not nested or len(kinds) == 1):
-        try:
-            return pa.array(values)
-        except (pa.ArrowException, OverflowError):
-            pass  # the kinds differ, here or further inside
-    return pa.array([written(value) for value in values], type=pa.string())
+    if pa.types.is_string(kind):
+        values = [written(value) for value in values]
+    return pa.array(values, type=kind)
+
+
+def _unified(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    schemas = [pa.schema([("", kind)]) for kind in (one, other)]
+    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
 
 def written(value: Any) -> str | None:

@@ -8,8 +8,9 @@ no quotes; any other table is refused until `data.quoting` says which is right.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _LONGEST = 10_000  # lines that one quoted cell may have
@@ -21,67 +22,68 @@ class Quotes:
 
     Attributes:
         regular: whether there are quotes and every one stands as RFC 4180 asks.
-        breaks: (first, last) numbers of the lines, from 1, of each row with line breaks in a cell.
-        inside: the number of lines, without empty ones, that go on with a cell and begin no row.
+        broken: (first, last) numbers of the lines, from 1, of the first row with line breaks in a
+            cell; None if no row has any.
+        even: whether every line has a cell for each column, if quotes are characters like others.
     """
 
     regular: bool
-    breaks: tuple[tuple[int, int], ...] = ()
-    inside: int = 0
+    broken: tuple[int, int] | None = None
+    even: bool = True
 
 
-def find_quotes(lines: Sequence[str], separator: str) -> Quotes:
-    """Looks at all quotes of a table."""
+def find_quotes(lines: Iterable[str], separator: str, *, columns: int) -> Quotes:
+    """Looks at all quotes of a table.
+
+    Args:
+        columns: the number of the table's columns.
+    """
     mark = re.escape(separator)
     cell = rf'(?:"(?:[^"]|"")*"|[^"{mark}]*)'
     row = re.compile(rf"{cell}(?:{mark}{cell})*")
-    breaks: list[tuple[int, int]] = []
-    there, place = False, 0
-    while place < len(lines):
-        line = lines[place]
-        place += 1
+    there, even, broken = False, True, None
+    numbered = enumerate(lines, 1)
+    for number, line in numbered:
+        even = even and (not line or line.count(separator) == columns - 1)
         if '"' not in line:
             continue
         there = True
         if row.fullmatch(line):
             continue
-        last = _closing(lines, place)
-        if last is None or not row.fullmatch("\n".join(lines[place - 1 : last])):
+        more = _closing(line, numbered)
+        if more is None or not row.fullmatch("\n".join([line, *more])):
             return Quotes(regular=False)
-        breaks.append((place, last))
-        place = last
-    inside = sum(1 for first, last in breaks for line in lines[first:last] if line)
-    return Quotes(there, tuple(breaks), inside)
+        even = even and all(not m or m.count(separator) == columns - 1 for m in more)
+        broken = broken or (number, number + len(more))
+    return Quotes(there, broken, even)
 
 
-def _closing(lines: Sequence[str], place: int) -> int | None:
-    """Returns the number of the line on which the cell closes that line `place` opens."""
-    marks = lines[place - 1].count('"')
-    for last in range(place, min(place + _LONGEST, len(lines))):
-        more = lines[last].count('"')
-        marks += more
-        if more and marks % 2 == 0:
-            return last + 1
+def _closing(line: str, numbered: Iterable[tuple[int, str]]) -> list[str] | None:
+    """Returns the lines up to the one on which the cell closes that `line` opens."""
+    marks = line.count('"')
+    more = []
+    for _, following in itertools.islice(numbered, _LONGEST):
+        more.append(following)
+        inside = following.count('"')
+        marks += inside
+        if inside and marks % 2 == 0:
+            return more
     return None
 
 
-def are_quoted(quotes: Quotes, lines: Sequence[str], separator: str, *, columns: int) -> bool:
+def are_quoted(quotes: Quotes, separator: str) -> bool:
     """Returns whether quotes enclose cells.
-
-    Args:
-        columns: the number of the table's columns.
 
     Raises:
         ValueError: the table can be read both ways, with different rows.
     """
     if not quotes.regular:
         return False
-    even = all(line.count(separator) == columns - 1 for line in lines if line)
-    if not quotes.breaks or not even:
+    if quotes.broken is None or not quotes.even:
         return True
     if separator == "\t":
         return False
-    first, last = quotes.breaks[0]
+    first, last = quotes.broken
     raise ValueError(
         f"lines {first} to {last} are one row if the quotes in them enclose a cell, and "
         f"{last - first + 1} rows if they are characters like others: set data.quoting to true or "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mmadapters.errors import first_line
 
 from ..wanted import Wanted
-from .delimited import read_csv, whole_numbers
+from .delimited import WholeNumbers, as_numbers, read_csv
 from .json_rows import read_json
 
 if TYPE_CHECKING:
@@ -34,22 +34,42 @@ def read_tables(wanted: Wanted, files: Sequence[Path]) -> Dataset:
             f"{files[0]} and the {len(files) - 1} other files differ in the kinds of their "
             f"columns: {first_line(error)}"
         ) from None
-    if all(file.suffix.lower() in (".csv", ".tsv") for file in files):
-        table = whole_numbers(table)
+    if all_delimited(files):
+        numbers = WholeNumbers()
+        numbers.look_at(table)
+        table = as_numbers(table, numbers.names)
     return datasets.Dataset(table)
+
+
+def all_delimited(files: Sequence[Path]) -> bool:
+    """Returns whether all files are tables of separated cells."""
+    return all(file.suffix.lower() in (".csv", ".tsv") for file in files)
+
+
+def is_json(file: Path) -> bool:
+    """Returns whether a file is JSON by its name."""
+    return file.suffix.lower() in (".json", ".jsonl")
+
+
+def check_names(file: Path, names: Sequence[str]) -> None:
+    """Checks the names of a table's columns.
+
+    Raises:
+        ValueError: one stands there twice.
+    """
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{file} has more than one column {twice[0]!r}")
 
 
 def _read_table(wanted: Wanted, file: Path) -> pa.Table:
     import pyarrow as pa
 
-    reader = read_json if file.suffix.lower() in (".json", ".jsonl") else read_csv
+    reader = read_json if is_json(file) else read_csv
     try:
         table = reader(wanted, file)
     except (pa.ArrowException, OSError, ValueError) as error:  # bad JSON and UTF-8 are ValueErrors
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from None
-    names = table.column_names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{file} has more than one column {twice[0]!r}")
+    check_names(file, table.column_names)
     return table
 
 

@@ -17,6 +17,7 @@ from ...core.machine import versions
 from ...core.rows import Rows
 from ...core.task import Task
 from ...data.columns import MEDIA
+from ...data.media import media_file
 
 # Sections and keys of a config that examples do not depend on.
 _IRRELEVANT = {
@@ -130,7 +131,7 @@ def _paths(rows: Any, name: str) -> list[str | None]:
 
 def _stamp(path: str | None) -> str:
     try:
-        status = os.stat(path or "")
+        status = os.stat(media_file(path or ""))
     except (OSError, ValueError):
         return f"{path} -"
     return f"{path} {status.st_size} {status.st_mtime_ns}"

@@ -586,7 +586,7 @@ def test_sources_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     refused("has no metadata.csv or .jsonl.*; it has notes.txt", tmp_path / "other", TEXTS)
     refused("data.options are for builtin", folder, TEXTS, options={"a": 1})
     refused("data.revision is for hub data sets", folder, TEXTS, revision="main")
-    refused("data.streaming is for hub data sets", folder, TEXTS, streaming=True)
+    refused("is for hub data sets, tables and folders", "builtin/shapes", TEXTS, streaming=True)
 
 
 def test_broken_tables_are_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ....config.schema import DataConfig
 from ...parts import Parts, Piece
 from ...splits import KNOWN
 from ...tables.read import read_tables
+from ...tables.shards import table_shards
 from ...wanted import Wanted
 
 if TYPE_CHECKING:
@@ -119,8 +121,12 @@ def nemo(wanted: Wanted, path: Path) -> Parts | None:
 def _table(
     wanted: Wanted, file: Path, folder: Path, columns: Mapping[str, str], **options: Any
 ) -> Piece:
+    wanted = _with(wanted, options)
     return Piece(
-        lambda: read_tables(_with(wanted, options), [file]), wanted.root(folder), dict(columns)
+        lambda: read_tables(wanted, [file]),
+        wanted.root(folder),
+        dict(columns),
+        shards=functools.partial(table_shards, wanted, (file,)),
     )
 
 
