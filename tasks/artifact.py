@@ -18,18 +18,23 @@ from torch import nn
 import mmadapters
 from mmadapters import AdapterModel
 from mmadapters.adapters import storage
+from mmadapters.adapters.shapes import TooLarge, at_most
 from mmadapters.composition import parse
+from mmadapters.limits import BLOCKS, PARAMETERS
 from mmadapters.model import bundles
 
 from .config.schema import BackboneConfig, JobConfig
 from .core.device import default_device
 from .core.model import TaskModel
+from .core.saved import VERSION, read_metadata
 from .core.task import Task
 from .encoders.speech import layer_drop, without_layer_drop
 from .registry import task_class
 
 FOLDER = "adapter"
 _FULL = "backbone/"
+_SPARE = 1 << 26  # values that may be made for a moment while a model is built
+_IN_A_BLOCK = 50  # tensors of one block and of what is made with it
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ def save(
     """
     encoder = model.encoder
     metadata = {
+        "version": VERSION,
         "mmadapters": mmadapters.__version__,
         "task": task.name,
         "mode": mode,
@@ -182,8 +188,12 @@ def open_directory(
             f"{directory} holds an adapter without a task (no {', '.join(missing)}): load it with "
             "AdapterModel.load_adapter"
         )
-    config: JobConfig = from_data(metadata["job"], overrides, source=str(directory))
+    read = read_metadata(metadata, str(directory / storage.JSON_FILE))
+    config: JobConfig = from_data(read.job, overrides, source=str(directory))
+    if config.task != read.task:
+        raise ValueError(f"{directory} is for the task {read.task}, and its job for {config.task}")
     task = task_class(config.task)(config, metadata["state"])
+    check_size(config.backbone, str(directory))
     encoder = mmadapters.init(make_backbone(config.backbone))
     drop = blocks_dropped(config)
     if stored.config.get("method") == bundles.METHOD:
@@ -196,9 +206,65 @@ def open_directory(
         storage.check_backbone(stored.backbone, encoder.identity(), allow_different_weights=False)
     if metadata["mode"] == "full":
         _restore(encoder, stored, directory)
-    model = task.build(encoder)
-    model.head.load_state_dict(stored.head)
+    model = _built(task, encoder, stored, directory)
     return Opened(task, model.to(device or default_device()).eval(), metadata)
+
+
+def _built(
+    task: Task, encoder: AdapterModel, stored: storage.Stored, directory: Path
+) -> TaskModel:
+    """Returns the task's model with the head that is stored.
+
+    Raises:
+        ValueError: the config asks for another head than the one that is stored.
+    """
+    held = sum(value.numel() for value in stored.head.values())
+    try:
+        # Beside the head itself some are made for a moment, such as copies and initial values.
+        with at_most(_SPARE + 8 * held):
+            model = task.build(encoder)
+    except TooLarge:
+        raise ValueError(
+            f"{directory} does not fit its own config, which asks for a far larger head than the "
+            f"{held:,} values that are there"
+        ) from None
+    shapes = {key: value.shape for key, value in model.head.state_dict().items()}
+    for key in sorted(shapes.keys() | stored.head.keys()):
+        here = tuple(shapes[key]) if key in shapes else "none"
+        there = tuple(stored.head[key].shape) if key in stored.head else "none"
+        if here != there:
+            raise ValueError(
+                f"{directory} does not fit its own config: {key} of the head has shape {there}, "
+                f"and the config needs {here}"
+            )
+    model.head.load_state_dict(stored.head)
+    return model
+
+
+def check_size(config: BackboneConfig, source: str) -> None:
+    """Counts the parameters of an encoder that a file asks for by options of its own.
+
+    The encoder is built without memory.
+
+    Args:
+        source: says in errors where the config comes from.
+
+    Raises:
+        ValueError: it has more parameters or blocks than the limits allow.
+    """
+    if not config.options:
+        return
+    try:
+        with at_most(PARAMETERS.value, tensors=BLOCKS.value * _IN_A_BLOCK, allocate=False):
+            mmadapters.load_backbone(config.name, **config.options)
+    except TooLarge as error:
+        raise ValueError(
+            f"{source}: backbone.options ask for an encoder with {error}; the limits are "
+            f"{BLOCKS.value:,} blocks and {PARAMETERS.value:,} parameters ({BLOCKS.variable} and "
+            f"{PARAMETERS.variable} set others)"
+        ) from None
+    except Exception:  # without values not every encoder can be built; loading it says what is wrong
+        return
 
 
 def blocks_dropped(config: JobConfig) -> int:
