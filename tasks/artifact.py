@@ -8,7 +8,7 @@ string prefix `backbone/`. Each names the encoder that it was trained on and loa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from .registry import task_class
 FOLDER = "adapter"
 _FULL = "backbone/"
 _SPARE = 1 << 26  # values that may be made for a moment while a model is built
+_OF_DEPTH = ("depth", "layers", "blocks", "stages")  # in the names of options that count blocks
 _IN_A_BLOCK = 50  # tensors of one block and of what is made with it
 
 
@@ -210,9 +211,7 @@ def open_directory(
     return Opened(task, model.to(device or default_device()).eval(), metadata)
 
 
-def _built(
-    task: Task, encoder: AdapterModel, stored: storage.Stored, directory: Path
-) -> TaskModel:
+def _built(task: Task, encoder: AdapterModel, stored: storage.Stored, directory: Path) -> TaskModel:
     """Returns the task's model with the head that is stored.
 
     Raises:
@@ -254,6 +253,10 @@ def check_size(config: BackboneConfig, source: str) -> None:
     """
     if not config.options:
         return
+    for key, value in numbers(config.options):
+        most = BLOCKS if any(word in key for word in _OF_DEPTH) else PARAMETERS
+        if (reason := most.passed(value)) is not None:
+            raise ValueError(f"{source}: backbone.options.{key} asks for {reason}")
     try:
         with at_most(PARAMETERS.value, tensors=BLOCKS.value * _IN_A_BLOCK, allocate=False):
             mmadapters.load_backbone(config.name, **config.options)
@@ -263,8 +266,22 @@ def check_size(config: BackboneConfig, source: str) -> None:
             f"{BLOCKS.value:,} blocks and {PARAMETERS.value:,} parameters ({BLOCKS.variable} and "
             f"{PARAMETERS.variable} set others)"
         ) from None
-    except Exception:  # without values not every encoder can be built; loading it says what is wrong
+    except (
+        Exception
+    ):  # without values not every encoder can be built; loading it says what is wrong
         return
+
+
+def numbers(data: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the numbers in plain data, each with its dotted key."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            yield from numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from numbers(value, key)
+    elif isinstance(data, int | float) and not isinstance(data, bool):
+        yield key, data
 
 
 def blocks_dropped(config: JobConfig) -> int:

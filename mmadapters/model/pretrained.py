@@ -78,7 +78,9 @@ def load(
     try:
         composition = None if index["active"] is None else parse(from_data(index["active"]))
     except (RecursionError, TypeError) as error:
-        raise ValueError(f"{folder / INDEX}: active is no composition: {first_line(error)}") from None
+        raise ValueError(
+            f"{folder / INDEX}: active is no composition: {first_line(error)}"
+        ) from None
     with store.all_or_nothing():
         for name in index["adapters"]:
             saving.load(

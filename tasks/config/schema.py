@@ -93,8 +93,8 @@ class DataConfig(Section):
     """By split and column: keep only rows whose value in the column is one of these."""
     drop: dict[Split, dict[str, list[Any]]] = Field(default_factory=dict)
     """By split and column: leave out rows whose value in the column is one of these."""
-    limit: dict[Split, int] = Field(default_factory=dict)
-    """The largest number of rows of a split; they are drawn with `seed`."""
+    limit: dict[Split, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """The largest number of rows of a split, 1 or more; they are drawn with `seed`."""
     bits: int | None = Field(default=None, ge=1, le=16)
     """Number of bits in use, 1 to 16, in pictures that have 16 bits a channel (12 for most cameras
     of microscopes and X-ray detectors). null: 8, 10 or 12 if a sample of the training pictures has

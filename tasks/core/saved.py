@@ -17,7 +17,9 @@ VERSION = 1
 Count = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
 Colours = Annotated[list[float], Field(min_length=3, max_length=3)]
-Layer = Annotated[list[Annotated[int, Field(ge=1, le=1_000_000)]], Field(min_length=2, max_length=2)]
+Layer = Annotated[
+    list[Annotated[int, Field(ge=1, le=1_000_000)]], Field(min_length=2, max_length=2)
+]
 
 
 class Saved(BaseModel):
