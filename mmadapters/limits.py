@@ -67,7 +67,7 @@ DEPTH = Limit("DEPTH", 100, "levels of nesting")
 PIXELS = Limit("PIXELS", 178_956_970, "pixels in a picture")
 RATIO = Limit("RATIO", 500, "times as long as it is wide")
 SECONDS = Limit("SECONDS", 4 * 3600, "seconds of a recording")
-RATE = Limit("RATE", 768_000, "samples a second")
+RATE = Limit("RATE", 10_000_000, "samples a second")
 
 LIMITS = (
     *(METHODS, OPTIONS, DESCRIPTION, MAGNITUDE, FACTOR, BLOCKS, PARAMETERS),

@@ -149,8 +149,8 @@ def read(directory: str | os.PathLike) -> Stored:
 
     Raises:
         FileNotFoundError: the directory holds no adapter.
-        ValueError: the format is unknown, a file is truncated or changed, or a value is not finite or
-            so large that outputs would not be.
+        ValueError: the format is unknown, a file is truncated or changed, or a value is not finite
+            or so large that outputs would not be.
     """
     path = Path(directory)
     for name in (JSON_FILE, WEIGHTS_FILE):
