@@ -20,6 +20,7 @@ from mmadapters import AdapterModel
 from mmadapters.adapters import storage
 from mmadapters.adapters.shapes import TooLarge, at_most
 from mmadapters.composition import parse
+from mmadapters.errors import first_line
 from mmadapters.limits import BLOCKS, PARAMETERS
 from mmadapters.model import bundles
 
@@ -50,9 +51,18 @@ class Opened:
 def make_backbone(config: BackboneConfig) -> nn.Module:
     """Loads the encoder of a config, without LayerDrop and SpecAugment unless the config asks for
     them."""
-    backbone = mmadapters.load_backbone(
-        config.name, pretrained=config.pretrained, weights=config.weights, **config.options
-    )
+    try:
+        backbone = mmadapters.load_backbone(
+            config.name, pretrained=config.pretrained, weights=config.weights, **config.options
+        )
+    except (TypeError, AttributeError, KeyError, AssertionError) as error:
+        if not config.options:
+            raise
+        # Libraries raise them for options that they do not know or cannot use.
+        raise ValueError(
+            f"backbone.options ({', '.join(config.options)}) do not fit {config.name}: "
+            f"{first_line(error)}"
+        ) from None
     settings: Any = getattr(backbone, "config", None)
     if not config.layerdrop:
         without_layer_drop(backbone)
