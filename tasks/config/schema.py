@@ -60,6 +60,10 @@ class DataConfig(Section):
     root: str | None = None
     """The folder from which relative paths in the tables start; by default the folder of the
     table."""
+    trust_paths: bool | None = None
+    """Whether a table may name files outside its folder (or `root`). By default absolute paths of
+    this machine may, and paths that climb out by `..` and URLs may not. true allows all, false
+    none, links included."""
     name: str | None = None
     """The configuration of a hub data set, where it has several."""
     revision: str | None = None

@@ -12,7 +12,7 @@ from ..core.rows import Column, Rows
 from .columns import find_columns, to_roles
 from .hub import hub_parts, hub_streams
 from .layouts.find import local_parts
-from .layouts.roots import check_parts, check_root
+from .layouts.roots import check_inside, check_parts, check_root
 from .parts import Parts, Piece
 from .rows import RowSelection, by_values, cut, keep, limit
 from .splits import find_splits
@@ -117,6 +117,7 @@ class _Source:
             names = find_columns(self.columns, mapping, dataset.column_names)
             check_parts(dataset, names, self.columns)
             check_root(dataset, names, self.columns, piece.folder)
+            check_inside(dataset, names, self.columns, piece.folder, trust=self.config.trust_paths)
             parts.append(to_roles(dataset, names, self.columns, piece.folder))
         whole = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         if not len(whole):
