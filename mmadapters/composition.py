@@ -92,10 +92,12 @@ class Composition:
 
     def _none_twice(self) -> None:
         """Raises ValueError if a member is given twice."""
-        for index, member in enumerate(self.members):
-            if member in self.members[:index]:
+        seen: set[str | Composition] = set()
+        for member in self.members:
+            if member in seen:
                 what = f"adapter {member!r}" if isinstance(member, str) else repr(member)
                 raise ValueError(f"{what} stands twice in one {type(self).__name__}")
+            seen.add(member)
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -8,7 +8,7 @@ string prefix `backbone/`. Each names the encoder that it was trained on and loa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,27 @@ import mmadapters
 from mmadapters import AdapterModel
 from mmadapters.adapters import storage
 from mmadapters.adapters.identity import check_backbone
+from mmadapters.adapters.shapes import TooLarge, at_most
 from mmadapters.composition import parse
+from mmadapters.errors import first_line
 from mmadapters.files import read_directory
+from mmadapters.limits import BLOCKS, PARAMETERS
 from mmadapters.model import bundles
 
 from .config.environment import described
 from .config.schema import BackboneConfig, JobConfig
 from .core.device import default_device
 from .core.model import TaskModel
+from .core.saved import VERSION, read_metadata
 from .core.task import Task
 from .encoders.speech import layer_drop, without_layer_drop
 from .registry import task_class
 
 FOLDER = "adapter"
 _FULL = "backbone/"
+_SPARE = 1 << 26  # values that may be made for a moment while a model is built
+_OF_DEPTH = ("depth", "layers", "blocks", "stages")  # in the names of options that count blocks
+_IN_A_BLOCK = 50  # tensors of one block and of what is made with it
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,18 @@ class Opened:
 def make_backbone(config: BackboneConfig) -> nn.Module:
     """Loads the encoder of a config, without LayerDrop and SpecAugment unless the config asks for
     them."""
-    backbone = mmadapters.load_backbone(
-        config.name, pretrained=config.pretrained, weights=config.weights, **config.options
-    )
+    try:
+        backbone = mmadapters.load_backbone(
+            config.name, pretrained=config.pretrained, weights=config.weights, **config.options
+        )
+    except (TypeError, AttributeError, KeyError, AssertionError) as error:
+        if not config.options:
+            raise
+        # Libraries raise them for options that they do not know or cannot use.
+        raise ValueError(
+            f"backbone.options ({', '.join(config.options)}) do not fit {config.name}: "
+            f"{first_line(error)}"
+        ) from None
     settings: Any = getattr(backbone, "config", None)
     if not config.layerdrop:
         without_layer_drop(backbone)
@@ -120,6 +136,7 @@ def save(
     """
     encoder = model.encoder
     metadata = {
+        "version": VERSION,
         "mmadapters": mmadapters.__version__,
         "task": task.name,
         "mode": mode,
@@ -201,11 +218,15 @@ def _open(directory: Path, overrides: Sequence[str]) -> Opened:
             f"{directory} holds an adapter without a task (no {', '.join(missing)}): load it with "
             "AdapterModel.load_adapter"
         )
+    read = read_metadata(metadata, str(directory / storage.JSON_FILE))
     environment = metadata.get("environment", ())
     config: JobConfig = from_data(
-        metadata["job"], overrides, source=str(directory), environment=environment
+        read.job, overrides, source=str(directory), environment=environment
     )
+    if config.task != read.task:
+        raise ValueError(f"{directory} is for the task {read.task}, and its job for {config.task}")
     task = task_class(config.task)(config, metadata["state"])
+    check_size(config.backbone, str(directory))
     encoder = mmadapters.init(make_backbone(config.backbone))
     drop = blocks_dropped(config)
     if stored.config.get("method") == bundles.METHOD:
@@ -218,9 +239,81 @@ def _open(directory: Path, overrides: Sequence[str]) -> Opened:
         check_backbone(stored.backbone, encoder.identity(), allow_different_weights=False)
     if metadata["mode"] == "full":
         _restore(encoder, stored, directory)
-    model = task.build(encoder)
-    model.head.load_state_dict(stored.head)
+    model = _built(task, encoder, stored, directory)
     return Opened(task, model, metadata)
+
+
+def _built(task: Task, encoder: AdapterModel, stored: storage.Stored, directory: Path) -> TaskModel:
+    """Returns the task's model with the head that is stored.
+
+    Raises:
+        ValueError: the config asks for another head than the one that is stored.
+    """
+    held = sum(value.numel() for value in stored.head.values())
+    try:
+        # Beside the head itself some are made for a moment, such as copies and initial values.
+        with at_most(_SPARE + 8 * held):
+            model = task.build(encoder)
+    except TooLarge:
+        raise ValueError(
+            f"{directory} does not fit its own config, which asks for a far larger head than the "
+            f"{held:,} values that are there"
+        ) from None
+    shapes = {key: value.shape for key, value in model.head.state_dict().items()}
+    for key in sorted(shapes.keys() | stored.head.keys()):
+        here = tuple(shapes[key]) if key in shapes else "none"
+        there = tuple(stored.head[key].shape) if key in stored.head else "none"
+        if here != there:
+            raise ValueError(
+                f"{directory} does not fit its own config: {key} of the head has shape {there}, "
+                f"and the config needs {here}"
+            )
+    model.head.load_state_dict(stored.head)
+    return model
+
+
+def check_size(config: BackboneConfig, source: str) -> None:
+    """Counts the parameters of an encoder that a file asks for by options of its own.
+
+    The encoder is built without memory.
+
+    Args:
+        source: says in errors where the config comes from.
+
+    Raises:
+        ValueError: it has more parameters or blocks than the limits allow.
+    """
+    if not config.options:
+        return
+    for key, value in numbers(config.options):
+        most = BLOCKS if any(word in key for word in _OF_DEPTH) else PARAMETERS
+        if (reason := most.passed(value)) is not None:
+            raise ValueError(f"{source}: backbone.options.{key} asks for {reason}")
+    try:
+        with at_most(PARAMETERS.value, tensors=BLOCKS.value * _IN_A_BLOCK, allocate=False):
+            mmadapters.load_backbone(config.name, **config.options)
+    except TooLarge as error:
+        raise ValueError(
+            f"{source}: backbone.options ask for an encoder with {error}; the limits are "
+            f"{BLOCKS.value:,} blocks and {PARAMETERS.value:,} parameters ({BLOCKS.variable} and "
+            f"{PARAMETERS.variable} set others)"
+        ) from None
+    except (
+        Exception
+    ):  # without values not every encoder can be built; loading it says what is wrong
+        return
+
+
+def numbers(data: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the numbers in plain data, each with its dotted key."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            yield from numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from numbers(value, key)
+    elif isinstance(data, int | float) and not isinstance(data, bool):
+        yield key, data
 
 
 def blocks_dropped(config: JobConfig) -> int:

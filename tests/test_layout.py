@@ -24,6 +24,7 @@ UNLIMITED = {"mmadapters/methods"}  # a file for each family of methods
 # neighbours, which do not import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("mmadapters.errors", "mmadapters.suggest", "mmadapters.files", "mmadapters.low_rank"),
+    ("mmadapters.limits",),
     ("mmadapters.composition",),
     ("mmadapters.sites",),
     ("mmadapters.methods", "mmadapters.injectors"),

@@ -75,8 +75,8 @@ class Adapter(nn.Module):
                     named[f"{key.replace('/', '.')}/{name}"] = tensor
         return named
 
-    def load(self, tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:
-        """Copies values into the adapter. All are checked before any is copied.
+    def check_fit(self, tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:
+        """Compares the names, shapes and types of values with the adapter's.
 
         Args:
             tensors: the values by the names of `tensors()`.
@@ -102,6 +102,11 @@ class Adapter(nn.Module):
             if not tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 raise ValueError(f"{source}: {key} holds {dtype}, not floating-point numbers")
+
+    def load(self, tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:
+        """Copies values into the adapter. All are checked before any is copied; see `check_fit`."""
+        self.check_fit(tensors, source)
+        targets = self.tensors()
         with torch.no_grad():
             for key, tensor in tensors.items():
                 targets[key].copy_(tensor)

@@ -1,14 +1,13 @@
 """Adapter directories: `adapter.safetensors` and `adapter.json`, nothing else, never a pickle.
 
 The JSON holds the format, the adapter's name, the method's config, the encoder's identity, the
-checksum of the weights, and the metadata that a task adds (label map, vocabulary, preprocessing,
-metrics). `identity` says what the identity of an encoder holds.
+checksums of the weights and of itself, and the metadata that a task adds (label map, vocabulary,
+preprocessing, metrics). `identity` says what the identity of an encoder holds.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,10 +21,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..files import read_directory, replacing_directory
+from ..limits import MAGNITUDE
+from .description import read_description, to_text
 
-FORMAT = 1
 WEIGHTS_FILE, JSON_FILE = "adapter.safetensors", "adapter.json"
 _HEAD = "head/"
+_SITE = "#"  # in the names of an adapter's tensors: <site>#<method>/<parameter>
 
 
 @dataclass(kw_only=True)
@@ -57,9 +58,9 @@ def write(directory: str | os.PathLike, stored: Stored) -> None:
     target = Path(directory)
     _check_replaceable(target)
     tensors = {**stored.tensors, **{_HEAD + key: value for key, value in stored.head.items()}}
-    damaged = _not_finite(tensors)
+    damaged = _damaged(tensors)
     if damaged is not None:
-        raise ValueError(f"{damaged} holds values that are not finite, so {target} was not written")
+        raise ValueError(f"{damaged}, so {target} was not written")
     # Copied, as safetensors refuses tensors that share memory (tied weights of a head).
     data = save_tensors(
         {
@@ -68,14 +69,13 @@ def write(directory: str | os.PathLike, stored: Stored) -> None:
         }
     )
     description = {
-        "format": FORMAT,
         "name": stored.name,
         "config": stored.config,
         "backbone": stored.backbone,
         "sha256": hashlib.sha256(data).hexdigest(),
         "metadata": stored.metadata,
     }
-    text = json.dumps(description, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    text = to_text(description)
     with replacing_directory(target) as fresh:
         _write_synced(fresh / WEIGHTS_FILE, data)
         _write_synced(fresh / JSON_FILE, text.encode())
@@ -96,18 +96,37 @@ def _check_replaceable(target: Path) -> None:
         )
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Returns the name of the first tensor with a value that is not finite, or None.
+def _damaged(tensors: Mapping[str, Tensor]) -> str | None:
+    """Returns words about the first tensor with a value that no output could be computed with, or
+    None.
 
-    Tensors of one dtype and device are checked at once, as an adapter has many small ones.
+    Tensors of one dtype and device are checked at once, as an adapter has many small ones. Heads
+    and whole encoders may hold large numbers, for example masks.
     """
     flat: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors.values():
         if tensor.is_floating_point():
             flat.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach().reshape(-1))
-    if all(bool(torch.isfinite(torch.cat(parts)).all()) for parts in flat.values()):
+    greatest = MAGNITUDE.value
+    # NaN is not at most anything. Half precision has no number as large as the limit.
+    every = (torch.cat(parts) for parts in flat.values())
+    if all(bool((values.to(_wide(values)).abs() <= greatest).all()) for values in every):
         return None
-    return next(key for key, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor.to(_wide(tensor))).all():
+            return f"{key} holds values that are not finite"
+    for key, tensor in tensors.items():
+        if _SITE not in key or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if (reason := MAGNITUDE.passed(float(tensor.to(_wide(tensor)).abs().max()))) is not None:
+            return f"{key} holds {reason}: outputs would not be finite"
+    return None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Returns the type to compute in: that of the tensor, or float32 for smaller floats."""
+    narrow = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return torch.float32 if narrow else tensor.dtype
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -123,7 +142,8 @@ def read(directory: str | os.PathLike) -> Stored:
 
     Raises:
         FileNotFoundError: the directory holds no adapter.
-        ValueError: the format is unknown, a file is truncated or changed, or a value is not finite.
+        ValueError: the format is unknown, a file is truncated or changed, or a value is not finite
+            or so large that outputs would not be.
     """
     path = Path(directory)
     return read_directory(path, lambda: _read(path))
@@ -133,20 +153,7 @@ def _read(path: Path) -> Stored:
     for name in (JSON_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not an adapter directory: it has no {name}")
-    try:
-        description = json.loads((path / JSON_FILE).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path / JSON_FILE} is not readable as JSON: {error}") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        version = description.get("format") if isinstance(description, dict) else None
-        raise ValueError(
-            f"{path / JSON_FILE} has format {version!r}, this version reads format {FORMAT}; "
-            "update mmadapters or save the adapter anew"
-        )
-    missing = [key for key in ("name", "config", "backbone", "sha256") if key not in description]
-    if missing:
-        raise ValueError(f"{path / JSON_FILE} lacks {', '.join(missing)}: it was changed by hand")
-    _check_description(path / JSON_FILE, description)
+    description = read_description(path / JSON_FILE)
     data = (path / WEIGHTS_FILE).read_bytes()
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
         raise ValueError(
@@ -157,9 +164,9 @@ def _read(path: Path) -> Stored:
         tensors = load_tensors(data)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS_FILE} is not a safetensors file: {error}") from None
-    damaged = _not_finite(tensors)
+    damaged = _damaged(tensors)
     if damaged is not None:
-        raise ValueError(f"{path / WEIGHTS_FILE}: {damaged} holds values that are not finite")
+        raise ValueError(f"{path / WEIGHTS_FILE}: {damaged}")
     return Stored(
         name=description["name"],
         config=description["config"],
@@ -172,19 +179,3 @@ def _read(path: Path) -> Stored:
         },
         metadata=description.get("metadata", {}),
     )
-
-
-def _check_description(path: Path, description: dict[str, Any]) -> None:
-    """Raises ValueError for a backbone or metadata that `write` would not have written."""
-    backbone = description["backbone"]
-    towers = backbone.get("towers") if isinstance(backbone, dict) else None
-    if not isinstance(towers, dict) or not towers:
-        raise ValueError(f"{path}: backbone names no towers: it was changed by hand")
-    for name, tower in towers.items():
-        if not isinstance(tower, dict) or not {"width", "depth", "weights"} <= tower.keys():
-            raise ValueError(
-                f"{path}: backbone lacks width, depth or weights of tower {name!r}: it was changed "
-                "by hand"
-            )
-    if not isinstance(description.get("metadata", {}), dict):
-        raise ValueError(f"{path}: metadata is not a mapping: it was changed by hand")

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..errors import first_line
+from ..limits import METHODS as MOST_METHODS
+from ..limits import OPTIONS as MOST_VALUES
 from ..suggest import nearest
 from .base import AdapterModule, Branch, Delta, MethodConfig, Prefix, Prompt, Readout
 from .bitfit import BitFitConfig
@@ -35,6 +38,7 @@ from .prompt import PromptConfig
 from .reparam import RepAdapterConfig
 from .scaling import IA3Config, SSFConfig
 from .speech import EAdapterConfig, FrontEndAdapterConfig, LAdapterConfig, MMSAdapterConfig
+from .types import check_types
 from .uniadapter import UniAdapterConfig
 from .union import ConfigUnion, MAMConfig, UniPELTConfig
 
@@ -112,7 +116,8 @@ def from_dict(data: Mapping[str, Any]) -> MethodConfig:
     """Returns the config that `to_dict` wrote.
 
     Raises:
-        ValueError: an unknown method or option; the message names the nearest one.
+        ValueError: an unknown method or option (the message names the nearest one), a value of
+            another type than the option has, or more methods or values than a config may hold.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"a config must be a mapping, not {data!r}")
@@ -123,6 +128,8 @@ def from_dict(data: Mapping[str, Any]) -> MethodConfig:
         parts = values.get("configs", ())
         if not isinstance(parts, (list, tuple)):
             raise ValueError(f"{cls.__name__}: configs must be a list of configs, not {parts!r}")
+        if (reason := MOST_METHODS.passed(len(parts))) is not None:
+            raise ValueError(f"{cls.__name__} holds {reason}")
         if issubclass(cls, MAMConfig) and len(parts) > 2:
             raise ValueError(f"a MAMConfig takes two configs, not {len(parts)}")
         return cls(*map(from_dict, parts))
@@ -130,15 +137,25 @@ def from_dict(data: Mapping[str, Any]) -> MethodConfig:
     placement = values.get("placement")
     if isinstance(placement, Mapping):
         placement = dict(placement)
-        kind = _PLACEMENTS.get(placement.pop("kind", None))
+        kind = _PLACEMENTS.get(str(placement.pop("kind", None)))
         if kind is None:
             raise ValueError("placement.kind must be 'sequential' or 'parallel'")
         _check_options(kind, placement, [field.name for field in dataclasses.fields(kind)])
-        values["placement"] = kind(**placement)
+        try:
+            values["placement"] = kind(**placement)
+        except TypeError as error:
+            raise ValueError(f"placement: {first_line(error)}") from None
     for key, value in values.items():
         if isinstance(value, list):
+            if (reason := MOST_VALUES.passed(len(value))) is not None:
+                raise ValueError(f"{cls.__name__}: {key} holds {reason}")
             values[key] = tuple(value)
-    return cls(**values)
+    try:
+        config = cls(**values)
+    except (TypeError, OverflowError) as error:  # a list where a name is looked up, 10**400
+        raise ValueError(f"{cls.__name__}: {first_line(error)}") from None
+    check_types(config)
+    return config
 
 
 def _check_options(cls: type, given: Iterable[str], options: list[str]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -181,6 +181,9 @@ class MethodConfig(ABC):
                 raise ValueError(f"sites must be patterns over names of sites, not {pattern!r}")
         if not self.sites:
             raise ValueError("sites is empty: give at least one pattern, e.g. ('*',)")
+        for field in fields(self):
+            if field.type == "bool" and not isinstance(value := getattr(self, field.name), bool):
+                raise ValueError(f"{field.name} must be true or false, not {value!r}")
 
     @abstractmethod
     def build(self, sites: SiteMap) -> dict[str, AdapterModule]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from ..limits import FACTOR
 from ..sites.sitemap import ATTENTION_LEAVES, FFN_LEAVES, Leaf, SiteMap, Sublayer, Tower
 from ..suggest import nearest
 from .base import MethodConfig
 
 # The roles that a config's `targets` may name.
 TARGETS = (*ATTENTION_LEAVES, *FFN_LEAVES)
+_LEAST = 1e-20  # of a factor other than 0, in size: one over it is finite in float32
 
 
 def check_choice(what: str, value: object, choices: Iterable[str | None]) -> None:
@@ -30,14 +32,19 @@ def check_count(what: str, value: int) -> None:
 
 
 def check_number(what: str, value: float) -> None:
-    """Raises ValueError unless `value` is a finite number."""
+    """Raises ValueError unless `value` is a number that leaves outputs in float32 finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{what} must be a finite number, not {value!r}")
+    if value and not _LEAST <= abs(value) <= FACTOR.value:
+        raise ValueError(
+            f"{what} must be 0 or between {_LEAST:g} and {FACTOR.value:,} in size, not {value!r}: "
+            f"outputs would not be finite ({FACTOR.variable} sets another limit)"
+        )
 
 
 def check_rate(what: str, value: float) -> None:
     """Raises ValueError unless `value` is a probability below 1."""
-    if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ValueError(f"{what} must be at least 0 and below 1, not {value!r}")
 
 

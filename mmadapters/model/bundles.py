@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import methods
 from ..adapters import storage
 from ..adapters.identity import check_backbone
-from ..composition import Composition, Fuse, Setup, from_data, parse
+from ..composition import Composition, Setup, from_data, parse
 from . import fusion as fusions
 from .store import AdapterStore
 
@@ -63,13 +63,12 @@ def load(
 ) -> tuple[Composition, storage.Stored]:
     """See `AdapterModel.load_composition`."""
     stored = storage.read(directory)
-    if stored.config.get("method") != METHOD:
+    if not isinstance(stored.config, dict) or stored.config.get("method") != METHOD:
         raise ValueError(f"{directory} holds no composition: use load_adapter")
     check_backbone(
         stored.backbone, store.identity(), allow_different_weights=allow_different_weights
     )
-    composition = parse(from_data(stored.config["composition"]))
-    assert composition is not None
+    composition = _described(stored.config, directory)
     built = []
     for name, config in stored.config["adapters"].items():
         tensors = _below(stored.tensors, f"{_ADAPTERS}{name}/")
@@ -79,13 +78,36 @@ def load(
         for name, adapter in built:
             store.insert(name, adapter)
         for name, description in stored.config["fusions"].items():
-            members = from_data(description["composition"])
-            if not isinstance(members, Fuse):
-                raise ValueError(f"{directory}: fusion {name!r} names no members")
-            fusion = fusions.build(store, members, fusions.config_of(description))
+            members = fusions.members_of(description, directory)
+            fusion = fusions.build(store, members, fusions.config_of(description, directory))
             fusion.load(_below(stored.tensors, f"{_FUSIONS}{name}/"), directory)
             store.insert_fusion(fusion)
     return composition, stored
+
+
+def _described(config: Mapping[str, Any], directory: str | os.PathLike) -> Composition:
+    """Returns the composition that a directory holds.
+
+    Raises:
+        ValueError: it is none, or its adapters or fusions are not those that the directory holds.
+    """
+    adapters, fused = config.get("adapters"), config.get("fusions")
+    if not isinstance(adapters, dict) or not isinstance(fused, dict):
+        raise ValueError(f"{directory} lists no adapters and fusions: it was changed by hand")
+    try:
+        composition = parse(from_data(config.get("composition")))
+    except RecursionError:
+        raise ValueError(f"{directory} holds a composition that is nested too deeply") from None
+    if composition is None:
+        raise ValueError(f"{directory} holds a composition of no adapters")
+    for noun, there, named in (
+        ("adapter", adapters.keys(), set(composition.names())),
+        ("fusion", fused.keys(), composition.fusion_names()),
+    ):
+        for name in sorted(named ^ there):
+            how = "which it does not hold" if name in named else "which its composition leaves out"
+            raise ValueError(f"{directory} names the {noun} {name!r}, {how}")
+    return composition
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapters import storage
 from ..adapters.adapter import Adapter, Fusion, kind_of
 from ..adapters.identity import check_backbone
+from ..adapters.shapes import shapes_alone
 from ..composition import Composition, Fuse, from_data
 from ..methods import FusionConfig
 from ..methods.fusion import FusionAttention
@@ -115,11 +116,32 @@ def described(fusion: Fusion) -> dict[str, Any]:
     }
 
 
-def config_of(description: Mapping[str, Any]) -> FusionConfig:
-    """Returns the config of a fusion from the data of `described`."""
-    return FusionConfig(
-        dropout=description["dropout"], regularization=description["regularization"]
-    )
+def config_of(description: Any, directory: str | os.PathLike) -> FusionConfig:
+    """Returns the config of a fusion from the data of `described`.
+
+    Raises:
+        ValueError: the data are others.
+    """
+    options = ("dropout", "regularization")
+    if not isinstance(description, dict) or not description.keys() >= {*options}:
+        raise ValueError(f"{directory} lacks the options of a fusion: it was changed by hand")
+    return FusionConfig(**{key: description[key] for key in options})
+
+
+def members_of(description: Any, directory: str | os.PathLike) -> Fuse:
+    """Returns the members of a fusion from the data of `described`.
+
+    Raises:
+        ValueError: the data name none.
+    """
+    data = description.get("composition") if isinstance(description, dict) else None
+    try:
+        members = from_data(data)
+    except RecursionError:
+        raise ValueError(f"{directory} holds a fusion that is nested too deeply") from None
+    if not isinstance(members, Fuse):
+        raise ValueError(f"{directory} names no members to fuse: it was changed by hand")
+    return members
 
 
 def save(store: AdapterStore, directory: str | os.PathLike, name: str) -> None:
@@ -142,11 +164,11 @@ def load(store: AdapterStore, directory: str | os.PathLike) -> str:
     """See `AdapterModel.load_adapter_fusion`."""
     stored = storage.read(directory)
     config = stored.config
-    if config.get("method") != FusionConfig.method:
+    if not isinstance(config, dict) or config.get("method") != FusionConfig.method:
         raise ValueError(f"{directory} holds an adapter, not an AdapterFusion: use load_adapter")
     check_backbone(stored.backbone, store.identity(), allow_different_weights=False)
-    members = from_data(config["composition"])
-    if not isinstance(members, Fuse) or not isinstance(config.get("members"), dict):
+    members = members_of(config, directory)
+    if not isinstance(config.get("members"), dict):
         raise ValueError(f"{directory} names no members to fuse: it was changed by hand")
     for name, value in config["members"].items():
         if name not in store.adapter_names:
@@ -161,7 +183,10 @@ def load(store: AdapterStore, directory: str | os.PathLike) -> str:
             )
     if members.name in store.fusion_names:
         raise ValueError(f"there is an AdapterFusion of {members.name!r} already")
-    fusion = build(store, members, config_of(config))
+    options = config_of(config, directory)
+    with shapes_alone():
+        build(store, members, options).check_fit(stored.tensors, directory)
+    fusion = build(store, members, options)
     fusion.load(stored.tensors, directory)
     store.insert_fusion(fusion)
     return members.name

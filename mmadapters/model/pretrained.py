@@ -92,7 +92,12 @@ def _load(model: AdaptedEncoder, folder: Path, *, allow_different_weights: bool)
         index = read_index(folder)
         modules = _read_modules(folder)
         _check_modules(store.backbone, modules, folder)
-        composition = None if index["active"] is None else parse(from_data(index["active"]))
+        try:
+            composition = None if index["active"] is None else parse(from_data(index["active"]))
+        except (RecursionError, TypeError) as error:
+            raise ValueError(
+                f"{folder / INDEX}: active is no composition: {first_line(error)}"
+            ) from None
         # Adapters may depend on these parts, so they are compared with an encoder that has them.
         give(modules)
         for name in index["adapters"]:
@@ -171,8 +176,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     lists = isinstance(index, dict) and [index.get("adapters"), index.get("fusions")]
     if not lists or not all(_are_names(names) for names in lists):
         raise ValueError(f"{file} is damaged: it has no lists of adapters and fusions")
-    if index.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {index.get('format')!r}; this version reads {FORMAT}")
+    version = index.get("format")
+    if type(version) is not int or version != FORMAT:  # true equals 1
+        raise ValueError(f"{file} has format {version!r}; this version reads {FORMAT}")
     return {"active": None, **index}
 
 

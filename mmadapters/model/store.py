@@ -14,6 +14,7 @@ from ..adapters.adapter import Adapter, Fusion, check_name
 from ..adapters.dependence import tensors_behind
 from ..adapters.identity import encoder_identity
 from ..adapters.merging import MergedAdapter
+from ..adapters.shapes import shapes_alone
 from ..composition import Composition, Fuse
 from ..injectors import checkpointing
 from ..injectors.installer import Runtime
@@ -177,6 +178,8 @@ class AdapterStore:
             ValueError: see `build` and `Adapter.load`.
         """
         with skip_init():
+            with shapes_alone():  # a config may ask for more memory than there is
+                self.build(name, config).check_fit(tensors, source)
             adapter = self.build(name, config)
         adapter.load(tensors, source)
         return adapter

@@ -19,6 +19,9 @@ class Chunks(Protocol):
     def read(self, number: int) -> np.ndarray | None:
         """Returns the chunk, (bytes,) uint8, or None if it is not there."""
 
+    def size(self, number: int) -> int | None:
+        """Returns the bytes of the chunk as it is now, or None if it is not there."""
+
     def write(self, number: int, parts: Iterable[Any]) -> None:
         """Keeps the bytes of `parts`, one after another, completely or not at all."""
 
@@ -40,6 +43,10 @@ class MemoryChunks:
 
     def read(self, number: int) -> np.ndarray | None:
         return self._data.get(number)
+
+    def size(self, number: int) -> int | None:
+        data = self._data.get(number)
+        return None if data is None else len(data)
 
     def write(self, number: int, parts: Iterable[Any]) -> None:
         self._data[number] = np.frombuffer(bytearray().join(parts), dtype=np.uint8)
@@ -77,6 +84,12 @@ class DiskChunks:
                 return np.empty(0, dtype=np.uint8)
             # Copied on write, as torch asks for memory that it can write to.
             return np.memmap(path, dtype=np.uint8, mode="c")
+        except FileNotFoundError:
+            return None
+
+    def size(self, number: int) -> int | None:
+        try:
+            return os.stat(self._path(number)).st_size
         except FileNotFoundError:
             return None
 

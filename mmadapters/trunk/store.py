@@ -90,6 +90,7 @@ class TrunkStore:
         self._position = np.empty(len(order), dtype=np.int64)
         self._position[order] = np.arange(len(order))
         self._open: dict[int, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+        self._sizes: dict[int, int] = {}  # bytes of the open chunks
 
     @classmethod
     def in_memory(cls, *, order: np.ndarray, views: int = 1, **options: Any) -> TrunkStore:
@@ -136,7 +137,7 @@ class TrunkStore:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_sizes": {}}
 
     def __len__(self) -> int:
         """Returns the number of chunks."""
@@ -313,14 +314,33 @@ class TrunkStore:
         if verify or chunk not in self._open:
             data = self.chunks.read(chunk)
             if data is None:
-                raise KeyError(f"chunk {chunk} of the cache is not there")
+                raise Gone(
+                    f"chunk {chunk} of the cache in {getattr(self.chunks, 'folder', 'memory')} is "
+                    "not there; if it was deleted while a run used it, start that run again"
+                )
             about, arrays = open_file(data, verify=verify)
             if about.get("format") != FORMAT or about.get("key") != self.key:
                 raise Damaged("it is of another cache")
             if not np.array_equal(arrays["places"].numpy(), self.places(chunk)):
                 raise Damaged("it holds other records")
             self._open[chunk] = about, arrays
+            self._sizes[chunk] = len(data)
+            return about, arrays
+        # To read a mapped file beyond its end would end the process. A deleted one stays readable.
+        if (size := self.chunks.size(chunk)) is not None and size < self._sizes[chunk]:
+            del self._open[chunk]
+            raise Damaged(
+                f"chunk {chunk} of the cache in {getattr(self.chunks, 'folder', 'memory')} was cut "
+                "while a run used it: start that run again"
+            )
         return self._open[chunk]
+
+
+class Gone(KeyError, ValueError):
+    """A chunk that was there is not there any more."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def key_of(description: Mapping[str, Any]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +14,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+
+from mmadapters.errors import first_line
 
 from ..config.errors import RenamedKeyWarning
 from ..core.errors import AlreadyFinished
@@ -46,19 +51,55 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with _warnings_in_one_line():
                 command(*args, **kwargs)
-        except typer.Exit:  # a RuntimeError
+        except (typer.Exit, typer.Abort, typer.BadParameter):  # Typer prints them
             raise
         except AlreadyFinished as error:
             if IS_FIRST:
                 Console(stderr=True).print(plain(str(error)), highlight=False)
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
+        except Exception as error:
             if os.environ.get(DEBUG):
                 raise
-            text = plain(str(error) or type(error).__name__)
-            Console(stderr=True).print(f"[red]error:[/] {text}", highlight=False)
+            text = plain(_sentence(error))
+            Console(stderr=True).print(f"[red]error:[/] {text}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
     return run
+
+
+def _sentence(error: Exception) -> str:
+    """Returns a sentence for a user about any error.
+
+    Errors that our own code and the libraries raise about a user's input say what to do. All others
+    are mistakes of ours: their traceback is written to a file, to be reported.
+    """
+    from safetensors import SafetensorError
+
+    said = str(error)
+    if said.startswith("Caught ") and " in DataLoader worker process" in said:
+        # torch puts the traceback of the worker before the message.
+        said = said.rstrip().splitlines()[-1].partition(": ")[2] or said
+    if "No space left on device" in said or getattr(error, "errno", None) == errno.ENOSPC:
+        where = getattr(error, "filename", None) or first_line(error)
+        return f"the disk is full ({where}): make room and start again; what was whole before stays"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory: take a smaller batch, or shorter or smaller inputs"
+    known = (ValueError, OSError, RuntimeError, ImportError, SafetensorError)
+    mistakes = (RecursionError, NotImplementedError, UnicodeError)
+    if isinstance(error, known) and not isinstance(error, mistakes) and said:
+        return said
+    report = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="mmadapters-error-", suffix=".txt", delete=False
+        ) as file:
+            file.write(report)
+        where = f"its traceback is in {file.name}"
+    except OSError:
+        where = f"{DEBUG}=1 shows its traceback"
+    return (
+        f"something that should not happen did ({type(error).__name__}: {first_line(error)}); "
+        f"{where}: please report it with that"
+    )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from omegaconf.errors import (
 from mmadapters.errors import first_line
 from mmadapters.suggest import nearest
 
+from .bombs import too_long_when_resolved, too_much
 from .environment import from_environment, restored
 from .errors import ConfigError
 from .keys import sections_at, with_defaults
@@ -180,6 +181,8 @@ def _parse(source: Source) -> DictConfig:
             raise ConfigError(
                 f"{source.line(node.start_mark)}: a config is a mapping of keys to values"
             )
+        if (reason := too_much(source, node)) is not None:
+            raise ConfigError(reason)
         problems = list(_origins(source, node, (), ()))
         if problems:
             raise ConfigError("\n".join(problems))
@@ -189,6 +192,8 @@ def _parse(source: Source) -> DictConfig:
         raise ConfigError(f"{place}: not valid YAML: {_yaml_problem(error)}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source.name}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source.name} is nested too deeply") from None
     except OmegaConfBaseException as error:
         path = _steps(error.full_key or "")
         raise ConfigError(f"{source.at(path)}: {_omegaconf_problem(error)}") from None
@@ -285,11 +290,19 @@ def _split(override: str) -> tuple[Place, Any]:
     if not equals or not all(path):
         raise ConfigError(f"{_override_place(override)}: write key=value, e.g. trainer.epochs=3")
     try:
+        if (
+            bomb := too_much(
+                Source("the value", text, lines=False), yaml.compose(text, yaml.SafeLoader)
+            )
+        ) is not None:
+            raise ConfigError(f"{_override_place(override)}: {bomb}")
         return path, _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except yaml.MarkedYAMLError as error:
         problem = f"the value is not valid YAML: {_yaml_problem(error)}"
     except yaml.YAMLError as error:
         problem = f"the value is not valid YAML: {error}"
+    except RecursionError:
+        problem = "the value is nested too deeply"
     except OmegaConfBaseException as error:
         problem = _omegaconf_problem(error)
     raise ConfigError(f"{_override_place(override)}: {problem}")
@@ -353,6 +366,9 @@ def _set(source: Source, tree: DictConfig, path: Place, value: Any, place: str) 
 
 def _resolve(source: Source, tree: DictConfig) -> dict[str, Any]:
     """Returns the tree as plain data with all interpolations resolved."""
+    plain = _plain(tree)
+    if (reason := too_long_when_resolved(plain)) is not None:
+        raise ConfigError(f"{source.name}: {reason}")
     problems = list(_unresolved(source, tree, ()))
     if problems:
         raise ConfigError("\n".join(problems))

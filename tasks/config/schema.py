@@ -128,6 +128,10 @@ class DataConfig(Section):
     root: str | None = None
     """The folder from which relative paths in the tables start; by default the folder of the
     table."""
+    trust_paths: bool | None = None
+    """Whether a table may name files outside its folder (or `root`). By default absolute paths of
+    this machine may, and paths that climb out by `..` and URLs may not. true allows all, false
+    none, links included."""
     name: str | None = None
     """The configuration of a hub data set, where it has several."""
     revision: str | None = None
@@ -162,8 +166,8 @@ class DataConfig(Section):
     """By split and column: keep only rows whose value in the column is one of these."""
     drop: dict[Split, dict[str, list[Any]]] = Field(default_factory=dict)
     """By split and column: leave out rows whose value in the column is one of these."""
-    limit: dict[Split, int] = Field(default_factory=dict)
-    """The largest number of rows of a split; they are drawn with `seed`."""
+    limit: dict[Split, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """The largest number of rows of a split, 1 or more; they are drawn with `seed`."""
     bits: int | None = Field(default=None, ge=1, le=16)
     """Number of bits in use, 1 to 16, in pictures that have 16 bits a channel (12 for most cameras
     of microscopes and X-ray detectors). null: 8, 10 or 12 if a sample of the training pictures has

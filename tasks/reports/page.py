@@ -211,7 +211,7 @@ def picture(image: bytes) -> Picture:
     """Returns PNG data at its printed size, so that text is equally large at any resolution."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(image)) as opened:
+    with Image.open(io.BytesIO(image), formats=("PNG", "JPEG", "WEBP")) as opened:
         dpi = float(opened.info.get("dpi", (96, 96))[0]) or 96.0
         width, height = opened.size
     address = "data:image/png;base64," + base64.b64encode(image).decode()

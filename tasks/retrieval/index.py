@@ -2,7 +2,8 @@
 
 index.faiss     unit vectors, compared by inner product (exact)
 items.jsonl     the item of each vector, one JSON object a line: "kind", and "image" or "text"
-index.json      format, width, count, and the fingerprint of the model that made the vectors
+index.json      format, width, count, the checksums of both other files, and the fingerprint of the
+                model that made the vectors
 
 Shape legend: N items, E width of the embeddings.
 """
@@ -12,12 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mmadapters.errors import first_line
 from mmadapters.files import replacing_directory
 
 from ..core.files import is_system_entry
@@ -31,6 +35,23 @@ from .task import RetrievalTask
 FORMAT = 1
 VECTORS, ITEMS, ABOUT = "index.faiss", "items.jsonl", "index.json"
 AT_A_TIME = 256
+# The head of FAISS's flat indexes: kind, width, count, two unused numbers, a flag, metric, values.
+_HEADER = struct.Struct("<4siqqqBiQ")
+_KINDS = (b"IxFI", b"IxFl")
+
+
+class About(BaseModel):
+    """The contents of index.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1]
+    model: str
+    adapter: str
+    backbone: str
+    width: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1)]
+    sha256: dict[str, str] = Field(default_factory=dict)
 
 
 def build_index(
@@ -82,8 +103,9 @@ def build_index(
     }
     with replacing_directory(out) as fresh:
         faiss.write_index(index, str(fresh / VECTORS))
-        lines = [json.dumps(_line(item), ensure_ascii=False) for item in entries]
+        lines = [json.dumps(_line(item)) for item in entries]  # U+2028 would end a line for some
         (fresh / ITEMS).write_text("\n".join(lines) + "\n", "utf-8")
+        about["sha256"] = {name: file_digest(fresh / name) for name in (VECTORS, ITEMS)}
         (fresh / ABOUT).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     return len(entries)
 
@@ -111,16 +133,15 @@ def search_index(
     faiss = _faiss()
     task, model = _retrieval(task, model)
     about = _about(index)
+    _check_files(index, about)
     if about["model"] != fingerprint(task, model):
         raise ValueError(
             f"{index} was made by another model (adapter {about['adapter']!r} on "
             f"{about['backbone']}): search it with that model, or build the index again with this "
             "one"
         )
+    lines = read_items(index / ITEMS)
     try:
-        text = (index / ITEMS).read_text("utf-8")
-        # A text may hold characters at which `splitlines` would cut it, such as U+2028.
-        lines = [json.loads(line) for line in text.removesuffix("\n").split("\n")]
         vectors = faiss.read_index(str(index / VECTORS))
     except (ValueError, RuntimeError):
         raise ValueError(f"the files of {index} are damaged: build the index again") from None
@@ -201,9 +222,71 @@ def _about(index: Path) -> dict[str, Any]:
         about = json.loads((index / ABOUT).read_text("utf-8"))
     except ValueError:
         about = None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != FORMAT or about["format"] is True:
         raise ValueError(f"{index / ABOUT} is not of format {FORMAT}: build the index again")
-    return about
+    try:
+        return About.model_validate(about).model_dump()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{index / ABOUT}: {key} cannot be used ({first['msg']}): build the index again"
+        ) from None
+
+
+def _check_files(index: Path, about: dict[str, Any]) -> None:
+    """Checks the files of an index before FAISS reads one: it trusts all numbers in it.
+
+    Indexes of earlier versions have no checksums. For them the kind of index and the size of the
+    file are checked, so that FAISS reads no more than is there.
+
+    Raises:
+        ValueError: a file is not the one that was written, or is another kind of index.
+    """
+    for name, digest in about["sha256"].items():
+        if name in (VECTORS, ITEMS) and file_digest(index / name) != digest:
+            raise ValueError(
+                f"{index / name} is not the file that was written (its checksum differs): build "
+                "the index again"
+            )
+    file = index / VECTORS
+    with open(file, "rb") as stream:
+        head = stream.read(_HEADER.size)
+    if len(head) < _HEADER.size:
+        raise ValueError(f"the files of {index} are damaged: build the index again")
+    kind, width, count, _, _, _, metric, values = _HEADER.unpack(head)
+    size = file.stat().st_size
+    if kind not in _KINDS or metric != 0:
+        raise ValueError(f"{file} is not the kind of index that is read here: build it again")
+    if width * count != values or _HEADER.size + 4 * values != size:
+        raise ValueError(f"the files of {index} are damaged: build the index again")
+
+
+def read_items(file: Path) -> list[dict[str, Any]]:
+    """Reads the items of an index.
+
+    Raises:
+        ValueError: a line is no item.
+    """
+    items = []
+    try:
+        for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
+            if not line:
+                continue
+            item = json.loads(line)
+            kind = item.get("kind") if isinstance(item, dict) else None
+            if kind not in ("image", "text") or not isinstance(item.get(kind), str):
+                raise ValueError(f"line {number} is no item of an index")
+            items.append(item)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {first_line(error)}: build the index again") from None
+    return items
+
+
+def file_digest(file: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_replaceable(out: Path) -> None:

@@ -30,6 +30,7 @@ from ..data.examples import Loaded
 from ..data.workers import readers
 from .callbacks import Patience, Progress
 from .checkpoint import CHECKPOINTS, WEIGHTS, mark_whole, read_trained, write_trained
+from .divergence import LossWatch
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -99,6 +100,7 @@ class EncoderTrainer(Trainer):
         self.greater_is_better, self.folder = greater_is_better, folder
         self.problems: dict[int, Problem] = {}
         self.waited = 0.0
+        self._losses_seen = LossWatch()
         _, world = processes()
         super().__init__(
             model=model,
@@ -206,6 +208,27 @@ class EncoderTrainer(Trainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         return to_device(inputs, self.args.device)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trains on a part of a batch and returns its loss.
+
+        Raises:
+            ValueError: the loss stays without a finite value.
+        """
+        loss = super().training_step(*args, **kwargs)
+        step = self.state.global_step + 1
+        self._losses_seen.see(loss, step)
+        # An accelerator would be waited for; a log waits for it anyway.
+        if loss.device.type == "cpu" or step % self.args.logging_steps == 0:
+            self._losses_seen.check(learning_rate=self._get_learning_rate())
+        return loss
+
+    def _refuse_diverged(self) -> None:
+        """Raises ValueError if parameters would be saved that bad losses have destroyed."""
+        self._losses_seen.check(
+            learning_rate=self._get_learning_rate(),
+            parameters=(p for p in self.task_model.parameters() if p.requires_grad),
+        )
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             config = self.settings
@@ -222,6 +245,7 @@ class EncoderTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Returns the metrics of `validate` under transformers' names, and logs them."""
+        self._refuse_diverged()
         started = time.perf_counter()
         metrics = {f"{metric_key_prefix}_{name}": v for name, v in self.validate().items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
@@ -257,6 +281,7 @@ class EncoderTrainer(Trainer):
         """
         started = time.perf_counter()
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        self._refuse_diverged()
         seconds = time.perf_counter() - started
         self.load_best()
         return {
@@ -286,6 +311,7 @@ class EncoderTrainer(Trainer):
         write_trained(self.task_model, folder / WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_diverged()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

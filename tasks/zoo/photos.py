@@ -54,7 +54,11 @@ def read_photos(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 def _decode(row: Mapping[str, Any]) -> np.ndarray:
     from PIL import Image
 
-    return np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"))
+    return np.asarray(
+        Image.open(io.BytesIO(row["image"]["bytes"]), formats=("PNG", "JPEG", "WEBP")).convert(
+            "RGB"
+        )
+    )
 
 
 def normalise(images: Tensor, image: Mapping[str, Sequence[float]]) -> Tensor:

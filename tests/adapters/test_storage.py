@@ -109,7 +109,9 @@ def description(directory: Path) -> dict[str, Any]:
 
 
 def describe_anew(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Another description without a checksum, as files of earlier versions have none."""
     data = description(directory)
+    data.pop("checksum", None)
     change(data)
     (directory / "adapter.json").write_text(json.dumps(data))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...core.findings import Finding, Places, named_rows
 from ..media import bits_in_use, highest_value, picture_to_show
-from ..media.decode import stored
+from ..media.decode import open_picture, stored
 from ..media.files import opened
 from ..media.images import DEEP
 from .results import RowPlace
@@ -60,7 +60,7 @@ def _reduced_jpeg(value: Any) -> Image.Image | None:
     if isinstance(value, np.ndarray | Image.Image):
         return None
     try:
-        with opened(value, "image") as file, Image.open(file) as image:
+        with opened(value, "image") as file, open_picture(file) as image:
             if image.format != "JPEG":
                 return None
             image.draft("RGB", (SIDE, SIDE))

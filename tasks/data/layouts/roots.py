@@ -13,6 +13,7 @@ from ..columns import MEDIA, find_columns
 from ..parts import Piece
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 # Folders in which published data sets keep the files that a table beside them names.
@@ -25,6 +26,7 @@ STARTS = (
     *(("start", "end"), ("start_time", "end_time"), ("begin_time", "end_time")),
     *(("start_seconds", "end_seconds"), ("onset", "offset"), ("begin", "end")),
 )
+_OUTSIDE = r"(^|[\\/])\.\.([\\/]|$)|://"  # in paths that may lead out of a folder
 LOOKED_AT = 10  # paths of a column
 
 
@@ -43,6 +45,7 @@ def piece_columns(
     names = find_columns(roles, {**known, **config.columns}, dataset.column_names)
     check_parts(dataset, names, roles)
     check_root(dataset, names, roles, piece.folder)
+    check_inside(dataset, names, roles, piece.folder, trust=config.trust_paths)
     return names
 
 
@@ -74,6 +77,65 @@ def check_root(
                     f"data.root: the column {name!r} names {paths[0]}, which is not in {folder} "
                     f"but in {other}: say data.root: {other}"
                 )
+
+
+def check_inside(
+    dataset: Dataset,
+    names: Mapping[str, str],
+    roles: Mapping[str, Column],
+    folder: Path | None,
+    *,
+    trust: bool | None,
+) -> None:
+    """Checks that a table names no files outside its folder.
+
+    A table from elsewhere can name any file of this machine by `..`, and any server by a URL.
+    Absolute paths are those of this machine, so the table was most likely written on it: they are
+    refused only if `trust` is False.
+
+    Args:
+        names: the source's column of each role.
+        folder: the folder from which relative paths start; None for data that are no table of this
+            machine.
+        trust: `data.trust_paths` of the config.
+
+    Raises:
+        ValueError: a path leads out of the folder; the message names its row.
+    """
+    if folder is None or trust:
+        return
+    top = os.path.abspath(folder)
+    for role, name in names.items():
+        if roles[role].kind not in MEDIA:
+            continue
+        for row, path in _suspects(dataset.data.column(name), every=trust is False):
+            if "://" not in path:
+                whole = os.path.join(top, path)
+                if trust is None and os.path.isabs(path):
+                    continue
+                real = os.path.normpath(whole) if trust is None else os.path.realpath(whole)
+                base = top if trust is None else os.path.realpath(top)
+                if os.path.commonpath((real, base)) == base:
+                    continue
+            raise ValueError(
+                f"row {row} names {path!r} in the column {name!r}, which is outside of {folder}: "
+                "say data.root, the folder that all paths are in, or data.trust_paths: true if you "
+                "trust whoever wrote the table"
+            )
+
+
+def _suspects(column: pa.ChunkedArray, *, every: bool) -> Iterator[tuple[int, str]]:
+    """Yields row and path of those that may lead out of a folder, or of all."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0:
+        column = pc.struct_field(column, "path")
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return
+    mask = pc.match_substring_regex(column, "" if every else _OUTSIDE)
+    rows = pc.indices_nonzero(pc.fill_null(mask, False))
+    yield from zip(rows.to_pylist(), column.take(rows).to_pylist(), strict=True)
 
 
 def check_parts(dataset: Dataset, names: Mapping[str, str], roles: Mapping[str, Column]) -> None:

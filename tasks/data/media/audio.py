@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmadapters.errors import first_line
+from mmadapters.limits import RATE, SECONDS
 
 from ...core.errors import BadRow
 from .files import ByteStream, media_name, opened
@@ -28,6 +29,9 @@ LARGEST_FILTERS = 1_000_000
 # Samples lie within [-1, 1]. Floats may go somewhat beyond, and some programs write integers as
 # floats; squares and sums of anything larger are no longer finite in float32.
 LOUDEST = 2.0**32
+PIECE = 600  # seconds that are read and resampled at once
+_SEEN = 7  # the filter sees so many samples on both sides, at the lower of both rates
+_UNKNOWN_FRAMES = 1 << 48  # libsndfile gives a greater number where the header does not say it
 LOST = 0.01  # a recording that lacks more than this share of its announced length was cut off
 ROUNDED = 0.05  # seconds by which a table's times may pass the end of a recording
 # Compressed formats that libsndfile does not read.
@@ -47,24 +51,14 @@ def read_audio(value: Any, rate: int) -> np.ndarray:
             this part is read.
 
     Raises:
-        BadRow: the recording cannot be read, was cut off, is empty, or holds NaN, infinity or
-            samples beyond `LOUDEST`.
+        BadRow: the recording cannot be read, was cut off, is empty, is longer than the limit, or
+            holds NaN, infinity or samples beyond `LOUDEST`.
     """
     if isinstance(value, dict) and value.get("array") is not None:
         samples, original = _audio_array(value)
-    else:
-        samples, original = _audio_file(value, part_of(value))
-    if samples.shape[0] == 0:
-        raise BadRow("the recording is empty (no samples)")
-    if not np.isfinite(samples).all():
-        raise BadRow("the recording holds samples that are not finite numbers")
-    if (loudest := max(float(samples.max()), -float(samples.min()))) > LOUDEST:
-        raise BadRow(
-            f"the recording holds samples of {loudest:.3g}, and the largest is 1: its header names "
-            "another type than that of its samples, or it is damaged"
-        )
-    mono = samples.mean(axis=1, dtype=np.float32)
-    return np.ascontiguousarray(_resample(mono, original, rate))
+        _check_length(len(samples), original)
+        return np.ascontiguousarray(_resample(_mono(samples), original, rate))
+    return np.ascontiguousarray(_audio_file(value, part_of(value), rate))
 
 
 def audio_samples(value: Any, rate: int) -> int:
@@ -114,8 +108,8 @@ def part_of(value: Any) -> tuple[float, float | None] | None:
     return offset, duration
 
 
-def _audio_file(value: Any, part: tuple[float, float | None] | None) -> tuple[np.ndarray, int]:
-    """Returns (T, C) float32 samples and their rate in Hz.
+def _audio_file(value: Any, part: tuple[float, float | None] | None, rate: int) -> np.ndarray:
+    """Returns (T,) float32 samples at `rate` Hz, read and resampled in pieces.
 
     Args:
         part: the (offset, duration) in seconds that is read; None reads the whole.
@@ -127,10 +121,11 @@ def _audio_file(value: Any, part: tuple[float, float | None] | None) -> tuple[np
         source = file if isinstance(file, ByteStream) else file.name
         try:
             with soundfile.SoundFile(source) as sound:
-                announced, info, rate = sound.frames, sound.extra_info, sound.samplerate
-                if part is not None:
-                    return _read_part(sound, *part), rate
-                samples = sound.read(dtype="float32", always_2d=True)
+                announced, info, original = sound.frames, sound.extra_info, sound.samplerate
+                count = None if part is None else _seek_part(sound, *part)
+                if announced < _UNKNOWN_FRAMES or count is not None:
+                    _check_length(announced if count is None else count, original)
+                samples, there = _read_pieces(sound, count, rate)
         except BadRow:
             raise
         except Exception as error:  # soundfile raises RuntimeError, TypeError and its own
@@ -139,12 +134,91 @@ def _audio_file(value: Any, part: tuple[float, float | None] | None) -> tuple[np
             reason = first_line(error).removeprefix(f"Error opening {source!r}: ")
             reason = re.sub(r"^Error opening <.*?>: ", "", reason)
             raise BadRow(f"the audio cannot be decoded: {reason}") from None
-    there, said = samples.shape[0], announced
+    said = announced
     if (match := _ANNOUNCED.search(info)) and int(match[1]) < UNKNOWN_SIZE and int(match[2]):
         said = round(there * int(match[1]) / int(match[2]))
-    if there and there < (1 - LOST) * said:
-        raise BadRow(f"the audio is cut off: {there / rate:.2f} s are there of {said / rate:.2f} s")
-    return samples, rate
+    if part is None and there and there < (1 - LOST) * said:
+        raise BadRow(
+            f"the audio is cut off: {there / original:.2f} s are there of {said / original:.2f} s"
+        )
+    if not there:
+        raise BadRow("the recording is empty (no samples)")
+    return samples
+
+
+def _check_length(frames: int, rate: int) -> None:
+    """Raises BadRow for a recording with more seconds or a higher rate than the limits allow."""
+    if (reason := RATE.passed(rate)) is not None:
+        raise BadRow(f"the recording has {reason}")
+    if (reason := SECONDS.passed(frames / rate)) is not None:
+        raise BadRow(f"the recording has {reason}")
+
+
+def _mono(samples: np.ndarray) -> np.ndarray:
+    """samples: (T, C) -> (T,) float32, the mean of the channels."""
+    if samples.shape[0] == 0:
+        raise BadRow("the recording is empty (no samples)")
+    if not np.isfinite(samples).all():
+        raise BadRow("the recording holds samples that are not finite numbers")
+    if (loudest := max(float(samples.max()), -float(samples.min()))) > LOUDEST:
+        raise BadRow(
+            f"the recording holds samples of {loudest:.3g}, and the largest is 1: its header names "
+            "another type than that of its samples, or it is damaged"
+        )
+    return samples.mean(axis=1, dtype=np.float32)
+
+
+def _read_pieces(sound: SoundFile, count: int | None, rate: int) -> tuple[np.ndarray, int]:
+    """Reads `count` samples, or all that are left, resamples them, and returns how many they were.
+
+    A recording of one piece is resampled as a whole. Pieces of longer ones overlap by as much as
+    the filter of the resampler sees, so that the result is the same.
+    """
+    original = sound.samplerate
+    ratio = Fraction(original, rate)
+    period = ratio.numerator
+    overlap = (_SEEN * max(ratio.numerator, ratio.denominator) // period + 2) * period
+    size = max(-(-PIECE * original // period), 1) * period + 2 * overlap
+    apart = original == rate or ratio.numerator * ratio.denominator <= LARGEST_FILTERS
+    left = size if count is None else count
+    first = _mono(sound.read(min(size, left), dtype="float32", always_2d=True))
+    there = len(first)
+    if there < size or there == count or not apart:
+        rest = _rest(sound, count, there) if not apart and there == size else []
+        whole = np.concatenate([first, *rest]) if rest else first
+        return _resample(whole, original, rate), len(whole)
+    pieces, start = [], 0  # `start`: samples at the head of `first` that are only seen
+    while True:
+        wanted = size - 2 * overlap if count is None else min(size - 2 * overlap, count - there)
+        more = sound.read(wanted, dtype="float32", always_2d=True) if wanted else np.zeros((0, 1))
+        last = not len(more)
+        new = _resample(first, original, rate)
+        out = len(first) - (0 if last else overlap)  # the tail is resampled with the next piece
+        at = slice(
+            start * ratio.denominator // period, None if last else out * ratio.denominator // period
+        )
+        pieces.append(new[at].copy())
+        if last:
+            return np.concatenate(pieces), there
+        there += len(more)
+        _check_length(there, original)
+        keep = (len(first) - 2 * overlap) // period * period
+        start = len(first) - overlap - keep
+        first = np.concatenate([first[keep:], _mono(more)])
+
+
+def _rest(sound: SoundFile, count: int | None, there: int) -> list[np.ndarray]:
+    """Reads what is left of a recording in pieces, without resampling."""
+    pieces = []
+    size = PIECE * sound.samplerate
+    while wanted := size if count is None else min(size, count - there):
+        more = sound.read(wanted, dtype="float32", always_2d=True)
+        if not len(more):
+            break
+        there += len(more)
+        _check_length(there, sound.samplerate)
+        pieces.append(_mono(more))
+    return pieces
 
 
 def _conversion(value: Any) -> str | None:
@@ -159,8 +233,8 @@ def _conversion(value: Any) -> str | None:
     )
 
 
-def _read_part(sound: SoundFile, offset: float, duration: float | None) -> np.ndarray:
-    """Reads (T, C) samples from `offset` on, without those before it."""
+def _seek_part(sound: SoundFile, offset: float, duration: float | None) -> int:
+    """Goes to the sample at `offset` and returns how many are to be read from there."""
     rate = sound.samplerate
     if duration is None:
         duration = sound.frames / rate - offset
@@ -177,7 +251,7 @@ def _read_part(sound: SoundFile, offset: float, duration: float | None) -> np.nd
             f"has {sound.frames / rate:.2f} s"
         )
     sound.seek(start)
-    return sound.read(count, dtype="float32", always_2d=True)
+    return count
 
 
 def _audio_array(value: dict[str, Any]) -> tuple[np.ndarray, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from mmadapters.errors import first_line
+from mmadapters.limits import PIXELS, RATIO
 
 from ...core.errors import BadRow
 from .files import opened
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_LONG = 2_048  # pixels; shorter sides may have any ratio
+# PIL's names of the formats that are read: those that hold pixels and start no other program.
+FORMATS = (
+    *("PNG", "JPEG", "JPEG2000", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "ICO", "CUR"),
+    *("ICNS", "TGA", "PCX", "DCX", "PSD", "SGI", "SUN", "DDS", "QOI", "XBM", "XPM", "IM", "FITS"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def stored(value: Any, noun: str, *, deep: bool = False) -> Iterator[StoredPictu
         yield StoredPicture(_loaded(value, noun))
         return
     with opened(value, noun) as file:
-        image = _identified(file, noun)
+        image = open_picture(file, noun)
         wide = deep and _has_deep_colours(image)
         image = _loaded(image, noun)
         yield StoredPicture(image, _deep_colours(file) if wide else None)
@@ -67,15 +75,41 @@ def orientation_of(image: Image.Image) -> int:
     return code if code in range(2, 9) else 1
 
 
-def _identified(file: BinaryIO, noun: str) -> Image.Image:
+def open_picture(file: BinaryIO, noun: str = "image") -> Image.Image:
+    """Reads the header of a picture. Only the formats of `FORMATS` are tried: PIL would start
+    Ghostscript for PostScript, whatever the name of the file.
+
+    Raises:
+        BadRow: it is in no such format, or has more pixels or another shape than the limits allow.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(file)
+        if PIXELS.value > PIXELS.default:  # PIL refuses twice its own limit
+            Image.MAX_IMAGE_PIXELS = PIXELS.value // 2
+        image = Image.open(file, formats=_formats())
     except UnidentifiedImageError:
         raise BadRow(f"the {noun} file is in no format that can be read") from None
+    except Image.DecompressionBombError as error:
+        raise BadRow(f"the {noun} cannot be decoded: {first_line(error)}") from None
     except Exception as error:  # PIL's plugins raise what their parsing happens to raise
         raise BadRow(f"the {noun} cannot be decoded: {first_line(error)}") from None
+    width, height = image.size
+    if (reason := PIXELS.passed(width * height)) is not None:
+        raise BadRow(f"the {noun} has {reason}")
+    long, short = max(width, height), max(min(width, height), 1)
+    if long > _LONG and (reason := RATIO.passed(long / short)) is not None:
+        raise BadRow(f"the {noun} of {width} × {height} pixels is {reason}")
+    return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Returns those of `FORMATS` that this version of PIL knows."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _loaded(image: Image.Image, noun: str) -> Image.Image:

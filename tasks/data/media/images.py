@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...core.errors import BadRow
-from .decode import StoredPicture, orientation_of, stored
+from .decode import StoredPicture, open_picture, orientation_of, stored
 from .files import opened
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def image_size(value: Any) -> tuple[int, int] | None:
     try:
         if isinstance(value, Image.Image):
             return value.height, value.width
-        with opened(value, "image") as file, Image.open(file) as image:
+        with opened(value, "image") as file, open_picture(file) as image:
             return image.height, image.width
     except Exception:  # PIL's plugins raise what their parsing happens to raise
         return None

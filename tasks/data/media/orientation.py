@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import BadRow
-from .decode import orientation_of
+from .decode import open_picture, orientation_of
 from .files import opened
 
 # The sides of the picture are exchanged by these orientations.
@@ -31,7 +31,7 @@ def exif_orientation(value: Any) -> int:
     if isinstance(value, Image.Image):
         return orientation_of(value)
     try:
-        with opened(value, "image") as file, Image.open(file) as image:
+        with opened(value, "image") as file, open_picture(file) as image:
             return orientation_of(image)
     except Exception:  # PIL's plugins raise what their parsing happens to raise
         return 1
@@ -68,7 +68,7 @@ def upright_size(value: Any) -> tuple[int, int] | None:
         if isinstance(value, Image.Image):
             height, width, code = value.height, value.width, orientation_of(value)
         else:
-            with opened(value, "image") as file, Image.open(file) as image:
+            with opened(value, "image") as file, open_picture(file) as image:
                 height, width, code = image.height, image.width, orientation_of(image)
     except Exception:  # PIL's plugins raise what their parsing happens to raise
         return None

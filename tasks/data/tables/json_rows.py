@@ -7,9 +7,12 @@ Arrow reads JSON lines fast, and guesses the type of each column. Where a guess 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mmadapters.limits import DEPTH
 
 from ..wanted import FILE, Wanted
 from .encodings import read_text
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _BLOCK = 64 << 20  # bytes; one row must fit into a block
+_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')  # a text of JSON
+_NO_MARKS = re.compile(rb"[^][{}]+")
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -47,6 +52,7 @@ def read_json(wanted: Wanted, file: Path) -> pa.Table:
 
     texts = text_columns(wanted)
     text = read_text(file, wanted.config.encoding)  # Arrow would not notice another encoding
+    _check_depth(text)
     if _begins_with_a_row(text):
         options = lines.ReadOptions(block_size=_BLOCK)
         try:
@@ -70,6 +76,17 @@ def text_columns(wanted: Wanted) -> frozenset[str]:
 def role_columns(wanted: Wanted) -> frozenset[str]:
     """Returns the columns that the task may read."""
     return frozenset((FILE, *map(wanted.source_name, wanted.columns)))
+
+
+def _check_depth(text: str) -> None:
+    """Raises ValueError for values that are nested so deeply that Arrow's parser would crash."""
+    import numpy as np
+
+    marks = np.frombuffer(_NO_MARKS.sub(b"", _TEXT.sub(b"", text.encode())), np.uint8)
+    opens = np.isin(marks, np.frombuffer(b"[{", np.uint8))
+    steps = np.where(opens, 1, -1)
+    if marks.size and DEPTH.passed(int(np.cumsum(steps).max())) is not None:
+        raise ValueError("its values are nested too deeply")
 
 
 def _begins_with_a_row(text: str) -> bool:

@@ -178,7 +178,9 @@ def test_the_command_line_prints_one_line_and_writes_the_new_name() -> None:
 def test_an_adapter_directory_with_the_old_name_opens() -> None:
     ok("train", file(yaml.safe_dump(JOB)), "--quiet", "trainer.cache_trunk=off")
     saved = Path("run/adapter") / storage.JSON_FILE
-    saved.write_text(saved.read_text("utf-8").replace("cache_trunk", "cache_prefix"), "utf-8")
+    text = saved.read_text("utf-8").replace("cache_trunk", "cache_prefix")
+    lines = [line for line in text.splitlines() if '"checksum"' not in line]  # as of that version
+    saved.write_text("\n".join(lines), "utf-8")
     with pytest.warns(RenamedKeyWarning, match=f"^run/adapter: {OLD}"):
         opened = open_directory("run")
     assert opened.task.config.trainer.cache_trunk == "off"
