@@ -149,6 +149,24 @@ def test_hooks_of_users_see_and_change_the_tokens_alone() -> None:
         assert torch.equal(model(images), plain)
 
 
+@pytest.mark.parametrize("recorded_before", [False, True])
+def test_hidden_states_hold_what_a_ladder_adds(recorded_before: bool) -> None:
+    model = mmadapters.init(bare(FAMILIES["hf-clip-vision"]))
+    inputs = FAMILIES["hf-clip-vision"].inputs()[1]
+    with torch.no_grad():
+        plain = bare(FAMILIES["hf-clip-vision"])(**inputs, output_hidden_states=True).hidden_states
+        if recorded_before:  # transformers puts its hooks on blocks at the first such call.
+            model(**inputs, output_hidden_states=True)
+        model.add_adapter("a", config_for(FAMILIES["hf-clip-vision"], "ladder"))
+        randomise(model.adapters, 0.5)
+        model.set_active_adapters("a")
+        output = model(**inputs, output_hidden_states=True)
+        assert all(map(torch.equal, output.hidden_states[:-1], plain[:-1]))
+        assert not torch.equal(output.hidden_states[-1], plain[-1])
+        pooled = model.sites.towers["vision"].norm.module(output.hidden_states[-1][:, 0])
+        assert torch.equal(pooled, output.pooler_output)
+
+
 def test_pass_that_ends_early_leaves_no_prompts_to_another() -> None:
     model = prompted("timm-vit", "prompt-shallow")
     images, x = FAMILIES["timm-vit"].inputs()[0][0], torch.randn(2, 17, 32)

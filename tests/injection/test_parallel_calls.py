@@ -262,9 +262,7 @@ def test_rows_that_the_library_leaves_out_are_refused() -> None:
     recordings = torch.cat([spectra(), spectra()], dim=2)
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[1, 12:] = 0
-    with pytest.raises(
-        ValueError, match="the library leaves out rows that are done"
-    ):
+    with pytest.raises(ValueError, match="the library leaves out rows that are done"):
         model.generate(recordings, attention_mask=mask, return_timestamps=True, **STEPS)
 
 
