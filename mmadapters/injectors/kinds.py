@@ -20,7 +20,7 @@ from .raw_weights import adapt_attention, adapt_leaf
 from .state import State
 from .streams.copies import CopyHook
 from .streams.prompts import PromptedBlock
-from .streams.readouts import CollectHook, EntryHook, ReadoutHook, StartHook
+from .streams.readouts import CollectHook, EntryHook, ReadoutHook, SideHook, StartHook
 from .streams.whole_calls import whole_calls
 
 
@@ -203,8 +203,8 @@ def _readout(at: Spot) -> Iterator[Removable]:
 def _side(at: Spot) -> Iterator[Removable]:
     blocks = at.block_tower.blocks
     yield EntryHook(at.state, at.site).register(blocks[0].module)
-    yield from _collected(at, blocks)
-    yield ReadoutHook(at.state, at.site).register(blocks[-1].module)
+    yield from _collected(at, blocks[:-1])
+    yield SideHook(at.state, at.site, blocks[-1].index).register(blocks[-1].module)
 
 
 def _prompt(at: Spot) -> Iterator[Removable]:

@@ -124,8 +124,8 @@ class Prefix(nn.Module):
 class Prompt(nn.Module):
     """Gives tokens that are appended to the input of a block.
 
-    `count`: how many. `replaces`: they are removed behind this block (deep prompts); else behind
-    the last block of the tower.
+    `count`: how many. `replaces`: they are removed behind this block (deep prompts); else their
+    outputs enter all blocks above it. No output of a block has prompts.
     """
 
     count: int

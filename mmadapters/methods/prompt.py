@@ -1,11 +1,11 @@
 """Visual prompt tuning: learned tokens beside those of the image.
 
-    shallow   [x, P] enters the first block; P's outputs are removed after the last one
+    shallow   [x, P] enters the first block; P's outputs enter the next ones behind the tokens
     deep      [x, P_i] enters block i; P_i's outputs are removed after it
 
-Jia et al. 2022. Our tokens stand at the end, theirs behind the class token; this changes nothing
-for attention with absolute positions. A fresh prompt is not the identity: it always takes some
-attention.
+Jia et al. 2022. In both forms the outputs of blocks have no prompts for all that read them. Our
+tokens stand at the end, theirs behind the class token; this changes nothing for attention with
+absolute positions. A fresh prompt is not the identity: it always takes some attention.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class PromptConfig(MethodConfig):
             chosen = [block for block in tower.blocks if block.name in selection]
             if chosen and tower.prompts is not None:
                 able = [name for name, other in sites.towers.items() if other.prompts is None]
-                hint = f"; name sites=({able[0]!r},)" if able else "; vision towers can take it"
+                hint = "; image towers with absolute positions can take it"
+                if able:
+                    hint = f"; name sites=({able[0]!r},)"
                 raise ValueError(
                     f"prompt tuning cannot enter tower {tower.name!r} of {sites.architecture}: "
                     f"{tower.prompts}{hint}"

@@ -110,10 +110,11 @@ def _starts(sites: SiteMap, used: set[str], drop: int) -> dict[str, int]:
         elif adapted or not used:
             starts[tower.name] = int(min([*adapted, len(tower.blocks) - 1]))
         if tower.name in starts and tower.copies is not None:
+            able = [name for name, other in sites.towers.items() if other.copies is None]
+            hint = f", or give the adapters sites=({able[0]!r},)" if able else ""
             raise ValueError(
                 f"Parallel cannot multiply the batch inside tower {tower.name!r} of "
-                f"{sites.architecture}: {tower.copies}; repeat the inputs and use BatchSplit, or "
-                "give the adapters sites in another tower"
+                f"{sites.architecture}: {tower.copies}; repeat the inputs and use BatchSplit{hint}"
             )
     return starts
 

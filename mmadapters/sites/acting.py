@@ -106,7 +106,7 @@ class ActsAsPrompt(Protocol):
 
     Attributes:
         count: the number of tokens.
-        replaces: the tokens are removed behind this block; else behind the tower's last block.
+        replaces: the tokens are removed behind this block; else they go on to the tower's last one.
     """
 
     count: int

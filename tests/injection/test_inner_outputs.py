@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import Family, tensors
-from families.small import randomise
-from injection.matrix import FAMILIES, bare, config_for, refusal
+from families.small import randomise, seeded
+from injection.matrix import FAMILIES, adapted, bare, config_for, loss_of, refusal
 from torch import Tensor, nn
 
 import mmadapters
-from mmadapters import AdapterModel
+from mmadapters import AdapterModel, PromptConfig
 
 PROMPTED = [name for name, family in FAMILIES.items() if refusal(family, "prompt") is None]
 SETUPS = ("prompt", "prompt-shallow", "both")
@@ -74,3 +76,150 @@ def test_inner_states_have_no_prompts(name: str) -> None:
         assert not all(map(torch.equal, states, plain))
         assert all(map(torch.equal, before, after))
         assert not model.store.runtime.local.prompted
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_inner_states_are_the_tokens_of_the_written_out_stream(setup: str) -> None:
+    model = prompted("timm-vit", setup)
+    images = FAMILIES["timm-vit"].inputs()[0][0]
+    tokens = {
+        (method, site): module.tokens
+        for method in model.adapter_names
+        for site, module in model.adapter(method).entries()
+    }
+    with torch.no_grad():
+        final, states = model.forward_intermediates(images, output_fmt="NLC")
+        encoder = model.detach()
+        x = encoder.norm_pre(encoder._pos_embed(encoder.patch_embed(images)))
+        length, expected = x.shape[1], []
+        for index, block in enumerate(encoder.blocks):
+            entering = [
+                tokens[method, f"vision.blocks.{index}"].expand(len(x), -1, -1)
+                for method in ("prompt-shallow", "prompt")
+                if (method, f"vision.blocks.{index}") in tokens
+            ]
+            x = block(torch.cat([x, *entering], dim=1))
+            if setup != "prompt-shallow":
+                x = x[:, :-3]
+            expected.append(x[:, 1:length])
+        assert all(map(torch.equal, states, expected))
+        assert torch.equal(final, encoder.norm(x[:, :length]))
+
+
+def test_feature_maps_have_no_prompts() -> None:
+    config = bare(FAMILIES["hf-dinov2"]).config.to_dict()
+    config = transformers.Dinov2Config(**{**config, "out_indices": [0, 1, 2], "out_features": None})
+    model = mmadapters.init(seeded(lambda: transformers.Dinov2Backbone(config)))
+    images = FAMILIES["hf-dinov2"].inputs()[1]["pixel_values"]
+    with torch.no_grad():
+        plain = model(images).feature_maps
+        model.add_adapter("a", PromptConfig(length=3, deep=False))
+        randomise(model.adapters, 0.5)
+        model.set_active_adapters("a")
+        maps = model(images).feature_maps
+    assert [m.shape for m in maps] == [m.shape for m in plain]
+    assert torch.equal(maps[0], plain[0])  # The input of the first block.
+    assert not torch.equal(maps[1], plain[1])
+
+
+def test_attention_maps_show_the_prompts() -> None:
+    model = prompted("hf-vit", "both")
+    model.backbone.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = model(**FAMILIES["hf-vit"].inputs()[1], output_attentions=True).attentions
+    assert [m.shape for m in maps] == [(2, 2, 17 + 6, 17 + 6)] * 2
+
+
+def test_hooks_of_users_see_and_change_the_tokens_alone() -> None:
+    model = prompted("timm-vit", "both")
+    images = FAMILIES["timm-vit"].inputs()[0][0]
+    lengths = []
+
+    def doubled(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        lengths.extend((args[0].shape[1], output.shape[1]))
+        return 2 * output
+
+    with torch.no_grad():
+        plain = model(images)
+        handle = model.blocks[0].register_forward_hook(doubled)
+        changed = model(images)
+        handle.remove()
+        assert lengths == [17, 17]
+        assert not torch.equal(plain, changed)
+        assert torch.equal(model(images), plain)
+
+
+@pytest.mark.parametrize("recorded_before", [False, True])
+def test_hidden_states_hold_what_a_ladder_adds(recorded_before: bool) -> None:
+    model = mmadapters.init(bare(FAMILIES["hf-clip-vision"]))
+    inputs = FAMILIES["hf-clip-vision"].inputs()[1]
+    with torch.no_grad():
+        plain = bare(FAMILIES["hf-clip-vision"])(**inputs, output_hidden_states=True).hidden_states
+        if recorded_before:  # transformers puts its hooks on blocks at the first such call.
+            model(**inputs, output_hidden_states=True)
+        model.add_adapter("a", config_for(FAMILIES["hf-clip-vision"], "ladder"))
+        randomise(model.adapters, 0.5)
+        model.set_active_adapters("a")
+        output = model(**inputs, output_hidden_states=True)
+        assert all(map(torch.equal, output.hidden_states[:-1], plain[:-1]))
+        assert not torch.equal(output.hidden_states[-1], plain[-1])
+        pooled = model.sites.towers["vision"].norm.module(output.hidden_states[-1][:, 0])
+        assert torch.equal(pooled, output.pooler_output)
+
+
+def test_pass_that_ends_early_leaves_no_prompts_to_another() -> None:
+    model = prompted("timm-vit", "prompt-shallow")
+    images, x = FAMILIES["timm-vit"].inputs()[0][0], torch.randn(2, 17, 32)
+    with torch.no_grad():
+        expected = model(images)
+        model.forward_intermediates(images, indices=[0], stop_early=True)
+        with model.using(None):
+            assert torch.equal(
+                model.blocks[1](x), type(model.blocks[1]).forward(model.blocks[1], x)
+            )
+        assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("checkpointing", ["ours", "library"])
+def test_gradients_pass_any_checkpointing(setup: str, checkpointing: str) -> None:
+    family = FAMILIES["timm-vit"]
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = prompted("timm-vit", setup)
+        model.train_adapter(model.adapter_names)
+        if checkpointed:
+            (model if checkpointing == "ours" else model.backbone).set_grad_checkpointing()
+        loss_of(tensors(model(*family.inputs()[0]))).backward()
+        gradients.append([parameter.grad for parameter in model.adapters.parameters()])
+    assert all(grad.ne(0).any() for grad in gradients[0])
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("method", ["convpass", "mona"])
+def test_checkpointing_of_the_library_names_that_of_the_model(method: str) -> None:
+    model = adapted(FAMILIES["timm-vit"], config_for(FAMILIES["timm-vit"], method))
+    model.train_adapter("a")
+    model.backbone.set_grad_checkpointing()
+    loss = model(*FAMILIES["timm-vit"].inputs()[0]).sum()
+    with pytest.raises(ValueError, match=r"call set_grad_checkpointing\(\) of the AdapterModel"):
+        loss.backward()
+    model.backbone.set_grad_checkpointing(False)
+    model.set_grad_checkpointing()
+    model(*FAMILIES["timm-vit"].inputs()[0]).sum().backward()
+
+
+def test_padding_masks_show_the_prompts_to_every_token() -> None:
+    model = prompted("hf-vit", "both")
+    images = FAMILIES["hf-vit"].inputs()[1]["pixel_values"]
+    if "attention_mask" not in inspect.signature(type(model.backbone).forward).parameters:
+        pytest.skip("this transformers gives images no mask")
+    mask = torch.ones(2, 17, dtype=torch.long)
+    with torch.no_grad():
+        plain = model(images).last_hidden_state
+        torch.testing.assert_close(model(images, attention_mask=mask).last_hidden_state, plain)
+        mask[1, 9:] = 0
+        hidden = model(images, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(hidden[0], plain[0])
+    assert not torch.allclose(hidden[1], plain[1])

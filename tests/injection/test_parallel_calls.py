@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -223,6 +224,56 @@ def test_rows_of_parallel_are_those_of_each_adapter(name: str) -> None:
             length = max(a.shape[1], b.shape[1])
             a, b = (nn.functional.pad(x, (0, length - x.shape[1])) for x in (a, b))
         torch.testing.assert_close(both, torch.cat([a, b]), rtol=1e-8, atol=1e-8)
+
+
+def test_loss_is_the_mean_over_all_members() -> None:
+    model = adapted(whisper())
+
+    def loss() -> Tensor:
+        return model(input_features=spectra(), labels=LABELS).loss
+
+    with torch.no_grad():
+        with model.using("a"):
+            a = loss()
+        with model.using("b"):
+            b = loss()
+        with model.using(Parallel("a", "b")):
+            torch.testing.assert_close(loss(), (a + b) / 2)
+
+
+@pytest.mark.parametrize("name", ["encoder_outputs", "past_key_values"])
+def test_states_of_another_call_are_refused(name: str) -> None:
+    model = adapted(t5())
+    model.set_active_adapters(Parallel("a", "b"))
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{name} come from another call"):
+        model(input_ids=IDS, decoder_input_ids=LABELS, **{name: (torch.zeros(2, 4, 16),)})
+
+
+def test_contrastive_loss_is_refused() -> None:
+    model = adapted(bare(FAMILIES["hf-siglip"]))
+    model.set_active_adapters(Parallel("a", "b"))
+    with pytest.raises(ValueError, match="leave return_loss out"):
+        model(**inputs_of("hf-siglip"), return_loss=True)
+
+
+def test_rows_that_the_library_leaves_out_are_refused() -> None:
+    model = adapted(whisper())
+    model.set_active_adapters(Parallel("a", "b"))
+    recordings = torch.cat([spectra(), spectra()], dim=2)
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, 12:] = 0
+    with pytest.raises(ValueError, match="the library leaves out rows that are done"):
+        model.generate(recordings, attention_mask=mask, return_timestamps=True, **STEPS)
+
+
+def test_libraries_read_the_signatures_of_the_methods() -> None:
+    model = adapted(t5())
+    before = inspect.signature(model.backbone.forward)
+    with model.using(Parallel("a", "b")):
+        assert inspect.signature(model.backbone.forward) == before
+        assert "generate" in vars(model.backbone)
+    backbone = model.detach()
+    assert not {"generate", "forward"} & vars(backbone).keys()
 
 
 def _listed(output: Any) -> list[Tensor]:

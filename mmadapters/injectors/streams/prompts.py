@@ -67,7 +67,7 @@ class PromptedBlock(Override):
         return with_first(output, tokens)
 
     def _joined(self, x: Tensor, plan: Plan) -> Tensor:
-        """Returns the input x (B, N, D) of a block with the prompts from the block before."""
+        """Returns x (B, N, D), the block's input, with the prompts of the block before."""
         before = self.state.local.prompted.pop(self.tower, None)
         # A pass that ended early must not leave its prompts to another one.
         if before is not None and (before.plan is not plan or before.index >= self.index):

@@ -69,3 +69,24 @@ class ReadoutHook(Hook):
         for adapter in self.state.plan().readout.get(self.site, ()):
             last = adapter(last, states=states)
         return with_first(output, last)
+
+
+@dataclass(eq=False)
+class SideHook(ReadoutHook):
+    """Lets the active `Readout` modules act on the output of a tower's last block.
+
+    It runs before the block's other hooks, so that all of them see the same output.
+
+    Attributes:
+        index: the number of that block.
+    """
+
+    first = True
+
+    index: int
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        states = self.state.local.states.get(self.site)
+        if states is not None:
+            states[self.index] = first_output(output)
+        return super().__call__(module, args, output)
