@@ -24,7 +24,8 @@ class SegmentationDataConfig(DataConfig):
 
     classes: tuple[str, ...] = ()
     """Names of the classes in the order of their ids, from 0. If empty, they are taken from
-    `palette`, else from `label_map`, else from the ids in the training masks."""
+    `palette`, else from `label_map`, else from the categories that segments name (behind the
+    background), else from the ids in the training masks."""
     palette: dict[str, tuple[Channel, Channel, Channel]] = Field(default_factory=dict)
     """Colour of each class in RGB masks and in pictures, channels 0 to 255 (road: [128, 64, 128]);
     `ignore` may have a colour, too."""

@@ -201,7 +201,7 @@ def test_what_is_in_no_pair_is_told(tmp_path: Path) -> None:
     assert [str(finding) for finding in told][:3] == [
         f"2 pictures in {tmp_path} are passed over, since nothing in the same folder has a mask "
         "(train_hq/1.jpg, train_hq/2.jpg): move them elsewhere, or name their masks like them",
-        f"1 mask in {tmp_path} is passed over, since no picture has their name "
+        f"1 mask in {tmp_path} is passed over, since no picture has such a name "
         "(train_masks/9_mask.gif): name each picture like its mask",
         f"1 .heic file in {tmp_path} is passed over (train/3.heic): convert them, as by magick "
         "3.heic 3.png",
