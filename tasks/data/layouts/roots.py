@@ -70,9 +70,9 @@ def check_inside(
 ) -> None:
     """Checks that a table names no files outside its folder.
 
-    A table from elsewhere can name any file of this machine by `..`, and any server by a URL; hf://
-    is the hub and zip:// an archive, and both are allowed. Absolute paths are those of this machine, so the table was most likely written on it: they are
-    refused only if `trust` is False.
+    A table from elsewhere can name any file of this machine by `..`, and any server by a URL. Of
+    URLs only hf:// (the hub) and zip:// (an archive) are allowed. Absolute paths are those of this
+    machine, so the table was most likely written on it: they are refused only if `trust` is False.
 
     Args:
         names: the source's column of each role.
