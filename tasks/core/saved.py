@@ -47,7 +47,7 @@ class Metadata(Saved):
     """Figures of the run."""
 
 
-class Picture(Saved):
+class SavedPicture(Saved):
     """How pictures are prepared for the encoder."""
 
     height: Side
@@ -60,7 +60,7 @@ class Picture(Saved):
     bits: Annotated[int, Field(ge=1, le=16)] | None = None
 
 
-class Sound(Saved):
+class SavedSound(Saved):
     """How recordings are prepared for the encoder."""
 
     rate: Annotated[int, Field(ge=100, le=1_000_000)]
@@ -69,7 +69,7 @@ class Sound(Saved):
     normalise: bool
 
 
-class Text(Saved):
+class SavedText(Saved):
     """The limits of a text model, and for BLIP its special tokens."""
 
     context_length: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -80,7 +80,7 @@ class Text(Saved):
     encode: Count | None = None
 
 
-class Labels(Saved):
+class SavedLabels(Saved):
     """The classes of a classification."""
 
     names: Annotated[list[str], Field(min_length=1)]
@@ -88,7 +88,7 @@ class Labels(Saved):
     separator: str | None
 
 
-class Characters(Saved):
+class SavedCharacters(Saved):
     """The tokens of a CTC head."""
 
     tokens: Annotated[list[str], Field(min_length=1)]
@@ -101,37 +101,37 @@ class SegmentationState(Saved):
     """See `SegmentationTask.fit`."""
 
     classes: Annotated[list[str], Field(min_length=1)]
-    preprocessing: Picture
+    preprocessing: SavedPicture
 
 
-class AsrState(Sound):
+class AsrState(SavedSound):
     """See `ASRTask.fit`."""
 
-    vocabulary: Characters
+    vocabulary: SavedCharacters
     words: bool = True
 
 
 class RetrievalState(Saved):
     """See `RetrievalTask.fit`."""
 
-    preprocessing: Picture
+    preprocessing: SavedPicture
     blip: bool
-    text: Text
+    text: SavedText
 
 
 class CaptioningState(Saved):
     """See `CaptioningTask.fit`."""
 
-    preprocessing: Picture
-    text: Text
+    preprocessing: SavedPicture
+    text: SavedText
 
 
 class VqaState(Saved):
     """See `VQATask.fit`."""
 
-    preprocessing: Picture
+    preprocessing: SavedPicture
     head: str
-    text: Text
+    text: SavedText
     answers: list[str] | None
     official: bool
     several: bool
@@ -140,11 +140,11 @@ class VqaState(Saved):
 class ClassificationState(Saved):
     """See `ClassificationTask.fit`."""
 
-    labels: Labels
+    labels: SavedLabels
     counts: list[Count]
     rows: Count
     keys: Annotated[int, Field(ge=0, le=10_000_000)] = 0
-    preprocessing: Picture | Sound
+    preprocessing: SavedPicture | SavedSound
 
 
 STATES: dict[str, type[Saved]] = {

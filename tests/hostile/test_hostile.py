@@ -27,7 +27,7 @@ from mmadapters.tasks.config.schema import DataConfig
 from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.core.rows import Column
 from mmadapters.tasks.core.saved import STATES, read_metadata
-from mmadapters.tasks.data.load import load_data
+from mmadapters.tasks.data.load import load_splits
 from mmadapters.tasks.data.media import read_audio, read_image
 
 SEED = 7
@@ -79,7 +79,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, model: AdapterModel) -> Path
 
 
 def rewritten(folder: Path, description: dict[str, Any], target: Path) -> Path:
-    """An adapter directory with another description and a right checksum, as strangers make it."""
+    """An adapter directory with another description and a right checksum, by a stranger."""
     target.mkdir(parents=True)
     data = {key: value for key, value in description.items() if key != "checksum"}
     data["checksum"] = checksum(data)
@@ -254,13 +254,13 @@ def test_a_long_recording_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch)
 def test_tables_are_refused(tmp_path: Path, share: float) -> None:
     columns = {"image": Column("image"), "label": Column("text")}
     (tmp_path / "data").mkdir()
-    for name in ("a.png", "b.png"):
+    for name in ("a.png", "b.png", "../outside.png"):
         (tmp_path / "data" / name).write_bytes(inputs.png(4, 4))
 
     def read(data: bytes) -> None:
         file = tmp_path / "data" / "table.jsonl"
         file.write_bytes(data)
-        load_data(DataConfig(source=str(file), splits={"train": "train"}), columns)
+        load_splits(DataConfig(source=str(file)), columns)
 
     said = tried(inputs.tables(seed=SEED, count=int(100 * share) + 5), read, ValueError)
     for name in ("deep", "deep objects", "deep list"):

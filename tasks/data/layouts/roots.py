@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ STARTS = (
     *(("start", "end"), ("start_time", "end_time"), ("begin_time", "end_time")),
     *(("start_seconds", "end_seconds"), ("onset", "offset"), ("begin", "end")),
 )
+_REMOTE = re.compile(r"\b(https?|ftp|sftp|ssh|s3|gs|gcs|abfs|smb|webhdfs|github|file|local)://")
 _OUTSIDE = r"(^|[\\/])\.\.([\\/]|$)|://"  # in paths that may lead out of a folder
 LOOKED_AT = 10  # paths of a column
 
@@ -89,9 +91,9 @@ def check_inside(
 ) -> None:
     """Checks that a table names no files outside its folder.
 
-    A table from elsewhere can name any file of this machine by `..`, and any server by a URL.
-    Absolute paths are those of this machine, so the table was most likely written on it: they are
-    refused only if `trust` is False.
+    A table from elsewhere can name any file of this machine by `..`, and any server by a URL. Of
+    URLs only hf:// (the hub) and zip:// (an archive) are allowed. Absolute paths are those of this
+    machine, so the table was most likely written on it: they are refused only if `trust` is False.
 
     Args:
         names: the source's column of each role.
@@ -109,10 +111,12 @@ def check_inside(
         if roles[role].kind not in MEDIA:
             continue
         for row, path in _suspects(dataset.data.column(name), every=trust is False):
+            if trust is None and "://" in path and not _REMOTE.search(path):
+                continue
             if "://" not in path:
                 whole = os.path.join(top, path)
-                if trust is None and os.path.isabs(path):
-                    continue
+                if trust is None and (os.path.isabs(path) or not os.path.isfile(whole)):
+                    continue  # a missing file is told with its row when it is read
                 real = os.path.normpath(whole) if trust is None else os.path.realpath(whole)
                 base = top if trust is None else os.path.realpath(top)
                 if os.path.commonpath((real, base)) == base:

@@ -94,4 +94,4 @@ def _table_piece(wanted: Wanted, tables: Sequence[Path], picture: str) -> Piece:
     def shards() -> Sequence[Shard]:
         return [_Downloaded(shard, picture) for shard in table_shards(wanted, tables)]
 
-    return Piece(read, None, {"image": picture}, shards)
+    return Piece(read, None, {"image": picture}, shards=shards)

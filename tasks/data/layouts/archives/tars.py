@@ -52,7 +52,7 @@ def tar_members(file: Path) -> Iterator[Member]:
 def _referenced(file: Path, tar: tarfile.TarFile, data: BinaryIO) -> Iterator[Member]:
     place = file.resolve()
     while (info := tar.next()) is not None:
-        tar.members = []  # which would grow with every member
+        tar.members = []  # type: ignore[attr-defined]  # it would grow with every member
         if not info.isreg() or info.issparse():
             continue
         start, size = info.offset_data, info.size
@@ -74,7 +74,7 @@ def _referenced(file: Path, tar: tarfile.TarFile, data: BinaryIO) -> Iterator[Me
 
 def _read(tar: tarfile.TarFile) -> Iterator[Member]:
     while (info := tar.next()) is not None:
-        tar.members = []
+        tar.members = []  # type: ignore[attr-defined]
         stream: IO[bytes] | None = tar.extractfile(info) if info.isreg() else None
         if stream is None:
             continue
