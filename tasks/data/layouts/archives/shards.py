@@ -112,7 +112,7 @@ def archive_piece(wanted: Wanted, places: Sequence[Path]) -> Piece:
         _warn(places[0], passed_over, f"the first {ROWS} rows of ")
         return shards
 
-    return Piece(read, None, role_columns(first.column_names), streamed)
+    return Piece(read, None, role_columns(first.column_names), shards=streamed)
 
 
 def _warn(place: Path, passed_over: Counter[str], some: str) -> None:
