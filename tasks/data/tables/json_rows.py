@@ -254,7 +254,7 @@ class JsonColumn:
         import pyarrow as pa
 
         kinds = {type(value) for value in values if value is not None}
-        if kinds & {list, dict} and self.nested is None:
+        if self.text and kinds & {list, dict} and self.nested is None:
             row = next(i for i, value in enumerate(values) if type(value) in (list, dict))
             where = f"row {row}" if lines[row] is None else f"line {lines[row]}"
             self.nested = f"{where} has {short_json(values[row])}"

@@ -20,15 +20,13 @@ from application.data.streamed import PICTURES, load, red, refused, streamed, wr
 from application.training.tints import TintTask, job
 from PIL import Image
 
-from mmadapters.tasks.captioning.task import CaptioningTask
 from mmadapters.tasks.core.errors import BadRow
 from mmadapters.tasks.core.rows import Column
 from mmadapters.tasks.data import media
+from mmadapters.tasks.data.captions import COLUMNS as CAPTIONS
 from mmadapters.tasks.data.layouts.archives import shards
 from mmadapters.tasks.data.layouts.archives.webdataset import expanded
 from mmadapters.tasks.training.cache.identity import rows_identity
-
-CAPTIONS = CaptioningTask.columns
 
 
 @pytest.fixture(autouse=True)
@@ -163,10 +161,11 @@ def test_broken_tars_are_named(tmp_path: Path, folder: Path) -> None:
             list(load(tmp_path / f"{name}.tar", image, streaming=True)["train"])
     bad = tar(tmp_path / "bad.tar", {"0.png": picture(0), "0.json": "{"})
     refused("bad.tar cannot be read: the member 0.json cannot be read: line 1", bad, image)
-    whole = (folder / "0000.tar").read_bytes()
+    whole = tar(tmp_path / "two.tar", {"0.png": b"x", "1.png": b"y"}).read_bytes()
     cut = tmp_path / "cut.tar"
-    cut.write_bytes(whole[: len(whole) // 4])
-    refused("cut.tar cannot be read: it is no complete tar: unexpected end of data", cut, image)
+    for end, message in ((1024, "it has no end mark"), (1536, "unexpected end of data")):
+        cut.write_bytes(whole[:end])
+        refused(f"cut.tar cannot be read: it is no complete tar: {message}", cut, image)
     refused("names 3 tars, and there is no file .*0002.tar", folder / "{0000..0002}.tar", image)
     assert list(expanded("{a,b}-{08..10}.tar"))[:2] == ["a-08.tar", "a-09.tar"]
 

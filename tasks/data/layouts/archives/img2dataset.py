@@ -79,17 +79,19 @@ class _Downloaded:
     picture: str
 
     def blocks(self) -> Iterator[Dataset]:
-        return (_downloaded(block, self.picture) for block in self.shard.blocks())
+        import datasets
 
-
-def _downloaded(rows: Dataset, picture: str) -> Dataset:
-    there = np.flatnonzero(rows.data.column(picture).is_valid().to_numpy())
-    return rows if len(there) == len(rows) else rows.select(there)
+        for block in self.shard.blocks():
+            table = block.data.table
+            there = table.filter(table.column(self.picture).is_valid())
+            yield datasets.Dataset(there, info=block.info)
 
 
 def _table_piece(wanted: Wanted, tables: Sequence[Path], picture: str) -> Piece:
     def read() -> Dataset:
-        return _downloaded(read_tables(wanted, tables), picture)
+        rows = read_tables(wanted, tables)
+        there = np.flatnonzero(rows.data.column(picture).is_valid().to_numpy())
+        return rows if len(there) == len(rows) else rows.select(there).flatten_indices()
 
     def shards() -> Sequence[Shard]:
         return [_Downloaded(shard, picture) for shard in table_shards(wanted, tables)]

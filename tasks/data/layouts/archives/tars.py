@@ -70,6 +70,9 @@ def _referenced(file: Path, tar: tarfile.TarFile, data: BinaryIO) -> Iterator[Me
             return tar_reference(place, name, start, size)
 
         yield Member(info.name, refer, read)
+    data.seek(tar.offset)  # a tar ends with a block of zeros, or it was cut off between members
+    if len(data.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it has no end mark")
 
 
 def _read(tar: tarfile.TarFile) -> Iterator[Member]:
