@@ -383,10 +383,10 @@ def test_a_file_that_is_cut_or_deleted_while_it_is_open_is_told(tmp_path: Path) 
         file.truncate(100)
     record, view = divmod(int(kept.places(0)[0]), VIEWS)
     with pytest.raises(ValueError, match="was cut while a run used it: start that run again"):
-        kept.get(record, view)
+        kept.rest(record, view)
     fresh = store(tmp_path)
     second.unlink()
     record, view = divmod(int(kept.places(1)[0]), VIEWS)
-    kept.get(record, view)  # a deleted file stays readable where it is open
+    kept.rest(record, view)  # a deleted file stays readable where it is open
     with pytest.raises(ValueError, match="is not there; if it was deleted while a run used it"):
-        fresh.get(record, view)
+        fresh.rest(record, view)
