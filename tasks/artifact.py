@@ -29,6 +29,7 @@ from mmadapters.model import bundles
 from .config.environment import described
 from .config.schema import BackboneConfig, JobConfig
 from .core.device import default_device
+from .core.files import check_readable
 from .core.model import TaskModel
 from .core.saved import VERSION, read_metadata
 from .core.task import Task
@@ -177,8 +178,10 @@ def adapter_directory(path: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: `path` is neither.
+        PermissionError: this user may not read a folder of the path.
     """
     directory = Path(path)
+    check_readable(directory)
     for candidate in (directory, directory / FOLDER):
         if (candidate / storage.JSON_FILE).is_file():
             return candidate

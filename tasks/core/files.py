@@ -88,3 +88,19 @@ def why_unopened(path: str | Path, error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return f"{path} is a link that leads in a circle"
     return f"{path} cannot be opened: {error.strerror or first_line(error)}"
+
+
+def check_readable(path: str | Path) -> None:
+    """Raises PermissionError if a folder of a path, or the path itself, may not be read.
+
+    Python says of such paths that they are not there.
+    """
+    whole = Path(os.path.abspath(path))
+    for folder in (*reversed(whole.parents), whole):
+        if not os.path.isdir(folder):
+            return
+        needed = os.X_OK if folder != whole else os.R_OK | os.X_OK
+        if not os.access(folder, needed):
+            raise PermissionError(
+                f"{folder} cannot be opened: this user has no permission to read it"
+            )

@@ -372,3 +372,21 @@ def test_the_folder_is_the_users_unless_it_is_named(monkeypatch: pytest.MonkeyPa
     assert cache_folder() == Path("/some/where")
     monkeypatch.delenv("MMADAPTERS_CACHE")
     assert cache_folder().name == "mmadapters"
+
+
+def test_a_file_that_is_cut_or_deleted_while_it_is_open_is_told(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    fill(kept)
+    assert_whole(kept)
+    (first, second, *_) = sorted(tmp_path.rglob("*.states"))
+    with open(first, "r+b") as file:
+        file.truncate(100)
+    record, view = divmod(int(kept.places(0)[0]), VIEWS)
+    with pytest.raises(ValueError, match="was cut while a run used it: start that run again"):
+        kept.rest(record, view)
+    fresh = store(tmp_path)
+    second.unlink()
+    record, view = divmod(int(kept.places(1)[0]), VIEWS)
+    kept.rest(record, view)  # a deleted file stays readable where it is open
+    with pytest.raises(ValueError, match="is not there; if it was deleted while a run used it"):
+        fresh.rest(record, view)

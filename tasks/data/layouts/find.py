@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmadapters.suggest import nearest
 
+from ...core.files import check_readable
 from ..parts import Parts
 from ..tables.read import TABLES
 from ..wanted import Wanted
@@ -25,8 +26,10 @@ def local_parts(wanted: Wanted) -> Parts | None:
 
     Raises:
         ValueError: it is a local path, but nothing at it can be read.
+        PermissionError: this user may not read a folder of the path.
     """
     source, path = wanted.config.source, wanted.path
+    check_readable(path)
     if path.is_dir():
         return folder_parts(wanted, path)
     if path.is_file():

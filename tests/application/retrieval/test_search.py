@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,6 +208,45 @@ def test_what_is_no_index_is_neither_read_nor_replaced(
     (index / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match=r"letter\.txt, which would be lost"):
         build_index(task, model, [str(files[0])], index)
+
+
+@faiss
+def test_an_index_is_checked_before_faiss_reads_it(
+    zero_shot: Pair, files: list[Path], tmp_path: Path
+) -> None:
+    task, model = zero_shot
+    index = tmp_path / "index"
+    build_index(task, model, [str(path) for path in files], index)
+    good, about = (
+        (index / "index.faiss").read_bytes(),
+        json.loads((index / "index.json").read_text()),
+    )
+
+    def said(data: bytes, **changes: Any) -> str:
+        (index / "index.faiss").write_bytes(data)
+        (index / "index.json").write_text(json.dumps({**about, **changes}))
+        with pytest.raises(ValueError) as caught:
+            search_index(task, model, index, "a star")
+        return str(caught.value)
+
+    for at in (0, 8, 15, 37, 45, len(good) - 1):
+        changed = bytearray(good)
+        changed[at] ^= 1
+        assert "its checksum differs" in said(bytes(changed))
+    # Without checksums, as earlier versions wrote it.
+    assert "is not the kind of index" in said(b"IxF2" + good[4:], sha256={})
+    assert "are damaged" in said(good[:8] + b"\xff" * 7 + good[15:], sha256={})
+    for changes in (
+        {"count": "4"},
+        {"width": None},
+        {"model": 3},
+        {"sha256": []},
+        {"format": True},
+    ):
+        assert "build the index again" in said(good, **changes)
+    (index / "index.faiss").write_bytes(good)
+    (index / "index.json").write_text(json.dumps({**about, "sha256": {}}))
+    assert len(search_index(task, model, index, "a star")) == 4
 
 
 @faiss

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from mmadapters.tasks.core.errors import DataError
 from mmadapters.tasks.data.batches import EpochBatches
 from mmadapters.tasks.training.checkpoint import last_checkpoint
+from mmadapters.tasks.training.divergence import LossWatch
 from mmadapters.tasks.training.encoder_trainer import parameter_groups, use_one_gpu
 from mmadapters.tasks.training.evaluate import evaluate, validated
 from mmadapters.tasks.training.trainer import TaskTrainer
@@ -167,6 +168,23 @@ def test_the_best_validation_model_is_kept_not_the_last(tmp_path: Path) -> None:
 def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     trainer = train(tmp_path, epochs=50, evaluate_every=2, early_stopping=3, learning_rate=1e-5)
     assert trainer.state.global_step < 100
+
+
+def test_training_stops_at_a_loss_that_stays_without_a_value(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not finite from step \d on, .* learning rate") as caught:
+        train(tmp_path, epochs=50, learning_rate=1e30, max_grad_norm=0, warmup=0)
+    assert "\n" not in str(caught.value)
+    for file in tmp_path.rglob("*.safetensors"):  # no checkpoint holds what was destroyed
+        assert all(torch.isfinite(value).all() for value in load_file(file).values())
+
+
+def test_single_losses_without_a_value_are_passed_over() -> None:
+    watch = LossWatch()
+    for step, loss in enumerate([1.0, float("inf"), float("nan"), 1.0, float("nan")], 1):
+        watch.see(torch.tensor(loss), step)
+        watch.check(learning_rate=0.1, parameters=[torch.ones(2)])
+    with pytest.raises(ValueError, match=r"from step 5 on, at the learning rate 0\.1;"):
+        watch.check(learning_rate=0.1, parameters=[torch.tensor([1, float("nan")])])
 
 
 def test_trunk_stays_in_eval_mode_while_adapters_train(tmp_path: Path) -> None:
