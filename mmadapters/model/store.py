@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -392,10 +393,7 @@ class AdapterStore:
             )
 
     def identity(self, *, anew: bool = False) -> dict[str, Any]:
-        """Returns the encoder's identity, `{library, architecture, towers}`.
-
-        It is computed before anything is merged, and `anew` after the encoder got other values.
-        """
+        """Returns the encoder's identity; `anew` computes it again, as the encoder has changed."""
         if self._identity is None or anew:
             self._identity = encoder_identity(self.sites, self._tensors_behind())
         return self._identity
@@ -407,9 +405,8 @@ class AdapterStore:
         except ValueError:
             return None
         with self.runtime.pinned(NOTHING):
-            return tensors_behind(
-                self.backbone, self.sites.towers, lambda: self.backbone(*args, **kwargs)
-            )
+            run = functools.partial(self.backbone, *args, **kwargs)
+            return tensors_behind(self.backbone, self.sites.towers, run)
 
     def detach(self) -> None:
         """Removes all adapters, fusions and hooks, and lets the encoder's parameters train again.

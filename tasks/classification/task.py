@@ -396,8 +396,7 @@ class ClassificationTask(
         bad: InputErrors | None = None,
     ) -> Iterator[dict[str, Any]]:
         assert isinstance(model, Classifier)
-        trainer = self.config.trainer
-        size = trainer.eval_batch_size or trainer.batch_size
+        size = self.config.trainer.eval_batch_size or self.config.trainer.batch_size
         bad = bad or InputErrors()
         for start in range(0, len(inputs), size):
             names, examples = [], []
