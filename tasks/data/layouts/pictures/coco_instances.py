@@ -201,7 +201,7 @@ def _document(wanted: Wanted, file: Path) -> dict[str, Any]:
 def _namings(images: list[dict[str, Any]]) -> list[list[str | None]]:
     """Returns the names that the pictures may have: with the folders of the file, or without."""
     names: list[str | None] = [as_text(image["file_name"]).replace("\\", "/") for image in images]
-    return [names, [Path(name).name for name in names if name]]
+    return [names, [Path(name).name if name else None for name in names]]
 
 
 def _side(value: Any) -> int | None:

@@ -69,10 +69,11 @@ def mask_parts(wanted: Wanted, folder: Path, files: Sequence[str]) -> Parts | No
             "channels: use the release ADEChallengeData2016, with data.reduce_zero_label: true"
         )
     root = wanted.root(folder)
-    pictures = _with_roles(folder, files)
-    if wanted.config.root is not None:
+    if wanted.config.root is None:
+        pictures = _with_roles(folder, files)
+    else:
         inside = _files(every_file(root))
-        pictures = [replace(p, words=replace(p.words, role="masks")) for p in pictures]
+        pictures = [replace(p, words=replace(p.words, role="masks")) for p in _files(files)]
         pictures += [replace(p, words=replace(p.words, role="images")) for p in inside]
     pairs, alone = _paired(pictures)
     if not any(pairs.values()):
