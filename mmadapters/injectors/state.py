@@ -74,13 +74,13 @@ class Prompted(NamedTuple):
 
     Attributes:
         plan: the plan that was active.
-        index: the number of the block.
+        block: the number of the block.
         tokens: (B, N, D), the tokens that the block returned.
         states: (B, N + P, D), the same tokens, and the prompts behind them.
     """
 
     plan: Plan
-    index: int
+    block: int
     tokens: Tensor
     states: Tensor
 

@@ -70,7 +70,7 @@ class PromptedBlock(Override):
         """Returns x (B, N, D), the block's input, with the prompts of the block before."""
         before = self.state.local.prompted.pop(self.tower, None)
         # A pass that ended early must not leave its prompts to another one.
-        if before is not None and (before.plan is not plan or before.index >= self.index):
+        if before is not None and (before.plan is not plan or before.block >= self.index):
             before = None
         if before is not None and before.tokens is x:
             return before.states
