@@ -113,7 +113,12 @@ def token_sizes(site: str, splits: tuple[int, ...], members: int, x: Tensor) -> 
         )
     tokens, given = x.shape[1], sum(splits)
     rest = [tokens - given] if len(splits) < members else []
-    if given > tokens or (not rest and given != tokens):
+    if given > tokens:
+        raise ValueError(
+            f"Split deals out {given} tokens, but {tokens} reached {site}; give smaller "
+            "numbers, or leave the site out of the adapters with sites=..."
+        )
+    if not rest and given != tokens:
         raise ValueError(
             f"Split deals out {given} tokens, but {tokens} reached {site}; leave the last number "
             "out and its member takes the rest"

@@ -11,13 +11,22 @@ import transformers
 from families import Family, tensors
 from families.small import randomise, seeded
 from injection.matrix import FAMILIES, adapted, bare, config_for, loss_of, refusal
+from injection.selection import kind, select
 from torch import Tensor, nn
 
 import mmadapters
 from mmadapters import AdapterModel, PromptConfig
 
-PROMPTED = [name for name, family in FAMILIES.items() if refusal(family, "prompt") is None]
 SETUPS = ("prompt", "prompt-shallow", "both")
+PAIRS = select(
+    [
+        (family, setup)
+        for family in FAMILIES.values()
+        for setup in SETUPS[:2]
+        if refusal(family, setup) is None
+    ],
+    lambda family, setup: {("setup", setup, kind(family)): 1},
+)
 
 
 def prompted(name: str, setup: str) -> AdapterModel:
@@ -61,21 +70,21 @@ def _states(output: Any) -> list[tuple[Tensor, ...]]:
     return states
 
 
-@pytest.mark.parametrize("name", PROMPTED)
-def test_inner_states_have_no_prompts(name: str) -> None:
-    family, plain = FAMILIES[name], inner(bare(FAMILIES[name]), FAMILIES[name])
-    assert plain
-    args, kwargs = family.inputs()
-    for setup in SETUPS:
-        model = prompted(name, setup)
-        with torch.no_grad():
-            before = tensors(model(*args, **kwargs))
-            states = inner(model, family)
-            after = tensors(model(*args, **kwargs))
-        assert [state.shape for state in states] == [state.shape for state in plain]
-        assert not all(map(torch.equal, states, plain))
-        assert all(map(torch.equal, before, after))
-        assert not model.store.runtime.local.prompted
+@pytest.mark.parametrize(
+    ("family", "setup"), PAIRS, ids=lambda value: getattr(value, "name", value)
+)
+def test_inner_states_have_no_prompts(family: Family, setup: str) -> None:
+    plain = inner(bare(family), family)
+    model, (args, kwargs) = prompted(family.name, setup), family.inputs()
+    with torch.no_grad():
+        before = tensors(model(*args, **kwargs))
+        states = inner(model, family)
+        after = tensors(model(*args, **kwargs))
+    assert [state.shape for state in states] == [state.shape for state in plain]
+    assert states
+    assert not all(map(torch.equal, states, plain))
+    assert all(map(torch.equal, before, after))
+    assert not model.store.runtime.local.prompted
 
 
 @pytest.mark.parametrize("setup", SETUPS)
