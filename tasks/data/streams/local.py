@@ -19,7 +19,7 @@ from mmadapters.suggest import nearest
 from ...config.schema import Split
 from ...core.rows import Column, Rows
 from ..columns import find_columns, to_roles
-from ..layouts.roots import piece_columns
+from ..layouts.roots import check_inside, piece_columns
 from ..parts import Parts, Piece, Shard
 from ..rows import plain
 from ..splits import SPLIT_COLUMN, check_split_column
@@ -102,6 +102,7 @@ class RoleShard:
         mapping: the roles whose columns the layout or the config names.
         roles: the task's columns.
         folder: the folder from which relative paths start.
+        trust: `data.trust_paths` of the config.
         tests: of the rows that belong to the split.
     """
 
@@ -110,6 +111,7 @@ class RoleShard:
     mapping: Mapping[str, str]
     roles: Mapping[str, Column]
     folder: Path | None
+    trust: bool | None = None
     tests: tuple[_Test, ...] = ()
 
     def blocks(self) -> Iterator[Dataset]:
@@ -119,7 +121,9 @@ class RoleShard:
             ValueError: the rows cannot be read.
         """
         for block in self.shard.blocks():
-            converted = to_roles(block, self._names(block), self.roles, self.folder)
+            names = self._names(block)
+            check_inside(block, names, self.roles, self.folder, trust=self.trust)
+            converted = to_roles(block, names, self.roles, self.folder)
             for test in self.tests:
                 converted = test.kept(converted)
             yield converted
@@ -186,7 +190,8 @@ class _Source:
             names = piece_columns(piece, first, self.config, self.roles)
             known = {role: name for role, name in piece.columns.items() if role in self.roles}
             mapping = {**known, **self.config.columns}
-            shards += [RoleShard(s, names, mapping, self.roles, piece.folder) for s in some]
+            trust = self.config.trust_paths
+            shards += [RoleShard(s, names, mapping, self.roles, piece.folder, trust) for s in some]
         if not shards:
             raise ValueError(f"data.source: {self.config.source} has no rows")
         return shards
