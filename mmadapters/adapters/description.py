@@ -32,7 +32,7 @@ def to_text(description: Mapping[str, Any]) -> str:
     # Read back, as JSON has neither tuples nor keys that are numbers.
     plain = json.loads(json.dumps(data, allow_nan=False))
     data[_CHECKSUM] = checksum(plain)
-    return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def checksum(description: Mapping[str, Any]) -> str:

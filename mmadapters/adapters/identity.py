@@ -74,12 +74,26 @@ def tower_identity(tower: Tower, behind: Mapping[str, Tensor] | None = None) -> 
         **_dtypes(leaf.weight for leaf in leaves if leaf.weight is not None),
     }
     if behind is not None:
-        blocks = {id(leaf.weight) for leaf in leaves}
-        others = {name: t for name, t in behind.items() if id(t) not in blocks}
+        hashed = {id(leaf.weight_at.whole) for leaf in leaves if leaf.weight_at is not None}
+        others = {name: t for name, t in behind.items() if id(t) not in hashed}
+        parts = _parts(others) | _ends(tower, behind)
         identity["parts"] = {
-            part: _part_identity(tensors) for part, tensors in sorted(_parts(others).items())
+            part: _part_identity(tensors) for part, tensors in sorted(parts.items())
         }
     return identity
+
+
+def _ends(tower: Tower, behind: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Returns what stands behind the last block, by its site: the norm, and a linear projection."""
+    known = {id(tensor) for tensor in behind.values()}
+    modules = {} if tower.norm is None else {tower.norm.name: tower.norm.module}
+    if tower.embedding is not None and isinstance(tower.embedding.module, torch.nn.Linear):
+        modules[tower.embedding.name] = tower.embedding.module
+    ends = {
+        site: {name: p for name, p in module.named_parameters() if id(p) not in known}
+        for site, module in modules.items()
+    }
+    return {site: tensors for site, tensors in ends.items() if tensors}
 
 
 def _leaves(tower: Tower) -> Iterator[Leaf]:
@@ -251,7 +265,8 @@ def _compare(stored: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[list[s
     unclear: list[str] = []
     for part in sorted({*stored, *here}):
         if part not in stored or part not in here:
-            unclear.append(part)
+            # A model without its library's projection, or with its norm elsewhere, has no end.
+            unclear += [] if part.endswith((".norm", ".embedding")) else [part]
         # An adapter file does not hold what was trained beside the adapter.
         elif stored[part] is not None and here[part] is not None and stored[part] != here[part]:
             one, other = _read_part(stored[part]), _read_part(here[part])

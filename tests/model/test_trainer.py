@@ -423,7 +423,8 @@ def test_checkpointing_of_trainer_is_ours(tmp_path: Path) -> None:
     model, rows = built(vit)
     plain, _ = built(vit)
     trainer(plain, rows, tmp_path / "plain").train()
-    trainer(model, rows, tmp_path / "again", gradient_checkpointing=True).train()
+    again = trainer(model, rows, tmp_path / "again", gradient_checkpointing=True)
+    again.train()
     assert all("forward" in block.module.__dict__ for block in model.sites.blocks())
     for name, tensor in adapters_of(model).items():
         assert torch.allclose(tensor, adapters_of(plain)[name], atol=1e-6)
