@@ -57,7 +57,7 @@ def draw_segments(
 
 def _category(segment: Mapping[str, Any], named: Mapping[str, int]) -> int:
     name = segment.get("category_name")
-    if name in named:
+    if isinstance(name, str) and name in named:
         return named[name]
     if name is not None and segment.get("category_id") is None:
         raise BadRow(f"its class {name!r} is none of {', '.join(named)}")
