@@ -13,7 +13,7 @@ from ...core.rows import Rows
 from ...core.task import Task
 from ..media import media_digest, media_name
 from .pictures import PictureFacts, PictureTally, picture_facts, picture_findings
-from .repeats import Answers, Hashes, Keys, Place, answer_role, conflict_findings, part_of_file
+from .repeats import AnswerHashes, Hashes, Keys, Place, answer_role, conflict_findings, part_of_file
 from .results import RowPlace
 from .sounds import (
     Durations,
@@ -73,7 +73,7 @@ class RowFacts:
     pictures: dict[str, PictureTally] = field(default_factory=dict)
     sounds: dict[str, SoundTally] = field(default_factory=dict)
     durations: Durations = field(default_factory=Durations)
-    answers: Answers = field(default_factory=Answers)
+    answers: AnswerHashes = field(default_factory=AnswerHashes)
 
     def add(self, index: int, facts: Mapping[str, Any]) -> None:
         """Adds the facts of a row, as `facts_of` gives them. Rows come in rising order."""

@@ -63,7 +63,7 @@ Keys = dict[str, Hashes]
 
 
 @dataclass
-class Answers:
+class AnswerHashes:
     """The labels, transcripts or masks of rows in rising order, by hashes, in 24 bytes for each.
 
     Attributes:
@@ -135,7 +135,7 @@ def shared_findings(keys: Mapping[Split, Keys], places: Mapping[Split, Place]) -
 
 def conflict_findings(
     keys: Keys,
-    answers: Answers,
+    answers: AnswerHashes,
     said: Callable[[int], tuple[RowPlace, str]],
     *,
     split: Split,
