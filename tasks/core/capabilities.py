@@ -129,7 +129,7 @@ class SecondPass:
 
 
 class Tally:
-    """Sums over rows of a split that a task has seen. Its size does not depend on their number."""
+    """Adds up what a task sees in rows of a split. Its size does not depend on their number."""
 
     def merge(self, later: Any) -> None:
         """Adds a tally of rows that come after those of this one."""

@@ -21,7 +21,7 @@ from mmadapters.tasks.core.findings import Places, named_rows
 from mmadapters.tasks.core.rows import Column
 from mmadapters.tasks.data import media
 from mmadapters.tasks.data.doctor import DataReport, examination, examine
-from mmadapters.tasks.data.doctor.repeats import Answers, Hashes
+from mmadapters.tasks.data.doctor.repeats import AnswerHashes, Hashes
 from mmadapters.tasks.data.examples import seeded
 
 
@@ -179,7 +179,7 @@ def test_repeated_pictures_are_those_that_dictionaries_find() -> None:
     generator = np.random.default_rng(0)
     keys, others = (generator.integers(0, 60, 200).tolist() for _ in range(2))
     parts, texts = (generator.integers(0, 3, 200).tolist() for _ in range(2))
-    ours, theirs, answers = Hashes(), Hashes(), Answers()
+    ours, theirs, answers = Hashes(), Hashes(), AnswerHashes()
     for index in range(200):
         ours.add(str(keys[index]), index)
         theirs.add(str(others[index]), index)
@@ -198,5 +198,5 @@ def test_repeated_pictures_are_those_that_dictionaries_find() -> None:
             pairs.append((index, one))
     assert answers.conflicts(ours) == pairs
     assert len(pairs) > 20
-    assert Answers().conflicts(ours) == []
+    assert AnswerHashes().conflicts(ours) == []
     assert [len(part) for part in Hashes().found_in(ours)] == [0, 0]
