@@ -252,17 +252,6 @@ def test_contrastive_loss_is_refused() -> None:
         model(**inputs_of("hf-siglip"), return_loss=True)
 
 
-def test_rows_that_the_library_leaves_out_are_refused() -> None:
-    model = held(whisper, ("*",))
-    model.backbone.generation_config.no_timestamps_token_id = 38
-    recordings = torch.cat([spectra(), spectra()], dim=2)
-    mask = torch.ones(2, 24, dtype=torch.long)
-    mask[1, 12:] = 0
-    left_out = pytest.raises(ValueError, match="the library leaves out rows that are done")
-    with model.using(Parallel("a", "b")), left_out:
-        model.generate(recordings, attention_mask=mask, return_timestamps=True, **STEPS)
-
-
 def test_libraries_read_the_signatures_of_the_methods() -> None:
     model = adapted(t5())
     before = inspect.signature(model.backbone.forward)
