@@ -170,6 +170,31 @@ def test_the_dry_pass_changes_nothing(changes: list[str], tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+SMALL = {
+    "segment_scenes": ["data.options={train: 4, validation: 2, test: 3}"],
+    "caption_scenes": ["data.options={train: 8, validation: 2, test: 3}"],
+    "retrieve_scenes": ["data.options={train: 8, validation: 4, test: 4}"],
+    "vqa_easy": ["data.limit={train: 8, validation: 4, test: 4}"],
+    "asr_accent": ["data.options={accents: [en-us], train: 2, validation: 2, test: 2}"],
+}
+NEEDED = {"vqa_easy": "easy_vqa", "asr_accent": "espeakng_loader"}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_task_has_its_dry_pass(name: str, tmp_path: Path) -> None:
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
+    config = read_config(name, [*SMALL[name], "evaluation.bootstrap=2", "evaluation.pictures=1"])
+    splits = load_splits(config.data, task_class(config.task)(config).columns, SPLITS)
+    task, model = make_model(config, rows_to_fit(splits["train"]))
+    run = Run(tmp_path / "run", task, model, facts=sizes(model, config.name))
+    random_states = states()
+    rehearse(run, splits)
+    assert states() == random_states
+    assert not run.scores
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_training_with_a_dry_pass_gives_the_bits_of_one_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
