@@ -30,13 +30,22 @@ def shapes_alone() -> Iterator[None]:
     This holds also where a device is named, as methods name that of the encoder.
 
     Raises:
+        NoShapes: something inside needs values, so that nothing can be said.
         ValueError: a shape is too large for any tensor.
     """
     try:
         with _OnMeta():
             yield
+    except NotImplementedError as error:
+        raise NoShapes(first_line(error)) from None
     except (RuntimeError, OverflowError, TypeError) as error:
+        if "meta" in str(error):
+            raise NoShapes(first_line(error)) from None
         raise ValueError(f"no tensor is that large: {first_line(error)}") from None
+
+
+class NoShapes(Exception):
+    """The shapes cannot be computed without values."""
 
 
 class _OnMeta(TorchFunctionMode):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters import storage
 from ..adapters.adapter import Adapter, Fusion, kind_of
 from ..adapters.identity import check_backbone
-from ..adapters.shapes import shapes_alone
+from ..adapters.shapes import NoShapes, shapes_alone
 from ..composition import Composition, Fuse, from_data
 from ..methods import FusionConfig
 from ..methods.fusion import FusionAttention
@@ -184,7 +184,7 @@ def load(store: AdapterStore, directory: str | os.PathLike) -> str:
     if members.name in store.fusion_names:
         raise ValueError(f"there is an AdapterFusion of {members.name!r} already")
     options = config_of(config, directory)
-    with shapes_alone():
+    with contextlib.suppress(NoShapes), shapes_alone():
         build(store, members, options).check_fit(stored.tensors, directory)
     fusion = build(store, members, options)
     fusion.load(stored.tensors, directory)

@@ -15,7 +15,7 @@ from ..adapters.adapter import Adapter, Fusion, check_name
 from ..adapters.dependence import tensors_behind
 from ..adapters.identity import encoder_identity
 from ..adapters.merging import MergedAdapter
-from ..adapters.shapes import shapes_alone
+from ..adapters.shapes import NoShapes, shapes_alone
 from ..composition import Composition, Fuse
 from ..injectors import checkpointing
 from ..injectors.installer import Runtime
@@ -179,7 +179,8 @@ class AdapterStore:
             ValueError: see `build` and `Adapter.load`.
         """
         with skip_init():
-            with shapes_alone():  # a config may ask for more memory than there is
+            # A config may ask for more memory than there is.
+            with contextlib.suppress(NoShapes), shapes_alone():
                 self.build(name, config).check_fit(tensors, source)
             adapter = self.build(name, config)
         adapter.load(tensors, source)

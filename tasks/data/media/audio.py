@@ -187,7 +187,8 @@ def _read_pieces(sound: SoundFile, count: int | None, rate: int) -> tuple[np.nda
         rest = _rest(sound, count, there) if not apart and there == size else []
         whole = np.concatenate([first, *rest]) if rest else first
         return _resample(whole, original, rate), len(whole)
-    pieces, start = [], 0  # `start`: samples at the head of `first` that are only seen
+    pieces: list[np.ndarray] = []
+    start = 0  # samples at the head of `first` that are only seen
     while True:
         wanted = size - 2 * overlap if count is None else min(size - 2 * overlap, count - there)
         more = sound.read(wanted, dtype="float32", always_2d=True) if wanted else np.zeros((0, 1))
