@@ -89,11 +89,14 @@ def _ends(tower: Tower, behind: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     modules = {} if tower.norm is None else {tower.norm.name: tower.norm.module}
     if tower.embedding is not None and isinstance(tower.embedding.module, torch.nn.Linear):
         modules[tower.embedding.name] = tower.embedding.module
-    ends = {
-        site: {name: p for name, p in module.named_parameters() if id(p) not in known}
-        for site, module in modules.items()
-    }
-    return {site: tensors for site, tensors in ends.items() if tensors}
+    ends: dict[str, dict[str, Tensor]] = {}
+    for site, module in modules.items():
+        tensors: dict[str, Tensor] = {
+            name: p for name, p in module.named_parameters() if id(p) not in known
+        }
+        if tensors:
+            ends[site] = tensors
+    return ends
 
 
 def _leaves(tower: Tower) -> Iterator[Leaf]:
