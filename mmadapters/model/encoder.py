@@ -238,22 +238,21 @@ class AdaptedEncoder(nn.Module):
         """Turns gradient checkpointing on, under the name of transformers since version 5.
 
         Raises:
-            ValueError: see `gradient_checkpointing_enable`; or some blocks alone are to be
-                computed again, or their states are to lie in the memory of the host.
+            ValueError: see `gradient_checkpointing_enable`.
         """
-        if every_n_layers != 1 or offload:
-            raise ValueError(
-                "all blocks of an adapted encoder are checkpointed, on their device: leave "
-                "every_n_layers and offload out"
-            )
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+        self.gradient_checkpointing_enable(
+            activation_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload
+        )
 
     def activation_checkpointing_disable(self) -> None:
         """Turns gradient checkpointing off, under the name of transformers since version 5."""
         self.gradient_checkpointing_disable()
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """Lets backward compute each block again instead of keeping its inner states.
 
@@ -262,10 +261,18 @@ class AdaptedEncoder(nn.Module):
 
         Args:
             gradient_checkpointing_kwargs: as transformers' Trainer passes it.
+            every_n_layers: 1; transformers passes it.
+            offload: False; transformers passes it.
 
         Raises:
-            ValueError: `use_reentrant=True` is asked for.
+            ValueError: `use_reentrant=True` is asked for, or some blocks alone are to be computed
+                again, or their states are to lie in the memory of the host.
         """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "all blocks of an adapted encoder are checkpointed, on their device: leave "
+                "every_n_layers and offload out"
+            )
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "re-entrant checkpointing gives adapters on a frozen encoder no gradient; leave "

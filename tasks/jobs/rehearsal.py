@@ -44,7 +44,7 @@ def rehearse(run: Run, splits: Mapping[Split, Rows]) -> None:
         ValueError, OSError, …: whatever would end the run after its training.
     """
     task, folder = run.task, run.folder
-    check_groups(task, splits)
+    check_groups(task, {name: splits[name] for name in MEASURED if name in splits})
     check_drop(task, run.model.encoder)
     few: dict[Split, Any] = {
         name: few_rows(task, splits[name]) for name in MEASURED & splits.keys()

@@ -296,7 +296,7 @@ def changed(place: int, **overrides: Any) -> list[dict[str, Any]]:
         ),
         ({"jobs": changed(2, name="count")}, "two are called 'count'"),
         ({"jobs": changed(2, name="full")}, "jobs.2: 'full' cannot name a folder"),
-        ({"jobs": changed(2, name="../x")}, "jobs.2: '../x' cannot name a folder"),
+        ({"jobs": changed(2, name="../x")}, "'../x' cannot name a folder"),
         ({"jobs": changed(0, **{"trainer.mode": "head"})}, "jobs.0: trainer.mode is head"),
         ({"jobs": changed(0, composition="count")}, "jobs.0: count has members or a composition"),
         ({"jobs": changed(0, **{"trainer.epoch": 3})}, "jobs.0: in the override"),
