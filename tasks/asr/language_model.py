@@ -107,11 +107,10 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"there is no language model {str(path)!r}")
     try:
         data = path.read_bytes()
-        return (
-            (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").splitlines()
-        )
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no ARPA file that can be read: {error}") from None
+    return text.replace("\r\n", "\n").split("\n")  # words may hold what `splitlines` cuts at
 
 
 def _gram(fields: list[str], order: int) -> tuple[tuple[str, ...], tuple[float, float]] | None:

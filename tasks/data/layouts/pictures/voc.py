@@ -100,7 +100,7 @@ def _stems(folder: Path) -> dict[str, Path]:
 
 
 def _names(file: Path) -> list[str]:
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -28,7 +28,7 @@ def speech_commands(wanted: Wanted, path: Path) -> Parts | None:
         return None
     split_of: dict[str, str] = {}
     for split, file in listed.items():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").split("\n"):
             if line.strip():
                 split_of[line.strip()] = split
     there = (PurePosixPath(name) for name in media_files(path))
@@ -73,7 +73,7 @@ def voxceleb(wanted: Wanted, path: Path) -> Parts | None:
 def _voxceleb_splits(file: Path) -> Mapping[str, str]:
     if not file.is_file():
         return {}
-    lines = (line.split() for line in file.read_text(encoding="utf-8").splitlines())
+    lines = (line.split() for line in file.read_text(encoding="utf-8").split("\n"))
     return {c[1]: _VOXCELEB_SPLITS[c[0]] for c in lines if len(c) == 2 and c[0] in _VOXCELEB_SPLITS}
 
 

@@ -107,7 +107,7 @@ def _read(file: Path) -> dict[str, str]:
 def _lines(file: Path) -> Iterator[tuple[int, str, str]]:
     """Yields (number of the line from 1, first word, rest of the line)."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not in UTF-8: convert it, as with iconv") from None
     for number, line in enumerate(lines, 1):

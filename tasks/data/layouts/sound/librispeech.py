@@ -55,7 +55,7 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     for chapter in sorted(chapters):
         texts = {}
         for file in sorted(chapter.glob("*.trans.txt")):
-            for line in file.read_text(encoding="utf-8").splitlines():
+            for line in file.read_text(encoding="utf-8").split("\n"):
                 name, _, text = line.strip().partition(" ")
                 if name:
                     texts[name] = text
