@@ -266,3 +266,20 @@ def _listed(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     return [tensor for value in output for tensor in _listed(value)]
+
+
+class Fallbacks(transformers.WhisperForConditionalGeneration):
+    """A Whisper whose `generate` leaves out rows on the way, as it does in long recordings."""
+
+    def generate(self, input_features: Tensor, **kwargs: Any) -> Tensor:
+        return self.model.encoder(input_features[:-1]).last_hidden_state
+
+
+@torch.no_grad()
+def test_rows_that_a_library_leaves_out_on_the_way_are_refused() -> None:
+    model = adapted(seeded(lambda: Fallbacks(whisper().config)))
+    model.set_active_adapters(Parallel("a", "b"))
+    with pytest.raises(ValueError, match="Parallel has 4 rows in this call and 3 of them reached"):
+        model.generate(spectra())
+    model.set_active_adapters("a")
+    assert len(model.generate(spectra())) == 1

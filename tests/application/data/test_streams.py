@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import pickle
@@ -227,10 +228,11 @@ def test_order_and_workers(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     import tracemalloc
 
-    text = 200 * "x"
+    text = 1000 * "x"
     peaks = []
-    for name, rows in (("small", 10_000), ("large", 30_000)):
+    for name, rows in (("small", 10_000), ("large", 40_000)):  # 10 MB and 40 MB
         file = written(tmp_path / f"{name}.csv", "text,n\n" + rows * f"{text},1\n")
+        gc.collect()
         pa.default_memory_pool().release_unused()
         tracemalloc.start()
         before = pa.total_allocated_bytes()
@@ -240,7 +242,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
                 most = max(most, pa.total_allocated_bytes() - before)
         peaks.append(tracemalloc.get_traced_memory()[1] + most)
         tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0]
+    # What is held at a time varies by a block or two; all of the rows would be four times as much.
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 # Media
