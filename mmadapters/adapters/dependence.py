@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..injectors.calls import tensors_in
 from ..sites.sitemap import Tower
 
 
@@ -26,7 +27,7 @@ def tensors_behind(
     outputs: dict[str, list[Tensor]] = {name: [] for name in towers}
     handles = [
         tower.blocks[-1].module.register_forward_hook(
-            lambda module, args, output, to=outputs[name]: to.extend(_tensors(output))
+            lambda module, args, output, to=outputs[name]: to.extend(tensors_in(output))
         )
         for name, tower in towers.items()
         if tower.blocks
@@ -96,14 +97,3 @@ def _leaves(outputs: list[Tensor]) -> set[int]:
                 seen.add(below)
                 waiting.append(below)
     return leaves
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)
