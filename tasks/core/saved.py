@@ -42,7 +42,7 @@ class Metadata(Saved):
     job: dict[str, Any]
     """The config of the job, which the config's own classes check."""
     state: dict[str, Any]
-    """What the task learned from its training data; see `STATES`."""
+    """Values that the task has taken from its training data; see `STATES`."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Figures of the run."""
 

@@ -1,4 +1,4 @@
-"""What a library reads between the blocks of an encoder has no trace of the prompts in it."""
+"""States that a library reads between the blocks of an encoder have no prompts in them."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _of_media(
 
 
 def _of_task(task: Task, splits: Splits, looked: Mapping[Split, list[int]]) -> list[Finding]:
-    samples = {split: SampledRows(rows, looked[split]) for split, rows in splits.items()}
+    samples = {split: SampledRows(rows, sorted(looked[split])) for split, rows in splits.items()}
     whole = all(len(samples[split]) == len(rows) for split, rows in splits.items())
     return capability(task, DataChecks).findings(samples, whole=whole)
 

@@ -29,7 +29,7 @@ def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../evil", "..", ".", "", "/tmp/evil", "a/b", "a\\\\b", "a\x00b", "a" * 300]
+    "name", ["../../evil", "..", ".", "", "/evil", "a/b", "a\\\\b", "a\x00b", "a" * 300]
 )
 def test_a_name_leads_to_no_other_folder(name: str) -> None:
     override = f'name="{name}"' if "\x00" not in name else 'name="a\\0b"'

@@ -134,7 +134,7 @@ def test_a_late_mistake_of_the_contrast_ends_a_run_before_its_first_step() -> No
 
 
 def states() -> tuple[Any, ...]:
-    """What decides the random choices of Python, NumPy and torch."""
+    """Returns the global random states of Python, NumPy and torch."""
     return (
         random.getstate(),
         [*map(repr, np.random.get_state(legacy=False)["state"].items())],
